@@ -1,0 +1,4 @@
+"""Training: the state, the step, optimizers, checkpoints and metrics."""
+
+from jaxlm.train.state import State as State
+from jaxlm.train.step import make_train_step as make_train_step

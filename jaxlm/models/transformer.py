@@ -1,0 +1,289 @@
+"""A decoder-only transformer as pure functions over one plain dict of arrays, its layers stacked on a leading axis.
+
+B batch, T sequence, D model, F ffn, H heads, K kv heads, N head width, V vocabulary, L layers.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from jaxlm.models.attention import Cache, attend, causal_mask, rope_angles, rotate
+from jaxlm.models.config import ModelConfig, Run
+from jaxlm.models.linear import linear
+from jaxlm.sharding import constrain
+
+Params = Any
+ACTIVATIONS = {
+  'silu': jax.nn.silu,
+  'gelu': lambda x: jax.nn.gelu(x, approximate=False),
+  'gelu_tanh': lambda x: jax.nn.gelu(x, approximate=True),
+}
+STREAM = ('batch', 'seq', None)  # the logical axes of the residual stream
+
+
+class Hidden(NamedTuple):
+  """What the trunk returns: normed activations, the cache with this call's keys and values, and auxiliary sums."""
+
+  x_BTD: Array
+  cache: Any
+  aux: dict[str, Array]
+
+
+class Context(NamedTuple):
+  """What every layer reads beside its input: computed once, outside of the scan."""
+
+  angles: Array | None
+  mask: Array
+  positions: Array
+
+
+def declare(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Any) -> Any:
+  """The one declaration of a weight: its shape, its logical axes and how it starts."""
+  return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+
+
+def fan_in(scale: float = 1.0) -> Any:
+  """Normal initialisation with standard deviation scale / sqrt(first axis)."""
+  return lambda key, shape, dtype: jax.random.normal(key, shape, dtype) * (scale / shape[0] ** 0.5)
+
+
+class Norm(nn.Module):
+  """RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467) or LayerNorm (Ba et al. 2016, arXiv:1607.06450), in float32."""
+
+  cfg: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BTD: Array) -> Array:
+    cfg = self.cfg
+    scale_D = declare(self, 'scale', (x_BTD.shape[-1],), ('norm',), nn.initializers.ones)
+    x = x_BTD.astype(jnp.float32)
+    if cfg.norm == 'layernorm':
+      x -= jnp.mean(x, axis=-1, keepdims=True)
+    y = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + cfg.norm_eps) * scale_D
+    if cfg.norm == 'layernorm':
+      y += declare(self, 'bias', (x_BTD.shape[-1],), ('norm',), nn.initializers.zeros)
+    return y.astype(x_BTD.dtype)
+
+
+class Attention(nn.Module):
+  """Causal grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245)."""
+
+  cfg: ModelConfig
+  run: Run
+
+  @nn.compact
+  def __call__(self, x_BTD: Array, ctx: Context, cache: Cache | None) -> tuple[Array, Cache | None]:
+    cfg, rules = self.cfg, self.run.rules
+    B, T, D = x_BTD.shape
+    H, K, N = cfg.n_heads, cfg.kv_heads, cfg.head_size
+
+    def project(name: str, x: Array, i: int, o: int, axes: tuple[str, str], scale: float = 1.0) -> Array:
+      w = declare(self, name, (i, o), axes, fan_in(scale))
+      bias = declare(self, f'{name}_bias', (o,), (axes[1],), nn.initializers.zeros) if cfg.bias else None
+      return linear(x, w, bias)
+
+    q_BTHN = project('q', x_BTD, D, H * N, ('embed', 'heads')).reshape(B, T, H, N)
+    k_BTKN = project('k', x_BTD, D, K * N, ('embed', 'kv_heads')).reshape(B, T, K, N)
+    v_BTKN = project('v', x_BTD, D, K * N, ('embed', 'kv_heads')).reshape(B, T, K, N)
+    if ctx.angles is not None:
+      q_BTHN, k_BTKN = rotate(q_BTHN, ctx.angles), rotate(k_BTKN, ctx.angles)
+    if cache is not None:
+      cache = cache.write(k_BTKN, v_BTKN, ctx.positions)
+      k_BTKN, v_BTKN = cache.k, cache.v
+    q_BTHN = constrain(q_BTHN, ('batch', 'seq', 'act_heads', None), rules)
+    out_BTHN = checkpoint_name(attend(q_BTHN, k_BTKN, v_BTKN, ctx.mask), 'attn_values')
+    out_BTE = out_BTHN.reshape(B, T, H * N)
+    return project('o', out_BTE, H * N, D, ('heads', 'embed'), (2 * cfg.n_layers) ** -0.5), cache
+
+
+class MLP(nn.Module):
+  """A feed-forward layer, gated (SwiGLU, Shazeer 2020, arXiv:2002.05202) or plain."""
+
+  cfg: ModelConfig
+  run: Run
+
+  @nn.compact
+  def __call__(self, x_BTD: Array) -> Array:
+    cfg, D, F = self.cfg, self.cfg.d_model, self.cfg.d_ff
+
+    def project(name: str, x: Array, shape: tuple[int, int], axes: tuple[str, str], scale: float = 1.0) -> Array:
+      w = declare(self, name, shape, axes, fan_in(scale))
+      bias = declare(self, f'{name}_bias', shape[1:], axes[1:], nn.initializers.zeros) if cfg.bias else None
+      return linear(x, w, bias)
+
+    h_BTF = checkpoint_name(project('up', x_BTD, (D, F), ('embed', 'mlp')), 'mlp_up')
+    act = ACTIVATIONS[cfg.activation]
+    if cfg.gated_mlp:
+      h_BTF = act(checkpoint_name(project('gate', x_BTD, (D, F), ('embed', 'mlp')), 'mlp_gate')) * h_BTF
+    else:
+      h_BTF = act(h_BTF)
+    h_BTF = constrain(h_BTF, ('batch', 'seq', 'act_mlp'), self.run.rules)
+    return project('down', h_BTF, (F, D), ('mlp', 'embed'), (2 * cfg.n_layers) ** -0.5)
+
+
+class Block(nn.Module):
+  """One layer: x += attention(norm(x)); x += mlp(norm(x))."""
+
+  cfg: ModelConfig
+  run: Run
+
+  @nn.compact
+  def __call__(self, x_BTD: Array, ctx: Context, cache: Cache | None, key: Array | None) -> tuple[Array, Cache | None]:
+    rate = self.run.dropout if key is not None else 0.0
+
+    def add(x: Array, y: Array, site: int) -> Array:
+      if rate:
+        keep = jax.random.bernoulli(jax.random.fold_in(key, site), 1.0 - rate, y.shape)
+        y = jnp.where(keep, y / (1.0 - rate), 0.0).astype(y.dtype)
+      return constrain(x + y, STREAM, self.run.rules)
+
+    attn, cache = Attention(self.cfg, self.run, name='attn')(Norm(self.cfg, name='attn_norm')(x_BTD), ctx, cache)
+    x_BTD = add(x_BTD, checkpoint_name(attn, 'attn_out'), 0)
+    mlp = MLP(self.cfg, self.run, name='mlp')(Norm(self.cfg, name='mlp_norm')(x_BTD))
+    return add(x_BTD, checkpoint_name(mlp, 'mlp_out'), 1), cache
+
+
+class Outside(nn.Module):
+  """The weights that are not in a layer, declared in one place; applied by the functions below."""
+
+  cfg: ModelConfig
+
+  @nn.compact
+  def __call__(self) -> None:
+    cfg, normal = self.cfg, nn.initializers.normal(0.02)
+    declare(self, 'embed', (cfg.padded_vocab, cfg.d_model), ('vocab', 'embed'), normal)
+    if cfg.positions == 'learned':
+      declare(self, 'positions', (cfg.max_seq_len, cfg.d_model), ('positions', 'embed'), normal)
+    if not cfg.tie_embeddings:
+      declare(self, 'head', (cfg.d_model, cfg.padded_vocab), ('embed', 'vocab'), fan_in())
+    Norm(cfg, name='final_norm')(jnp.zeros((1, 1, cfg.d_model)))
+
+
+def init_named(cfg: ModelConfig, key: Array) -> Params:
+  """`init`, with every array boxed with its logical axis names (`flax.linen.LogicallyPartitioned`)."""
+  outside_key, layers_key = jax.random.split(key)
+  x, one = jnp.zeros((1, 1, cfg.d_model)), jnp.zeros((1, 1), jnp.int32)
+  ctx = _context(cfg, one, None, None)
+
+  def layer(key: Array) -> Params:
+    return Block(cfg, Run()).init(key, x, ctx, None, None)['params']
+
+  layers = jax.vmap(layer)(jax.random.split(layers_key, cfg.n_layers))
+  layers = nn.meta.add_axis(layers, 0, {nn.PARTITION_NAME: 'layers'})
+  return {**Outside(cfg).init(outside_key)['params'], 'layers': layers}
+
+
+def init(cfg: ModelConfig, key: Array) -> Params:
+  """Fresh float32 parameters: a plain nested dict, the leaves under 'layers' stacked [L, ...]."""
+  return nn.meta.unbox(init_named(cfg, key))
+
+
+def abstract(cfg: ModelConfig) -> Params:
+  """The parameters as shapes boxed with their logical axis names; nothing is computed."""
+  return jax.eval_shape(lambda: init_named(cfg, jax.random.key(0)))
+
+
+def axes(cfg: ModelConfig) -> Params:
+  """The logical axis names of every parameter, as a tree of tuples."""
+  return jax.tree.map(lambda box: box.names, abstract(cfg), is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+
+
+def init_cache(cfg: ModelConfig, batch: int, length: int, dtype: Any = jnp.float32) -> Cache:
+  """An empty cache of `length` positions for every layer, stacked [L, B, S, K, N]."""
+  shape = (cfg.n_layers, batch, length, cfg.kv_heads, cfg.head_size)
+  return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def unstack(tree_: Any, n_layers: int) -> tuple[Any, ...]:
+  """A stack of layers as a tuple of them; `hidden` loops over such a tuple instead of scanning (faster to decode)."""
+  return tuple(jax.tree.map(lambda x, i=i: x[i], tree_) for i in range(n_layers))
+
+
+def remat(fn: Any, policy: str) -> Any:
+  """Applies a rematerialisation policy by name: 'none', 'full', 'dots', or the names of what is kept."""
+  if policy == 'none':
+    return fn
+  policies = {
+    'full': jax.checkpoint_policies.nothing_saveable,
+    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  }
+  saved = policies.get(policy) or jax.checkpoint_policies.save_only_these_names(*policy.split(','))
+  return jax.checkpoint(fn, policy=saved, prevent_cse=False)
+
+
+def hidden(
+  cfg: ModelConfig,
+  params: Params,
+  tokens_BT: Int[Array, 'B T'],
+  *,
+  run: Run = Run(),
+  positions_BT: Int[Array, 'R T'] | None = None,
+  segment_ids_BT: Int[Array, 'B T'] | None = None,
+  cache: Any = None,
+  key: Array | None = None,
+) -> Hidden:
+  """The activations after the last norm, x_BTD in `run.dtype`.
+
+  `positions_BT` counts from 0 within a segment (default: along the row); tokens see only their own segment. With a
+  cache, keys and values are written at their positions and the cache is what is attended to. `params['layers']` is a
+  stack (scanned) or a tuple of layers (looped over, the cache then being a tuple too). `key` turns dropout on.
+  """
+  B, T = tokens_BT.shape
+  if positions_BT is None:
+    positions_BT = jnp.arange(T, dtype=jnp.int32)[None]
+  x_BTD = jnp.take(params['embed'], tokens_BT, axis=0).astype(run.dtype)
+  if cfg.positions == 'learned':
+    x_BTD += jnp.take(params['positions'], positions_BT, axis=0).astype(run.dtype)
+  x_BTD = constrain(x_BTD, STREAM, run.rules)
+  layers, block = params['layers'], Block(cfg, run)
+  looped = isinstance(layers, tuple)
+  slots = None if cache is None else (cache[0] if looped else cache).k.shape[-3]
+  ctx = _context(cfg, positions_BT, segment_ids_BT, slots)
+  keys = None if key is None else jax.random.split(key, cfg.n_layers)
+
+  def body(x: Array, layer: tuple) -> tuple[Array, Cache | None]:
+    weights, layer_cache, layer_key = layer
+    return block.apply({'params': weights}, x, ctx, layer_cache, layer_key)
+
+  body = remat(body, run.remat)
+  if looped:
+    caches = []
+    for i, weights in enumerate(layers):
+      x_BTD, new = body(x_BTD, (weights, None if cache is None else cache[i], None if keys is None else keys[i]))
+      caches.append(new)
+    cache = None if cache is None else tuple(caches)
+  else:
+    x_BTD, cache = jax.lax.scan(body, x_BTD, (layers, cache, keys), length=cfg.n_layers, unroll=run.unroll)
+  x_BTD = Norm(cfg).apply({'params': params['final_norm']}, x_BTD)
+  return Hidden(x_BTD, cache, {})
+
+
+def head(cfg: ModelConfig, params: Params) -> Float[Array, 'D V']:
+  """The output matrix, padded vocabulary included: its own, or the embedding's transpose."""
+  return params['embed'].T if cfg.tie_embeddings else params['head']
+
+
+def unembed(cfg: ModelConfig, params: Params, x_BTD: Float[Array, 'B T D']) -> Float[Array, 'B T V']:
+  """Float32 logits over the true vocabulary."""
+  w_DV = head(cfg, params).astype(x_BTD.dtype)
+  return jnp.matmul(x_BTD, w_DV, preferred_element_type=jnp.float32)[..., : cfg.vocab_size]
+
+
+def forward(cfg: ModelConfig, params: Params, tokens_BT: Int[Array, 'B T'], **as_hidden: Any) -> tuple[Array, Any]:
+  """`(logits_BTV, cache)`: `hidden` and `unembed` composed."""
+  out = hidden(cfg, params, tokens_BT, **as_hidden)
+  return unembed(cfg, params, out.x_BTD), out.cache
+
+
+def _context(cfg: ModelConfig, positions: Array, segments: Array | None, slots: int | None) -> Context:
+  """Angles and mask of a call: against its own tokens, or against the `slots` positions of a cache."""
+  angles = rope_angles(positions, cfg.head_size, cfg.rope_theta) if cfg.positions == 'rope' else None
+  if slots is not None:
+    return Context(angles, causal_mask(positions, jnp.arange(slots, dtype=jnp.int32)[None]), positions)
+  order = jnp.arange(positions.shape[1], dtype=jnp.int32)[None]
+  # within a row a later token is one further right: position alone would let segments see each other's future
+  return Context(angles, causal_mask(order, order, segments, segments), positions)

@@ -1,0 +1,128 @@
+"""From names to shardings: a mesh, one table of rules, and the shardings of a whole train state derived from it."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from flax.linen import LogicallyPartitioned
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxlm import tree
+from jaxlm.errors import InputError
+
+Names = tuple[str | None, ...]
+Rules = Mapping[str, str | tuple[str, ...] | None]
+
+MESH_AXES = ('data', 'fsdp', 'sequence', 'tensor')
+
+# Logical axis -> mesh axes. A strategy is a change of this table; a name without an entry is replicated.
+RULES: Rules = {
+  # activations
+  'batch': ('data', 'fsdp'),
+  'seq': 'sequence',
+  'act_heads': 'tensor',
+  'act_mlp': 'tensor',
+  # parameters
+  'embed': 'fsdp',
+  'heads': 'tensor',
+  'kv_heads': 'tensor',
+  'mlp': 'tensor',
+  'vocab': 'tensor',
+}
+
+
+def make_mesh(
+  *, data: int = 1, fsdp: int = -1, tensor: int = 1, sequence: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+  """A device mesh with axes `data, fsdp, sequence, tensor`; one size may be -1 and takes what is left.
+
+  Raises InputError when the sizes do not multiply to the number of devices.
+  """
+  devices = list(jax.devices() if devices is None else devices)
+  sizes = {'data': data, 'fsdp': fsdp, 'sequence': sequence, 'tensor': tensor}
+  free = [name for name, n in sizes.items() if n == -1]
+  fixed = math.prod(n for n in sizes.values() if n != -1)
+  shown = ', '.join(f'{k}={v}' for k, v in sizes.items())
+  if len(free) > 1 or any(n < 1 and n != -1 for n in sizes.values()):
+    raise InputError(f'mesh {shown}: sizes are positive, and at most one is -1 (the rest)')
+  if len(devices) % fixed or (not free and fixed != len(devices)):
+    raise InputError(f'mesh {shown}: does not divide {len(devices)} devices; change one size or set it to -1')
+  if free:
+    sizes[free[0]] = len(devices) // fixed
+  shape = tuple(sizes[name] for name in MESH_AXES)
+  return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+
+
+def spec(names: Sequence[str | None], rules: Rules) -> PartitionSpec:
+  """The PartitionSpec of an array whose axes carry these logical names."""
+  return PartitionSpec(*(rules.get(name) if name else None for name in names))
+
+
+def constrain(x: jax.Array, names: Sequence[str | None], rules: Rules | None) -> jax.Array:
+  """Pins an activation to its sharding under the mesh in use; without rules or mesh it is the identity."""
+  if rules is None or jax.sharding.get_abstract_mesh().empty:
+    return x
+  return jax.lax.with_sharding_constraint(x, spec(names, rules))
+
+
+def batch_shardings(batch: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+  """Shardings for a batch: the first axis of every array is `batch`, the second (if any) `seq`."""
+  names = ('batch', 'seq')
+  return jax.tree.map(lambda x: NamedSharding(mesh, spec(names[: len(x.shape)], rules)), batch)
+
+
+def is_named(x: Any) -> bool:
+  """Whether this is a leaf boxed with its logical axis names."""
+  return isinstance(x, LogicallyPartitioned)
+
+
+def with_names(abstract: Any, named_params: Any) -> Any:
+  """Gives every leaf of an abstract state that belongs to a parameter the axis names of that parameter.
+
+  A leaf belongs to the parameter whose path is contained in its own: `opt_state/0/mu/layers/attn/q` to `layers/attn/q`,
+  and so does an adapter's `layers/attn/q/a`. An axis whose size is not the parameter's (a rank) has no name.
+  """
+  table = sorted(tree.items(named_params, is_leaf=is_named), key=lambda item: -len(item[0]))
+
+  def one(path: str, leaf: Any) -> Any:
+    for param_path, box in table:
+      if f'/{param_path}/' in f'/{path}/' and len(leaf.shape) == len(box.names):
+        sizes = zip(box.names, leaf.shape, box.value.shape, strict=True)
+        return LogicallyPartitioned(leaf, tuple(name if a == b else None for name, a, b in sizes))
+    return leaf
+
+  return tree.path_map(one, abstract)
+
+
+def state_shardings(abstract_state: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+  """A tree of NamedSharding for a state of abstract leaves, some boxed with their axis names (see `with_names`).
+
+  Leaves without names are replicated. Raises InputError when an axis does not divide by the mesh axes it is laid on.
+  """
+
+  def one(path: str, leaf: Any) -> NamedSharding:
+    if not is_named(leaf):
+      return NamedSharding(mesh, PartitionSpec())
+    partition = spec(leaf.names, rules)
+    for name, size, axes in zip(leaf.names, leaf.value.shape, partition, strict=True):
+      ways = math.prod(mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ()))
+      if size % ways:
+        raise InputError(f'{path}: axis {name!r} of size {size} does not divide by {ways} (mesh axis {axes})')
+    return NamedSharding(mesh, partition)
+
+  return tree.path_map(one, abstract_state, is_leaf=is_named)
+
+
+def check_replicated(abstract_state: Any, shardings: Any, mesh: Mesh, *, limit_bytes: int = 8 * 2**20) -> None:
+  """Raises InputError if parameters are to be sharded and a leaf over `limit_bytes` is whole on every device."""
+  if mesh.shape['fsdp'] * mesh.shape['tensor'] == 1:
+    return
+  unboxed = jax.tree.map(lambda x: x.value if is_named(x) else x, abstract_state, is_leaf=is_named)
+  for (path, leaf), sharding in zip(tree.items(unboxed), jax.tree.leaves(shardings), strict=True):
+    bytes_ = leaf.size * leaf.dtype.itemsize
+    if bytes_ > limit_bytes and sharding.is_fully_replicated:
+      raise InputError(
+        f'{path} ({bytes_ / 2**20:.0f} MiB) would be replicated on every device of {dict(mesh.shape)}; '
+        'name its axes, or give a name it has a rule'
+      )
