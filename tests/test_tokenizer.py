@@ -121,7 +121,10 @@ def test_brought_tokenizer_is_told_its_names(tmp_path):
   assert not set(t.encode('<|im_end|>')) & t.control_ids
   t.save(tmp_path / 'tokenizer.json')
   assert json.loads((tmp_path / 'tokenizer_config.json').read_text())['chat_template'] == 'keep me'
-  assert tok.load(tmp_path).digest == t.digest
+  t.save(tmp_path / 'elsewhere' / 'tokenizer.json')
+  assert tok.load(tmp_path / 'elsewhere').eos_id == 258
+  assert tok.load(tmp_path / 'elsewhere').digest == tok.load(tmp_path).digest == t.digest
+  assert tok.Tokenizer(inner, {'eos': '<|endoftext|>'}).digest != tok.Tokenizer(inner, {'eos': '<|im_end|>'}).digest
 
 
 def test_brought_sentencepiece_counts_bytes():
