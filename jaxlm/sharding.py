@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from flax.core import FrozenDict
 from flax.linen import LogicallyPartitioned
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -17,7 +18,7 @@ Rules = Mapping[str, str | tuple[str, ...] | None]
 MESH_AXES = ('data', 'fsdp', 'sequence', 'tensor')
 
 # Logical axis -> mesh axes. A strategy is a change of this table; a name without an entry is replicated.
-RULES: Rules = {
+RULES: Rules = FrozenDict({  # hashable: it may be part of a static argument
   # activations
   'batch': ('data', 'fsdp'),
   'seq': 'sequence',
@@ -29,7 +30,7 @@ RULES: Rules = {
   'kv_heads': 'tensor',
   'mlp': 'tensor',
   'vocab': 'tensor',
-}
+})
 
 
 def make_mesh(

@@ -28,8 +28,8 @@ def create(
 ) -> State:
   """A fresh state; only the parameters that `trainable` picks get optimizer state."""
   picked, _ = tree.split(params, trainable)
-  zero = jnp.zeros((), jnp.int32)
-  return State(zero, zero, zero, key, params, optimizer.init(picked))
+  zero = lambda: jnp.zeros((), jnp.int32)  # one buffer each: a shared one could not be donated
+  return State(zero(), zero(), zero(), key, params, optimizer.init(picked))
 
 
 def abstract(make: Any, named_params: Any) -> State:

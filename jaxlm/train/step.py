@@ -26,7 +26,8 @@ def make_train_step(
   over devices and divided once, so accumulation never changes the gradient. A gradient that is not finite, or a batch
   of weight 0, leaves parameters, moments and schedule as they were and is counted in `state.skipped`.
 
-  Metrics: those of the loss, `loss`, `weight`, `grad_norm` (before any clipping), `update_norm`, `skipped`, `empty`.
+  Metrics: those of the loss, `loss`, `weight`, `grad_norm` (before any clipping), `update_norm`, `skipped` (steps so
+  far), `empty` (1 when this batch had weight 0; its loss is then NaN).
   Raises ValueError, when traced, if the batch does not divide by `accum`.
   """
 
@@ -68,7 +69,7 @@ def make_train_step(
       'weight': loss.weight,
       'grad_norm': grad_norm,
       'update_norm': jnp.where(good, optax.tree.norm(updates), 0.0),
-      'skipped': (~good).astype(jnp.float32),
+      'skipped': state.skipped + ~good,
       'empty': (loss.weight == 0).astype(jnp.float32),
     }
     return state.replace(

@@ -1,0 +1,150 @@
+"""What a run is: frozen dataclasses, one instance to a config file, every field a dotted flag of the command line."""
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import re
+import typing
+from typing import Any, Literal
+
+from etils import epath
+
+from jaxlm.errors import InputError
+from jaxlm.models.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """What is read, and how a batch is cut from it."""
+
+  path: str = ''  # a folder that `jaxlm prepare` wrote
+  seq_len: int = 512
+  global_batch: int = 32  # rows in an optimizer step, over all devices and micro-batches
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim:
+  """The optimizer and its learning-rate schedule (see `jaxlm.train.optim`)."""
+
+  name: Literal['adamw', 'muon'] = 'adamw'
+  lr: float = 1e-3
+  schedule: Literal['cosine', 'wsd', 'constant'] = 'cosine'
+  warmup_steps: int = 100
+  decay_fraction: float = 0.2  # of the steps, at the end of a wsd schedule
+  final_ratio: float = 0.1  # last learning rate over the peak
+  weight_decay: float = 0.1
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  muon_momentum: float = 0.95
+  clip_norm: float | None = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+  """Devices along each mesh axis; one of them may be -1, the rest."""
+
+  data: int = 1
+  fsdp: int = -1
+  tensor: int = 1
+  sequence: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+  """How the step is computed."""
+
+  dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # auto: bfloat16 on accelerators, float32 on CPU
+  remat: str = 'none'
+  unroll: int = 1
+  dropout: float = 0.0
+  loss_chunks: int = 1  # slices of the vocabulary; 1 keeps whole logits
+  accum: int = 1  # micro-batches in a step
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch:
+  """How often what is written down; everything is counted in steps."""
+
+  log_every: int = 10
+  eval_every: int = 500
+  eval_batches: int = 20
+  sample_every: int = 500
+  sample_tokens: int = 64
+  prompts: tuple[str, ...] = ('The ',)
+  save_every: int = 500
+  keep: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrain:
+  """A pre-training run."""
+
+  run: str = 'runs/pretrain'
+  model: ModelConfig = ModelConfig()  # vocab_size 0: the tokenizer's
+  data: Data = Data()
+  optim: Optim = Optim()
+  mesh: Mesh = Mesh()
+  compute: Compute = Compute()
+  watch: Watch = Watch()
+  steps: int = 1000
+  z_loss: float = 0.0
+  seed: int = 0
+
+
+def load(path: str) -> Any:
+  """The `config` that a Python file defines. Raises InputError when there is none, or it does not hold together."""
+  if not epath.Path(path).exists():
+    raise InputError(f'{path}: no such config file')
+  spec = importlib.util.spec_from_file_location('jaxlm_config', path)
+  if spec is None or spec.loader is None:
+    raise InputError(f'{path}: a config is a Python file')
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+  except TypeError as e:
+    raise InputError(f'{path}: {_nearest(e)}') from e
+  except SyntaxError as e:
+    raise InputError(f'{path}:{e.lineno}: {e.msg}') from e
+  config = getattr(module, 'config', None)
+  if not dataclasses.is_dataclass(config):
+    raise InputError(f'{path}: defines no `config = Pretrain(...)`')
+  return config
+
+
+def to_json(config: Any) -> str:
+  """A config as JSON, every field written out."""
+  return json.dumps(dataclasses.asdict(config), indent=1)
+
+
+def from_json(cls: Any, text: str) -> Any:
+  """The inverse of `to_json`. Raises InputError on a field that `cls` does not have."""
+  return _build(cls, json.loads(text), cls.__name__)
+
+
+def _build(cls: Any, values: dict[str, Any], where: str) -> Any:
+  hints = typing.get_type_hints(cls)
+  for name in values:
+    if name not in hints:
+      raise InputError(f'{where}: no field {name!r}{_suggest(name, hints)}')
+  kwargs = {}
+  for name, value in values.items():
+    if dataclasses.is_dataclass(hints[name]):
+      value = _build(hints[name], value, f'{where}.{name}')
+    kwargs[name] = tuple(value) if isinstance(value, list) else value
+  return cls(**kwargs)
+
+
+def _suggest(name: str, known: Any) -> str:
+  near = difflib.get_close_matches(name, list(known), 1)
+  return f'; did you mean {near[0]!r}?' if near else f'; there are: {", ".join(known)}'
+
+
+def _nearest(error: TypeError) -> str:
+  """A dataclass's complaint about a keyword, with the nearest real one."""
+  match = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+  cls = match and {**globals(), 'ModelConfig': ModelConfig}.get(match[1])
+  if not (match and dataclasses.is_dataclass(cls)):
+    return str(error)
+  return f'{match[1]} has no field {match[2]!r}{_suggest(match[2], [f.name for f in dataclasses.fields(cls)])}'

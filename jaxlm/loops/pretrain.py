@@ -1,0 +1,193 @@
+"""Pre-training as a run: data, program, checkpoints and metrics wired to the loop, resumed where it stopped."""
+
+import dataclasses
+import json
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from jaxlm import config as configs
+from jaxlm import program, sample, sharding, tree
+from jaxlm.config import Pretrain
+from jaxlm.data import batches as data_batches
+from jaxlm.data import packing, prepare
+from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.errors import InputError
+from jaxlm.loops import train
+from jaxlm.train import checkpoint, metrics
+
+Say = Callable[[str], None]
+OnStep = Callable[[int, dict[str, float]], None]
+SAMPLING = sample.Sampling(temperature_B=0.8, top_p_B=0.95)
+
+
+def pretrain(config: Pretrain, *, say: Say = lambda line: None, on_step: OnStep = lambda step, row: None) -> Any:
+  """Runs or continues `config` and returns the last state; everything else is in the run's folder.
+
+  Raises InputError when data, config and what the folder already holds do not belong together.
+  """
+  prepared = prepare.load(config.data.path)
+  config = resolve(config, prepared.tokenizer)
+  mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
+  with jax.set_mesh(mesh):
+    built = program.build(config, mesh)
+    run = epath.Path(config.run)
+    checkpoints = checkpoint.Checkpoints(run / 'checkpoints', keep=config.watch.keep)
+    state = _start(config, prepared.tokenizer, built, checkpoints, say)
+    _describe(run, config, prepared, built, mesh)
+    writer = metrics.Writer(run, int(state.step))
+    try:
+      hooks = _hooks(config, prepared, built, checkpoints, writer, say)
+      log = _logger(config, built, mesh, writer, on_step)
+      stream = _stream(config, prepared, built, state)
+      every = config.watch.log_every
+      state = train.fit(built.step, state, stream, steps=config.steps, log=log, log_every=every, hooks=hooks)
+    finally:
+      checkpoints.close()
+      writer.close()
+  return state
+
+
+def resolve(config: Pretrain, tokenizer: Tokenizer) -> Pretrain:
+  """The config with the vocabulary of the tokenizer. Raises InputError if it names another size."""
+  named = config.model.vocab_size
+  if named not in (0, tokenizer.vocab_size):
+    raise InputError(f"model.vocab_size={named} is not the {tokenizer.vocab_size} of the data's tokenizer; leave it 0")
+  return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size))
+
+
+def _start(config: Pretrain, tokenizer: Tokenizer, built: Any, checkpoints: Any, say: Say) -> Any:
+  """A fresh state, or the newest saved one if the folder holds a run that fits."""
+  steps = checkpoints.steps()
+  if not steps:
+    return built.create()
+  meta = checkpoints.meta(steps[-1])
+  where = checkpoints.path(steps[-1])
+  if meta['tokenizer'] != tokenizer.digest:
+    raise InputError(f'{where}: was trained with another tokenizer than that of {config.data.path}; use another --run')
+  old = meta['config'] | {'run': config.run}
+  for name, was, now in _differences(old, json.loads(configs.to_json(config))):
+    say(f'{name} was {was} in the saved run and is {now} now')
+  state = checkpoints.restore(steps[-1], built.abstract)
+  say(f'continues from step {steps[-1]} of {config.steps} ({where})')
+  return state
+
+
+def _differences(old: Any, new: Any, prefix: str = '') -> list[tuple[str, Any, Any]]:
+  if not (isinstance(old, dict) and isinstance(new, dict)):
+    return [] if old == new else [(prefix, old, new)]
+  names = sorted(old.keys() | new.keys())
+  return [d for n in names for d in _differences(old.get(n), new.get(n), f'{prefix}.{n}' if prefix else n)]
+
+
+def _describe(run: epath.Path, config: Pretrain, prepared: Any, built: Any, mesh: Any) -> None:
+  """Writes what a reader of the run's folder needs: config, tokenizer, and the facts that the report shows."""
+  run.mkdir(parents=True, exist_ok=True)
+  (run / 'config.json').write_text(configs.to_json(config))
+  prepared.tokenizer.save(run / 'tokenizer.json')
+  devices = mesh.devices.flat
+  facts = {
+    'model': {
+      'parameters': tree.size(built.abstract.params),
+      'training FLOPs a token': metrics.flops_per_token(config.model, config.data.seq_len),
+      'tokens a step': config.data.global_batch * config.data.seq_len,
+    },
+    'data': {s: len(prepared.split(s)) for s in ('train', 'validation')},
+    'environment': {
+      'devices': f'{len(devices)} x {devices[0].device_kind}',
+      'mesh': ', '.join(f'{k}={v}' for k, v in mesh.shape.items()),
+      'dtype': str(built.run.dtype),
+      'jax': jax.__version__,
+      'python': platform.python_version(),
+      'system': platform.platform(),
+    },
+  }
+  add_facts(run, facts)
+
+
+def add_facts(run: epath.Path, facts: dict[str, dict[str, Any]]) -> None:
+  """Adds sections to `facts.json`, which the report shows as tables."""
+  path = run / 'facts.json'
+  old = json.loads(path.read_text()) if path.exists() else {}
+  path.write_text(json.dumps(old | facts, indent=1, ensure_ascii=False))
+
+
+def _stream(config: Pretrain, prepared: Any, built: Any, state: Any) -> Any:
+  """Batches on the devices from the state's cursor on, made ahead in the background."""
+  rows = packing.Rows(prepared.split('train'), config.data.seq_len, prepared.tokenizer)
+  batches = data_batches.Batches(rows, config.data.global_batch, config.seed)
+  start = int(state.cursor)
+  stop = start + max(0, config.steps - int(state.step))
+  ready = data_batches.prefetch(lambda cursor: program.put(batches(cursor), built.batch), start, stop)
+  return (batch for _, batch in ready)
+
+
+def _hooks(config: Pretrain, prepared: Any, built: Any, checkpoints: Any, writer: Any, say: Say) -> tuple:
+  """Evaluation, samples and saving, in this order: what a save acknowledges was written before it began."""
+  watch, tokenizer = config.watch, prepared.tokenizer
+  rows = packing.Rows(prepared.split('validation'), config.data.seq_len, tokenizer)
+  fixed = data_batches.in_order(rows, config.data.global_batch)
+  held_out = [program.put(fixed[i], built.batch) for i in range(min(len(fixed), watch.eval_batches))]
+
+  def evaluate(step: int, state: Any) -> None:
+    values = train.evaluate(built.evaluate, state.params, held_out)
+    writer.row(step, {f'eval/{k}': v for k, v in (values | {'loss': values['nll']}).items() if k != 'nll'})
+    say(f'step {step}: held-out {values["nll"]:.3f} nats a token, {values["bits_per_byte"]:.3f} bits per byte')
+
+  def show(step: int, state: Any) -> None:
+    key = jax.random.fold_in(jax.random.key(config.seed), step)
+    texts = complete(config, state.params, tokenizer, watch.prompts, key, new=watch.sample_tokens, run=built.run)
+    for prompt, text in zip(watch.prompts, texts, strict=True):
+      writer.sample(step, prompt, text)
+      say(f'step {step}: {prompt}{text}')
+
+  meta = {'config': json.loads(configs.to_json(config)), 'tokenizer': tokenizer.digest}
+  save = lambda step, state: checkpoints.save(step, state, meta)
+  hooks = ((watch.eval_every, evaluate),) if held_out else ()
+  return (*hooks, (watch.sample_every, show), (watch.save_every, save))
+
+
+def complete(
+  config: Pretrain,
+  params: Any,
+  tokenizer: Tokenizer,
+  prompts: Any,
+  key: Any,
+  *,
+  new: int,
+  run: Any,
+  sampling: sample.Sampling = SAMPLING,
+) -> list[str]:
+  """What the model writes after each prompt, as text, stopping where it ends a document."""
+  start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+  ids = [start + tokenizer.encode(p) for p in prompts]
+  stop = (tokenizer.eos_id,)
+  out = sample.generate(
+    config.model, params, ids, key, max_new_tokens=new, sampling=sampling, stop_ids=stop, run=run
+  )
+  tokens_BN, lengths_B = np.asarray(out.tokens_BN), np.asarray(out.lengths_B)
+  return [tokenizer.decode(row[:n].tolist()) for row, n in zip(tokens_BN, lengths_B, strict=True)]
+
+
+def _logger(config: Pretrain, built: Any, mesh: Any, writer: Any, on_step: OnStep) -> OnStep:
+  """Turns a step's metrics into a row: names of the ecosystem, throughput, utilisation."""
+  tokens = config.data.global_batch * config.data.seq_len
+  flops = tokens * metrics.flops_per_token(config.model, config.data.seq_len)
+  peak = metrics.peak_flops(mesh.devices.flat)
+
+  def log(step: int, values: dict[str, float]) -> None:
+    seconds = values.pop('step_time')
+    wait = values.pop('data_wait')
+    row = {f'train/{k}': v for k, v in values.items()}
+    row['train/lr'] = float(built.schedule(step - 1 - values['skipped']))
+    row |= {'perf/tokens_per_s': tokens / seconds, 'perf/data_wait': wait / seconds, 'perf/step_s': seconds}
+    if peak:
+      row['perf/mfu'] = flops / seconds / peak
+    writer.row(step, row)
+    on_step(step, row)
+
+  return log

@@ -1,0 +1,114 @@
+"""The program of a run: the very step that `jaxlm pretrain` executes, built from a config and a mesh, with no data."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxlm import models, objectives, sharding
+from jaxlm.config import Pretrain
+from jaxlm.errors import InputError
+from jaxlm.models import Run
+from jaxlm.train import optim, state, step
+
+BATCH_DTYPES = {
+  'tokens': jnp.int32,
+  'targets': jnp.int32,
+  'loss_mask': jnp.float32,
+  'segment_ids': jnp.int32,
+  'positions': jnp.int32,
+  'target_bytes': jnp.int32,
+}
+
+
+class Program(NamedTuple):
+  """Jitted functions with their shardings; nothing has been computed yet. Call them under `jax.set_mesh(mesh)`."""
+
+  create: Callable[[], Any]  # -> a fresh state on the mesh
+  step: Callable[[Any, Any], Any]  # (state, batch) -> (state, metrics); the state is donated
+  evaluate: Callable[[Any, Any], Any]  # (params, batch) -> {name: Sum}
+  abstract: Any  # the state as ShapeDtypeStructs with shardings: what a restore needs
+  batch: Any  # the batch as ShapeDtypeStructs with shardings
+  schedule: Callable[[Any], Any]
+  run: Run
+
+
+def build(config: Pretrain, mesh: Mesh, rules: sharding.Rules = sharding.RULES) -> Program:
+  """Wires model, loss, optimizer and shardings. Raises InputError for sizes that do not divide."""
+  cfg, compute, o = config.model, config.compute, config.optim
+  platform = mesh.devices.flat[0].platform
+  dtype = {'auto': 'float32' if platform == 'cpu' else 'bfloat16'}.get(compute.dtype, compute.dtype)
+  run = Run(jnp.dtype(dtype), compute.remat, compute.unroll, compute.dropout, rules if mesh.size > 1 else None)
+  ways = mesh.shape['data'] * mesh.shape['fsdp'] * compute.accum
+  if config.data.global_batch % ways:
+    raise InputError(
+      f'data.global_batch={config.data.global_batch} does not divide by data x fsdp x accum = {ways}'
+    )
+  lr = optim.schedule(
+    o.schedule,
+    lr=o.lr,
+    steps=config.steps,
+    warmup_steps=o.warmup_steps,
+    decay_fraction=o.decay_fraction,
+    final_ratio=o.final_ratio,
+  )
+  optimizer = optim.make(
+    o.name,
+    lr,
+    axes=models.axes(cfg),
+    weight_decay=o.weight_decay,
+    b1=o.b1,
+    b2=o.b2,
+    eps=o.eps,
+    muon_momentum=o.muon_momentum,
+    clip_norm=o.clip_norm,
+  )
+
+  def create() -> state.State:
+    params_key, state_key = jax.random.split(jax.random.key(config.seed))
+    return state.create(models.init(cfg, params_key), optimizer, state_key)
+
+  named = state.abstract(create, models.abstract(cfg))
+  shardings = sharding.state_shardings(named, mesh, rules)
+  sharding.check_replicated(named, shardings, mesh)
+  place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+  abstract = jax.tree.map(place, jax.eval_shape(create), shardings)
+  shape = (config.data.global_batch, config.data.seq_len)
+  batch = {name: jax.ShapeDtypeStruct(shape, t) for name, t in BATCH_DTYPES.items()}
+  batch = jax.tree.map(place, batch, sharding.batch_shardings(batch, mesh, rules))
+  batch_shardings = jax.tree.map(lambda x: x.sharding, batch)
+  whole = NamedSharding(mesh, PartitionSpec())
+
+  loss_fn = objectives.next_token(cfg, run, z_loss=config.z_loss, chunks=compute.loss_chunks)
+  quiet = objectives.next_token(cfg, dataclasses.replace(run, dropout=0.0), chunks=compute.loss_chunks)
+
+  def evaluate(params: Any, batch: Any) -> Any:
+    return quiet(params, batch, None)[1]
+
+  return Program(
+    jax.jit(create, out_shardings=shardings),
+    jax.jit(
+      step.make_train_step(loss_fn, optimizer, accum=compute.accum),
+      in_shardings=(shardings, batch_shardings),
+      out_shardings=(shardings, whole),
+      donate_argnums=0,
+    ),
+    jax.jit(evaluate, in_shardings=(shardings.params, batch_shardings), out_shardings=whole),
+    abstract,
+    batch,
+    lr,
+    run,
+  )
+
+
+def put(batch: Any, like: Any) -> Any:
+  """A host batch as global arrays laid out like `like`; each process hands over only the rows its devices hold."""
+
+  def one(x: np.ndarray, spec: jax.ShapeDtypeStruct) -> jax.Array:
+    return jax.make_array_from_callback(spec.shape, spec.sharding, lambda index: x[index])
+
+  return {name: one(batch[name], spec) for name, spec in like.items()}

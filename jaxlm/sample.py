@@ -1,0 +1,167 @@
+"""Generation: prefill a ragged batch of prompts, then decode it token by token with a key/value cache.
+
+B rows, P prompt length (padded), N new tokens, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from jaxlm import models
+from jaxlm.models import ModelConfig, Run
+
+PROMPT_MULTIPLE = 64  # prompts are padded to a multiple of this, so that few lengths mean few compilations
+
+
+@struct.dataclass
+class Sampling:
+  """How the next token is drawn, one value a row. None leaves the step out; temperature 0 is greedy."""
+
+  temperature_B: Any = 1.0
+  top_k_B: Any = None  # only the k likeliest tokens
+  top_p_B: Any = None  # only the likeliest tokens that together reach this probability
+
+
+@struct.dataclass
+class Rollout:
+  """What was generated. Entries at or past `lengths_B` are padding."""
+
+  tokens_BN: Int[Array, 'B N']
+  lengths_B: Int[Array, ' B']  # new tokens of each row, the stop id included
+  logp_BN: Float[Array, 'B N']  # at the temperature, before truncation: what training compares with
+  sampled_logp_BN: Float[Array, 'B N']  # after truncation: what was really drawn from
+  stopped_B: Any  # whether the row ended by a stop id rather than for want of room
+
+
+def truncate(logits_BV: Float[Array, 'B V'], sampling: Sampling) -> Float[Array, 'B V']:
+  """Logits with what top-k and top-p (Holtzman et al. 2019, arXiv:1904.09751) leave out set to -inf.
+
+  The token that crosses `top_p` is kept, so at least one always is.
+  """
+  if sampling.top_k_B is None and sampling.top_p_B is None:
+    return logits_BV
+  ordered_BV = jnp.sort(logits_BV, axis=-1, descending=True)
+  floor_B1 = ordered_BV[:, -1:]
+  if sampling.top_k_B is not None:
+    k_B = jnp.clip(jnp.broadcast_to(sampling.top_k_B, logits_BV.shape[:1]), 1, logits_BV.shape[1])
+    floor_B1 = jnp.take_along_axis(ordered_BV, k_B[:, None] - 1, axis=-1)
+  if sampling.top_p_B is not None:
+    p_B1 = jnp.broadcast_to(jnp.asarray(sampling.top_p_B, jnp.float32), logits_BV.shape[:1])[:, None]
+    probs_BV = jax.nn.softmax(jnp.where(ordered_BV >= floor_B1, ordered_BV, -jnp.inf), axis=-1)
+    before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV
+    kept_BV = (before_BV < p_B1).at[:, 0].set(True)
+    floor_B1 = jnp.min(jnp.where(kept_BV, ordered_BV, jnp.inf), axis=-1, keepdims=True)
+  return jnp.where(logits_BV >= floor_B1, logits_BV, -jnp.inf)
+
+
+def draw(
+  logits_BV: Float[Array, 'B V'], sampling: Sampling, keys_B: Array
+) -> tuple[Int[Array, ' B'], Float[Array, ' B'], Float[Array, ' B']]:
+  """`(token_B, logp_B, sampled_logp_B)`: one token a row, drawn with the row's own key."""
+  temperature_B1 = jnp.broadcast_to(jnp.asarray(sampling.temperature_B, jnp.float32), logits_BV.shape[:1])[:, None]
+  greedy_B1 = temperature_B1 <= 0
+  scaled_BV = logits_BV / jnp.where(greedy_B1, 1.0, temperature_B1)
+  cut_BV = truncate(scaled_BV, sampling)
+  drawn_B = jax.vmap(jax.random.categorical)(keys_B, cut_BV)
+  token_B = jnp.where(greedy_B1[:, 0], jnp.argmax(logits_BV, axis=-1), drawn_B).astype(jnp.int32)
+  pick = lambda x_BV: jnp.take_along_axis(jax.nn.log_softmax(x_BV, axis=-1), token_B[:, None], axis=-1)[:, 0]
+  return token_B, pick(scaled_BV), jnp.where(greedy_B1[:, 0], 0.0, pick(cut_BV))
+
+
+def prefill(
+  cfg: ModelConfig,
+  params: Any,
+  prompts_BP: Int[Array, 'B P'],
+  lengths_B: Int[Array, ' B'],
+  *,
+  slots: int,
+  run: Run = Run(),
+) -> tuple[Float[Array, 'B V'], Any]:
+  """Logits after each row's last prompt token, and a cache of `slots` positions; prompts are padded on the right."""
+  cache = models.init_cache(cfg, prompts_BP.shape[0], slots, run.dtype)
+  if isinstance(params['layers'], tuple):
+    cache = models.unstack(cache, cfg.n_layers)
+  positions_BP = jnp.broadcast_to(jnp.arange(prompts_BP.shape[1], dtype=jnp.int32), prompts_BP.shape)
+  out = models.hidden(cfg, params, prompts_BP, run=run, positions_BT=positions_BP, cache=cache)
+  last_B1D = jnp.take_along_axis(out.x_BTD, (lengths_B - 1)[:, None, None], axis=1)
+  return models.unembed(cfg, params, last_B1D)[:, 0], out.cache
+
+
+def decode(
+  cfg: ModelConfig, params: Any, token_B: Int[Array, ' B'], position_B: Int[Array, ' B'], cache: Any, *, run: Run = Run()
+) -> tuple[Float[Array, 'B V'], Any]:
+  """Logits after one more token in each row, at its own position, and the cache with it."""
+  out = models.hidden(cfg, params, token_B[:, None], run=run, positions_BT=position_B[:, None], cache=cache)
+  return models.unembed(cfg, params, out.x_BTD)[:, 0], out.cache
+
+
+def generate(
+  cfg: ModelConfig,
+  params: Any,
+  prompts: Sequence[Sequence[int]],
+  key: Array,
+  *,
+  max_new_tokens: int,
+  sampling: Sampling = Sampling(),
+  stop_ids: Sequence[int] = (),
+  run: Run = Run(),
+) -> Rollout:
+  """Continues every prompt (non-empty token ids, of any lengths) until a stop id or `max_new_tokens`.
+
+  A row's tokens depend on its prompt, its place in the batch and `key`, not on the other rows' prompts.
+  Raises ValueError for an empty prompt, or when a model of learned positions would run past its last.
+  """
+  lengths = np.array([len(p) for p in prompts], np.int32)
+  if not len(lengths) or not lengths.min():
+    raise ValueError('every prompt needs at least one token (the BOS)')
+  if cfg.positions == 'learned' and lengths.max() + max_new_tokens > cfg.max_seq_len:
+    raise ValueError(f'{lengths.max()} + {max_new_tokens} tokens exceed the model\'s {cfg.max_seq_len} positions')
+  width = -(-int(lengths.max()) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+  if cfg.positions == 'learned':
+    width = min(width, cfg.max_seq_len)
+  padded = np.zeros((len(prompts), width), np.int32)
+  for row, prompt in zip(padded, prompts, strict=True):
+    row[: len(prompt)] = prompt
+  stop = jnp.asarray(list(stop_ids), jnp.int32)
+  return _generate(cfg, run, max_new_tokens, params, jnp.asarray(padded), jnp.asarray(lengths), sampling, stop, key)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _generate(
+  cfg: ModelConfig, run: Run, new: int, params: Any, prompts_BP: Array, lengths_B: Array, sampling: Any, stop: Any, key: Any
+) -> Rollout:
+  B, P = prompts_BP.shape
+  params = {**params, 'layers': models.unstack(params['layers'], cfg.n_layers)}  # half the time of a scanned step
+  logits_BV, cache = prefill(cfg, params, prompts_BP, lengths_B, slots=P + new, run=run)
+  row_keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(B))
+  empty = Rollout(
+    jnp.zeros((B, new), jnp.int32),
+    jnp.zeros(B, jnp.int32),
+    jnp.zeros((B, new)),
+    jnp.zeros((B, new)),
+    jnp.zeros(B, bool),
+  )
+
+  def body(carry: tuple) -> tuple:
+    n, logits_BV, cache, out = carry
+    live_B = ~out.stopped_B
+    token_B, *logps = draw(logits_BV, sampling, jax.vmap(partial(jax.random.fold_in, data=n))(row_keys))
+    put = lambda x_BN, x_B: x_BN.at[:, n].set(jnp.where(live_B, x_B, 0))
+    out = Rollout(
+      put(out.tokens_BN, token_B),
+      out.lengths_B + live_B,
+      put(out.logp_BN, logps[0]),
+      put(out.sampled_logp_BN, logps[1]),
+      out.stopped_B | jnp.isin(token_B, stop),
+    )
+    logits_BV, cache = decode(cfg, params, token_B, lengths_B + n, cache, run=run)
+    return n + 1, logits_BV, cache, out
+
+  unfinished = lambda carry: (carry[0] < new) & ~jnp.all(carry[3].stopped_B)
+  return jax.lax.while_loop(unfinished, body, (jnp.int32(0), logits_BV, cache, empty))[3]

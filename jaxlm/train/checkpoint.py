@@ -1,0 +1,148 @@
+"""Checkpoints: Orbax writes the arrays, a digest of every file acknowledges the save.
+
+`checkpoints/00000100/` holds what Orbax wrote, `meta.json`, and last of all `digest.json`: a folder without it was
+interrupted and does not count. Nothing is renamed or locked by us, so the same holds on an object store.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+from etils import epath
+
+from jaxlm import tree
+from jaxlm.errors import InputError
+
+DIGEST, META = 'digest.json', 'meta.json'
+
+
+class Checkpoints:
+  """The checkpoints of one run, written by one process at a time in the background."""
+
+  def __init__(self, directory: Any, *, keep: int = 3):
+    """`keep`: how many of the newest steps stay; the file system is not touched before the first call."""
+    self.directory = epath.Path(directory)
+    self.keep = keep
+    self._pending: Future | None = None
+    self._worker = ThreadPoolExecutor(1, 'checkpoint')
+
+  def steps(self) -> list[int]:
+    """The acknowledged steps, oldest first."""
+    if not self.directory.exists():
+      return []
+    named = [p for p in self.directory.iterdir() if p.name.isdigit()]
+    return sorted(int(p.name) for p in named if (p / DIGEST).exists())
+
+  def path(self, step: int) -> epath.Path:
+    """The folder of a step."""
+    return self.directory / f'{step:08d}'
+
+  def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
+    """Starts saving and returns once the arrays are copied, so the caller may donate them; one save runs at a time.
+
+    Raises what the save before it failed with, if it did.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    self.wait()
+    self._clear_unfinished()
+    response = ocp.save_async(self.path(step), jax.tree.map(_storable, state))
+    self._pending = self._worker.submit(self._finish, response, step, {**meta, 'step': step})
+
+  def wait(self) -> None:
+    """Blocks until the running save is acknowledged; raises what it failed with."""
+    pending, self._pending = self._pending, None
+    if pending is not None:
+      pending.result()
+
+  def close(self) -> None:
+    """`wait`, then lets the background thread go."""
+    try:
+      self.wait()
+    finally:
+      self._worker.shutdown()
+
+  def meta(self, step: int) -> dict[str, Any]:
+    """What was saved beside the arrays: the step, the resolved config, the tokenizer's digest."""
+    return json.loads((self.path(step) / META).read_text())
+
+  def restore(self, step: int, abstract: Any) -> Any:
+    """The state of a step, laid out as `abstract` says (arrays or ShapeDtypeStructs, with shardings).
+
+    Raises InputError when a file of the step is damaged or missing, or a leaf is not the one the checkpoint has.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    path = self.path(step)
+    damaged = verify(path)
+    if damaged:
+      raise InputError(f'{path}: damaged: {"; ".join(damaged)}')
+    stored = jax.tree.map(_storable_abstract, abstract)
+    _check_shapes(path, ocp.metadata(path).metadata, stored)
+    loaded = ocp.load(path, stored)
+    return jax.tree.map(lambda x, like: jax.random.wrap_key_data(x) if _is_key(like) else x, loaded, abstract)
+
+  def _finish(self, response: Any, step: int, meta: dict[str, Any]) -> None:
+    response.result()
+    path = self.path(step)
+    (path / META).write_text(json.dumps(meta, indent=1))
+    (path / DIGEST).write_text(json.dumps(_digests(path), indent=1))
+    for old in self.steps()[: -self.keep]:
+      (self.path(old) / DIGEST).unlink()  # first: what is half deleted no longer counts
+      self.path(old).rmtree()
+
+  def _clear_unfinished(self) -> None:
+    """Removes what interrupted saves left behind."""
+    for path in self.directory.iterdir() if self.directory.exists() else ():
+      if path.is_dir() and not (path / DIGEST).exists():
+        path.rmtree()
+
+
+def verify(path: epath.Path) -> list[str]:
+  """What is wrong with an acknowledged step: one line for each damaged, missing or foreign file; empty when whole."""
+  try:
+    expected = json.loads((path / DIGEST).read_text())
+  except (OSError, ValueError) as e:
+    return [f'{DIGEST}: {type(e).__name__}']
+  found = _digests(path)
+  lines = [f'{name} is missing' for name in expected if name not in found]
+  lines += [f'{name} does not belong to it' for name in found if name not in expected]
+  return lines + [f'{name} has changed' for name in expected if name in found and expected[name] != found[name]]
+
+
+def _digests(path: epath.Path) -> dict[str, str]:
+  """sha256 of every file below the folder but the digest file itself."""
+  names, folders = {}, [path]
+  while folders:
+    for entry in folders.pop().iterdir():
+      if entry.is_dir():
+        folders.append(entry)
+      elif entry.name != DIGEST:
+        with entry.open('rb') as f:
+          names[str(entry.relative_to(path))] = hashlib.file_digest(f, 'sha256').hexdigest()  # pyright: ignore
+  return dict(sorted(names.items()))
+
+
+def _is_key(x: Any) -> bool:
+  return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _storable(x: Any) -> Any:
+  return jax.random.key_data(x) if _is_key(x) else x
+
+
+def _storable_abstract(x: Any) -> jax.ShapeDtypeStruct:
+  raw = jax.eval_shape(jax.random.key_data, x) if _is_key(x) else x
+  return jax.ShapeDtypeStruct(raw.shape, raw.dtype, sharding=x.sharding)
+
+
+def _check_shapes(path: epath.Path, saved: Any, wanted: Any) -> None:
+  there = {name: tuple(x.shape) for name, x in tree.items(saved)}
+  here = {name: tuple(x.shape) for name, x in tree.items(wanted)}
+  for name in sorted(there.keys() | here.keys()):
+    if there.get(name) != here.get(name):
+      shown = [f'{where.get(name, "absent")}' for where in (there, here)]
+      raise InputError(f'{path}: {name} is {shown[0]} in the checkpoint and {shown[1]} in this config')
