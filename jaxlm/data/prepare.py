@@ -1,0 +1,384 @@
+"""Text to tokens on disk: a TFDS data set in array_record, an index of offsets beside it, and random access to both.
+
+A prepared folder holds `records/` (the data set: at most 4096 tokens a record), `SPLIT.offsets.npy` and
+`SPLIT.begins.npy`, `tokenizer.json`, and `prepared.json`, written last: without it the folder does not count.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import time
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from jaxlm.data import sources
+from jaxlm.data import tokenizer as tokenizers
+from jaxlm.data.sources import Document
+from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.errors import InputError
+
+VERSION = 1  # of the layout; raise it when a folder prepared before can't be read any more
+SPLITS = ('train', 'validation')
+RECORD_TOKENS = 4096  # what reading one token costs at most
+RECORDS_PER_FILE = 1 << 16
+PIECE_CHARS = 1 << 18  # at most 1 MB of UTF-8: the tokenizer takes 160 times a text's size in memory
+GROUP_CHARS = 1 << 20
+MOST_SOURCES = 1000  # sources counted by name; one URL a document would fill the memory
+MARKER = 'prepared.json'
+
+Progress = Callable[[int, int], None]
+
+
+@dataclasses.dataclass
+class Count:
+  """Documents kept, tokens stored for them (BOS and EOS included), bytes of their text in UTF-8."""
+
+  documents: int = 0
+  tokens: int = 0
+  bytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+  """What a prepared folder holds; `prepared.json` is this."""
+
+  version: int
+  digest: str  # of the tokenizer
+  vocab_size: int
+  dtype: str
+  splits: dict[str, Count]
+  sources: dict[str, dict[str, Count]]  # by split and source; past 1000 sources the rest is 'other'
+  dropped: dict[str, int]  # documents left out: 'duplicate' of an earlier one, 'empty'
+  inputs: dict[str, Any]  # options and the input files' sizes and times: what makes preparing again unnecessary
+
+
+def prepare(specs: Sequence[str], tokenizer: Tokenizer, out: epath.PathLike, *, val_fraction: float = 0.05,
+            on_progress: Progress | None = None) -> Summary:
+  """Tokenize the documents of `specs` (see `sources.documents`) into the folder `out`; returns what is in there.
+
+  Each document becomes BOS + tokens + EOS (a tokenizer without BOS: EOS at both ends). It goes to 'validation' or
+  'train' by the hash of its text alone, so adding documents moves none; exact duplicates and empty ones are dropped.
+  With few documents 'validation' may stay empty. A folder that was finished with the same files (size and time),
+  tokenizer and options is left as it is; anything else is started over. `on_progress(done, total)` gets bytes of the
+  input files. Raises InputError as `sources.documents` does, or if every document falls into validation.
+  """
+  if not 0 <= val_fraction < 1:
+    raise InputError(f'prepare: val_fraction must be at least 0 and below 1, not {val_fraction}')
+  out, paths = epath.Path(out), sources.files(specs)
+  inputs = _inputs(paths, val_fraction)
+  found = _read_summary(out)
+  if found and (found.version, found.digest, found.inputs) == (VERSION, tokenizer.digest, inputs):
+    return found
+  _clear(out)
+  writer = _Writer(out / 'records', np.dtype('<u2' if tokenizer.vocab_size <= 1 << 16 else '<u4'))
+  choice = _Choice(val_fraction)
+  kept = choice.kept(_reported(paths, on_progress))
+  for group in _grouped(_pieces(kept)):
+    writer.add(group, _tokens(group, tokenizer))
+  if not writer.counts['train'].documents:
+    raise _nothing_to_train_on(specs, writer)
+  writer.finish(out)
+  tokenizer.save(out / 'tokenizer.json')
+  summary = Summary(VERSION, tokenizer.digest, tokenizer.vocab_size, writer.dtype.name, writer.counts, writer.sources,
+                    choice.dropped, inputs)
+  (out / MARKER).write_text(json.dumps(dataclasses.asdict(summary), indent=2, ensure_ascii=False))
+  return summary
+
+
+def load(path: epath.PathLike) -> 'Prepared':
+  """Open a prepared folder. Raises InputError if it is none, was not finished, or holds another tokenizer's ids."""
+  path = epath.Path(path)
+  summary = _read_summary(path)
+  if summary is None:
+    started = (path / 'records').exists()
+    raise InputError(f'{path}: ' + ('its preparation was interrupted: run `jaxlm prepare` again' if started
+                                    else 'no prepared data here: run `jaxlm prepare` first'))
+  if summary.version != VERSION:
+    raise InputError(f'{path}: prepared in layout {summary.version}, this is {VERSION}: run `jaxlm prepare` again')
+  tokenizer = tokenizers.load(path / 'tokenizer.json')
+  if tokenizer.digest != summary.digest:
+    raise InputError(f'{path}: its tokenizer.json ({tokenizer.digest[:12]}) is not the one that it was prepared with '
+                     f'({summary.digest[:12]}): run `jaxlm prepare` again')
+  return Prepared(path, summary, tokenizer)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """A prepared folder, opened: its tokenizer, its counts, its splits."""
+
+  path: epath.Path
+  summary: Summary
+  tokenizer: Tokenizer
+
+  def split(self, name: str) -> 'Tokens':
+    """The token stream of 'train' or 'validation'. Raises InputError for another name."""
+    if name not in self.summary.splits:
+      raise InputError(f'{self.path}: no split {name!r}: it has {", ".join(self.summary.splits)}')
+    return Tokens(self.path, name, self.summary)
+
+  def texts(self, name: str) -> Iterator[str]:
+    """The split's documents as text, in their order, decoded from the tokens (exact with a byte-level tokenizer)."""
+    tokens = self.split(name)
+    for start, stop in itertools.pairwise(tokens.document_starts()):
+      yield self.tokenizer.decode(tokens.read(start, stop)[0].tolist())
+
+  def document_bytes(self, name: str) -> bytes:
+    """All text of a split in UTF-8, documents joined with nothing between: what compressors are measured on."""
+    return b''.join(text.encode() for text in self.texts(name))
+
+
+class Tokens:
+  """The tokens of a split as one long sequence, read by position; nothing is held but the memory-mapped index."""
+
+  def __init__(self, path: epath.Path, split: str, summary: Summary):
+    self._path, self._split = path, split
+    self._dtype = np.dtype(summary.dtype).newbyteorder('<')
+    self._offsets: np.ndarray = np.load(os.fspath(path / f'{split}.offsets.npy'), mmap_mode='r')
+    self._begins: np.ndarray = np.load(os.fspath(path / f'{split}.begins.npy'), mmap_mode='r')
+    count = summary.splits[split]
+    self.bytes = count.bytes
+    if len(self) != count.tokens or len(self._begins) + 1 != len(self._offsets):
+      raise InputError(f'{path}: the index of split {split!r} does not fit {MARKER}: run `jaxlm prepare` again')
+
+  def __len__(self) -> int:
+    return int(self._offsets[-1])
+
+  def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens int32, begins bool) at [start, stop), cut at the end; `begins` marks the first token of a document."""
+    start, stop = max(start, 0), min(stop, len(self))
+    if start >= stop:
+      return np.zeros(0, np.int32), np.zeros(0, np.bool_)
+    first = int(np.searchsorted(self._offsets, start, 'right')) - 1
+    last = int(np.searchsorted(self._offsets, stop, 'left'))
+    offsets = np.asarray(self._offsets[first : last + 1])
+    tokens = np.concatenate([self._record(i, n) for i, n in enumerate(np.diff(offsets), first)])
+    begins = np.zeros(len(tokens), np.bool_)
+    begins[offsets[:-1] - offsets[0]] = self._begins[first:last]
+    window = slice(start - offsets[0], stop - offsets[0])
+    return tokens[window].astype(np.int32), begins[window]
+
+  def document_starts(self) -> np.ndarray:
+    """int64 [documents + 1]: where each document begins, and the length of the stream."""
+    return np.append(self._offsets[:-1][self._begins], len(self))
+
+  @cached_property
+  def _records(self) -> Any:
+    import tensorflow_datasets as tfds
+
+    builder: Any = tfds.builder_from_directory(self._path / 'records')
+    return builder.as_data_source(split=self._split)
+
+  def _record(self, index: int, length: int) -> np.ndarray:
+    tokens = np.frombuffer(self._records[index]['tokens'], self._dtype)
+    if len(tokens) != length:
+      raise InputError(f'{self._path}: record {index} of {self._split!r} holds {len(tokens)} tokens, not {length}:'
+                       ' the folder is damaged: run `jaxlm prepare` again')
+    return tokens
+
+
+def split_of(digest: bytes, val_fraction: float) -> str:
+  """'train' or 'validation' from the sha256 of a text; a larger fraction only adds to validation."""
+  return 'validation' if int.from_bytes(digest[:8], 'big') < val_fraction * 2**64 else 'train'
+
+
+def features() -> Any:
+  """The TFDS features of a record; tokens are raw little-endian integers: lists of varints are slow to parse."""
+  import tensorflow_datasets as tfds
+
+  raw = tfds.features.Tensor(shape=(), dtype=np.bytes_)
+  return tfds.features.FeaturesDict({'tokens': raw, 'document': np.int64, 'source': tfds.features.Text()})
+
+
+class _Kept(NamedTuple):
+  split: str
+  number: int
+  document: Document
+
+
+class _Piece(NamedTuple):
+  kept: _Kept
+  text: str
+  first: bool
+  last: bool
+
+
+class _Choice:
+  """Which documents are kept, and in which split."""
+
+  def __init__(self, val_fraction: float):
+    self.val_fraction = val_fraction
+    self.dropped = {'duplicate': 0, 'empty': 0}
+
+  def kept(self, documents: Iterable[Document]) -> Iterator[_Kept]:
+    seen: set[bytes] = set()
+    for document in documents:
+      digest = hashlib.sha256(document.text.encode()).digest()
+      if not document.text.strip():
+        self.dropped['empty'] += 1
+      elif digest[:16] in seen:
+        self.dropped['duplicate'] += 1
+      else:
+        yield _Kept(split_of(digest, self.val_fraction), len(seen), document)
+        seen.add(digest[:16])
+
+
+class _Writer:
+  """Appends records to the TFDS data set, and keeps what the index and the summary need.
+
+  TFDS's SequentialWriter, since its builders hold a whole split in memory and, past 1 GB of it, need TensorFlow.
+  """
+
+  def __init__(self, folder: epath.Path, dtype: np.dtype):
+    import tensorflow_datasets as tfds
+
+    self.dtype = dtype
+    self.counts = {split: Count() for split in SPLITS}
+    self.sources: dict[str, dict[str, Count]] = {split: {} for split in SPLITS}
+    self._lengths = {split: array('q') for split in SPLITS}
+    self._begins = {split: array('b') for split in SPLITS}
+    folder.mkdir(parents=True, exist_ok=True)
+    identity = tfds.core.DatasetIdentity(name='tokens', version=tfds.core.Version(f'{VERSION}.0.0'),
+                                         data_dir=os.fspath(folder), module_name=__name__)
+    info = tfds.core.DatasetInfo(builder=identity, features=features(), disable_shuffling=True)
+    self._tfds = tfds.core.SequentialWriter(info, RECORDS_PER_FILE, file_format='array_record')
+    self._tfds.initialize_splits(list(SPLITS))
+
+  def add(self, group: list[_Piece], tokens: list[np.ndarray]) -> None:
+    examples: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+    for piece, ids in zip(group, tokens, strict=True):
+      split, number, document = piece.kept
+      size = len(piece.text.encode())
+      for count in (self.counts[split], self._source(split, document.source)):
+        count.documents += piece.first
+        count.tokens += len(ids)
+        count.bytes += size
+      for start in range(0, len(ids), RECORD_TOKENS):
+        part = ids[start : start + RECORD_TOKENS]
+        examples[split].append({'tokens': part.astype(self.dtype).tobytes(), 'document': number,
+                                'source': document.source})
+        self._lengths[split].append(len(part))
+        self._begins[split].append(piece.first and start == 0)
+    self._tfds.add_examples(examples)
+
+  def finish(self, out: epath.Path) -> None:
+    """Close the data set and write the index beside it."""
+    self._tfds.close_all()
+    for split in SPLITS:
+      lengths = np.frombuffer(self._lengths[split], np.int64)
+      begins = np.frombuffer(self._begins[split], np.int8).astype(np.bool_)
+      _save(out / f'{split}.offsets.npy', np.concatenate([[0], np.cumsum(lengths)]).astype('<i8'))
+      _save(out / f'{split}.begins.npy', begins)
+
+  def _source(self, split: str, name: str) -> Count:
+    known = self.sources[split]
+    return known.setdefault(name if name in known or len(known) < MOST_SOURCES else 'other', Count())
+
+
+def _tokens(group: list[_Piece], tokenizer: Tokenizer) -> list[np.ndarray]:
+  """Ids of each piece, with the marks that begin and end a document."""
+  start = [tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id]
+  end = [tokenizer.eos_id]
+  encoded = tokenizer.encode_batch([piece.text for piece in group])
+  return [np.array(start * p.first + ids + end * p.last) for p, ids in zip(group, encoded, strict=True)]
+
+
+def _pieces(kept: Iterable[_Kept]) -> Iterator[_Piece]:
+  for one in kept:
+    text, start = one.document.text, 0
+    while start < len(text):
+      stop = _cut(text, start)
+      yield _Piece(one, text[start:stop], start == 0, stop == len(text))
+      start = stop
+
+
+def _cut(text: str, start: int) -> int:
+  """Where the piece from `start` on ends: after a line break if there is one, else before a space, else anywhere."""
+  stop = start + PIECE_CHARS
+  if stop >= len(text):
+    return len(text)
+  line = text.rfind('\n', start, stop) + 1
+  return line or max(text.rfind(' ', start + 1, stop), 0) or stop
+
+
+def _grouped(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+  """Lists of pieces of about a million characters in all, enough to keep every core of the tokenizer busy."""
+  group: list[_Piece] = []
+  size = 0
+  for piece in pieces:
+    group.append(piece)
+    size += len(piece.text)
+    if size >= GROUP_CHARS:
+      yield group
+      group, size = [], 0
+  if group:
+    yield group
+
+
+def _reported(paths: list[epath.Path], on_progress: Progress | None) -> Iterator[Document]:
+  """The documents of the files, telling `on_progress` how many of their bytes were read."""
+  sizes = [path.stat().length for path in paths]
+  total, before = sum(sizes), 0
+  for path, size in zip(paths, sizes, strict=True):
+    inside = 0
+    for document in sources.read(path):
+      yield document
+      inside = min(inside + len(document.text.encode()), size)  # JSON's own bytes are made up for at the file's end
+      if on_progress:
+        on_progress(before + inside, total)
+    before += size
+  if on_progress:
+    on_progress(total, total)
+
+
+def _inputs(paths: list[epath.Path], val_fraction: float) -> dict[str, Any]:
+  now = int(time.time())
+  listed: list[list[Any]] = []
+  for path in paths:
+    stat = path.stat()
+    # Times are whole seconds: a file of this very second may still change unseen, so it never counts as unchanged.
+    listed.append([os.fspath(path), stat.length, stat.mtime if stat.mtime < now else f'after {time.time()}'])
+  return {'val_fraction': val_fraction, 'record_tokens': RECORD_TOKENS, 'files': listed}
+
+
+def _read_summary(path: epath.Path) -> Summary | None:
+  """What `prepared.json` says; None if it is missing or was cut short."""
+  if not (path / MARKER).exists():
+    return None
+  try:
+    raw = json.loads((path / MARKER).read_text())
+    splits = {split: Count(**count) for split, count in raw.pop('splits').items()}
+    named = {split: {n: Count(**c) for n, c in counts.items()} for split, counts in raw.pop('sources').items()}
+    return Summary(splits=splits, sources=named, **raw)
+  except (ValueError, KeyError, TypeError, AttributeError):
+    return None
+
+
+def _clear(out: epath.Path) -> None:
+  """Remove what an earlier preparation left, the marker first, and nothing that is not ours."""
+  names = [MARKER, *(f'{split}.{kind}.npy' for split in SPLITS for kind in ('offsets', 'begins'))]
+  old = [out / name for name in names]
+  if (out / 'records').exists():
+    old += [path for pattern in ('tokens-*', 'dataset_info.json', 'features.json')
+            for path in (out / 'records').glob(pattern)]
+  for path in old:
+    path.unlink(missing_ok=True)
+
+
+def _save(path: epath.Path, values: np.ndarray) -> None:
+  with path.open('wb') as file:
+    np.save(file, values, allow_pickle=False)
+
+
+def _nothing_to_train_on(specs: Sequence[str], writer: _Writer) -> InputError:
+  held_out = writer.counts['validation'].documents
+  if not held_out:
+    return sources.no_text(specs)
+  return InputError(f'{" ".join(specs)}: all {held_out} documents fall into validation, none is left to train on: '
+                    'give more documents, or a smaller val_fraction')
