@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from jaxlm.data.prepare import Tokens
+from jaxlm.data.prepared import Tokens
 from jaxlm.data.tokenizer import Tokenizer
 
 Row = dict[str, np.ndarray]

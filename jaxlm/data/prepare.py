@@ -1,4 +1,4 @@
-"""Text to tokens on disk: a TFDS data set in array_record, an index of offsets beside it, and random access to both.
+"""Text to tokens on disk: a TFDS data set in array_record, with an index of offsets beside it.
 
 A prepared folder holds `records/` (the data set: at most 4096 tokens a record), `SPLIT.offsets.npy` and
 `SPLIT.begins.npy`, `tokenizer.json`, and `prepared.json`, written last: without it the folder does not count.
@@ -6,57 +6,32 @@ A prepared folder holds `records/` (the data set: at most 4096 tokens a record),
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import os
 import time
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
 from jaxlm.data import sources
-from jaxlm.data import tokenizer as tokenizers
+from jaxlm.data.prepared import MARKER, VERSION, Count, Summary, read_summary
+from jaxlm.data.prepared import load as load
 from jaxlm.data.sources import Document
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import InputError
 
-VERSION = 1  # of the layout; raise it when a folder prepared before can't be read any more
 SPLITS = ('train', 'validation')
 RECORD_TOKENS = 4096  # what reading one token costs at most
 RECORDS_PER_FILE = 1 << 16
 PIECE_CHARS = 1 << 18  # at most 1 MB of UTF-8: the tokenizer takes 160 times a text's size in memory
 GROUP_CHARS = 1 << 20
 MOST_SOURCES = 1000  # sources counted by name; one URL a document would fill the memory
-MARKER = 'prepared.json'
 
 Progress = Callable[[int, int], None]
-
-
-@dataclasses.dataclass
-class Count:
-  """Documents kept, tokens stored for them (BOS and EOS included), bytes of their text in UTF-8."""
-
-  documents: int = 0
-  tokens: int = 0
-  bytes: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Summary:
-  """What a prepared folder holds; `prepared.json` is this."""
-
-  version: int
-  digest: str  # of the tokenizer
-  vocab_size: int
-  dtype: str
-  splits: dict[str, Count]
-  sources: dict[str, dict[str, Count]]  # by split and source; past 1000 sources the rest is 'other'
-  dropped: dict[str, int]  # documents left out: 'duplicate' of an earlier one, 'empty'
-  inputs: dict[str, Any]  # options and the input files' sizes and times: what makes preparing again unnecessary
 
 
 def prepare(specs: Sequence[str], tokenizer: Tokenizer, out: epath.PathLike, *, val_fraction: float = 0.05,
@@ -67,120 +42,32 @@ def prepare(specs: Sequence[str], tokenizer: Tokenizer, out: epath.PathLike, *, 
   'train' by the hash of its text alone, so adding documents moves none; exact duplicates and empty ones are dropped.
   With few documents 'validation' may stay empty. A folder that was finished with the same files (size and time),
   tokenizer and options is left as it is; anything else is started over. `on_progress(done, total)` gets bytes of the
-  input files. Raises InputError as `sources.documents` does, or if every document falls into validation.
+  input files. Raises InputError as `sources.documents` does, or if every document falls into validation; a folder
+  that was finished before is then still whole.
   """
   if not 0 <= val_fraction < 1:
     raise InputError(f'prepare: val_fraction must be at least 0 and below 1, not {val_fraction}')
   out, paths = epath.Path(out), sources.files(specs)
   inputs = _inputs(paths, val_fraction)
-  found = _read_summary(out)
+  found = read_summary(out)
   if found and (found.version, found.digest, found.inputs) == (VERSION, tokenizer.digest, inputs):
     return found
+  if found:  # bad input must not cost what is there already
+    splits = Counter(kept.split for kept in _Choice(val_fraction).kept(_reported(paths, None)))
+    _need_training(specs, splits['train'], splits['validation'])
   _clear(out)
   writer = _Writer(out / 'records', np.dtype('<u2' if tokenizer.vocab_size <= 1 << 16 else '<u4'))
   choice = _Choice(val_fraction)
   kept = choice.kept(_reported(paths, on_progress))
   for group in _grouped(_pieces(kept)):
     writer.add(group, _tokens(group, tokenizer))
-  if not writer.counts['train'].documents:
-    raise _nothing_to_train_on(specs, writer)
+  _need_training(specs, writer.counts['train'].documents, writer.counts['validation'].documents)
   writer.finish(out)
   tokenizer.save(out / 'tokenizer.json')
   summary = Summary(VERSION, tokenizer.digest, tokenizer.vocab_size, writer.dtype.name, writer.counts, writer.sources,
                     choice.dropped, inputs)
   (out / MARKER).write_text(json.dumps(dataclasses.asdict(summary), indent=2, ensure_ascii=False))
   return summary
-
-
-def load(path: epath.PathLike) -> 'Prepared':
-  """Open a prepared folder. Raises InputError if it is none, was not finished, or holds another tokenizer's ids."""
-  path = epath.Path(path)
-  summary = _read_summary(path)
-  if summary is None:
-    started = (path / 'records').exists()
-    raise InputError(f'{path}: ' + ('its preparation was interrupted: run `jaxlm prepare` again' if started
-                                    else 'no prepared data here: run `jaxlm prepare` first'))
-  if summary.version != VERSION:
-    raise InputError(f'{path}: prepared in layout {summary.version}, this is {VERSION}: run `jaxlm prepare` again')
-  tokenizer = tokenizers.load(path / 'tokenizer.json')
-  if tokenizer.digest != summary.digest:
-    raise InputError(f'{path}: its tokenizer.json ({tokenizer.digest[:12]}) is not the one that it was prepared with '
-                     f'({summary.digest[:12]}): run `jaxlm prepare` again')
-  return Prepared(path, summary, tokenizer)
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-  """A prepared folder, opened: its tokenizer, its counts, its splits."""
-
-  path: epath.Path
-  summary: Summary
-  tokenizer: Tokenizer
-
-  def split(self, name: str) -> 'Tokens':
-    """The token stream of 'train' or 'validation'. Raises InputError for another name."""
-    if name not in self.summary.splits:
-      raise InputError(f'{self.path}: no split {name!r}: it has {", ".join(self.summary.splits)}')
-    return Tokens(self.path, name, self.summary)
-
-  def texts(self, name: str) -> Iterator[str]:
-    """The split's documents as text, in their order, decoded from the tokens (exact with a byte-level tokenizer)."""
-    tokens = self.split(name)
-    for start, stop in itertools.pairwise(tokens.document_starts()):
-      yield self.tokenizer.decode(tokens.read(start, stop)[0].tolist())
-
-  def document_bytes(self, name: str) -> bytes:
-    """All text of a split in UTF-8, documents joined with nothing between: what compressors are measured on."""
-    return b''.join(text.encode() for text in self.texts(name))
-
-
-class Tokens:
-  """The tokens of a split as one long sequence, read by position; nothing is held but the memory-mapped index."""
-
-  def __init__(self, path: epath.Path, split: str, summary: Summary):
-    self._path, self._split = path, split
-    self._dtype = np.dtype(summary.dtype).newbyteorder('<')
-    self._offsets: np.ndarray = np.load(os.fspath(path / f'{split}.offsets.npy'), mmap_mode='r')
-    self._begins: np.ndarray = np.load(os.fspath(path / f'{split}.begins.npy'), mmap_mode='r')
-    count = summary.splits[split]
-    self.bytes = count.bytes
-    if len(self) != count.tokens or len(self._begins) + 1 != len(self._offsets):
-      raise InputError(f'{path}: the index of split {split!r} does not fit {MARKER}: run `jaxlm prepare` again')
-
-  def __len__(self) -> int:
-    return int(self._offsets[-1])
-
-  def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens int32, begins bool) at [start, stop), cut at the end; `begins` marks the first token of a document."""
-    start, stop = max(start, 0), min(stop, len(self))
-    if start >= stop:
-      return np.zeros(0, np.int32), np.zeros(0, np.bool_)
-    first = int(np.searchsorted(self._offsets, start, 'right')) - 1
-    last = int(np.searchsorted(self._offsets, stop, 'left'))
-    offsets = np.asarray(self._offsets[first : last + 1])
-    tokens = np.concatenate([self._record(i, n) for i, n in enumerate(np.diff(offsets), first)])
-    begins = np.zeros(len(tokens), np.bool_)
-    begins[offsets[:-1] - offsets[0]] = self._begins[first:last]
-    window = slice(start - offsets[0], stop - offsets[0])
-    return tokens[window].astype(np.int32), begins[window]
-
-  def document_starts(self) -> np.ndarray:
-    """int64 [documents + 1]: where each document begins, and the length of the stream."""
-    return np.append(self._offsets[:-1][self._begins], len(self))
-
-  @cached_property
-  def _records(self) -> Any:
-    import tensorflow_datasets as tfds
-
-    builder: Any = tfds.builder_from_directory(self._path / 'records')
-    return builder.as_data_source(split=self._split)
-
-  def _record(self, index: int, length: int) -> np.ndarray:
-    tokens = np.frombuffer(self._records[index]['tokens'], self._dtype)
-    if len(tokens) != length:
-      raise InputError(f'{self._path}: record {index} of {self._split!r} holds {len(tokens)} tokens, not {length}:'
-                       ' the folder is damaged: run `jaxlm prepare` again')
-    return tokens
 
 
 def split_of(digest: bytes, val_fraction: float) -> str:
@@ -347,19 +234,6 @@ def _inputs(paths: list[epath.Path], val_fraction: float) -> dict[str, Any]:
   return {'val_fraction': val_fraction, 'record_tokens': RECORD_TOKENS, 'files': listed}
 
 
-def _read_summary(path: epath.Path) -> Summary | None:
-  """What `prepared.json` says; None if it is missing or was cut short."""
-  if not (path / MARKER).exists():
-    return None
-  try:
-    raw = json.loads((path / MARKER).read_text())
-    splits = {split: Count(**count) for split, count in raw.pop('splits').items()}
-    named = {split: {n: Count(**c) for n, c in counts.items()} for split, counts in raw.pop('sources').items()}
-    return Summary(splits=splits, sources=named, **raw)
-  except (ValueError, KeyError, TypeError, AttributeError):
-    return None
-
-
 def _clear(out: epath.Path) -> None:
   """Remove what an earlier preparation left, the marker first, and nothing that is not ours."""
   names = [MARKER, *(f'{split}.{kind}.npy' for split in SPLITS for kind in ('offsets', 'begins'))]
@@ -376,9 +250,9 @@ def _save(path: epath.Path, values: np.ndarray) -> None:
     np.save(file, values, allow_pickle=False)
 
 
-def _nothing_to_train_on(specs: Sequence[str], writer: _Writer) -> InputError:
-  held_out = writer.counts['validation'].documents
-  if not held_out:
-    return sources.no_text(specs)
-  return InputError(f'{" ".join(specs)}: all {held_out} documents fall into validation, none is left to train on: '
-                    'give more documents, or a smaller val_fraction')
+def _need_training(specs: Sequence[str], train: int, validation: int) -> None:
+  if not train + validation:
+    raise sources.no_text(specs)
+  if not train:
+    raise InputError(f'{" ".join(specs)}: all documents ({validation}) fall into validation, none is left to train '
+                     'on: give more documents, or a smaller val_fraction')
