@@ -55,7 +55,7 @@ def ngram_probs(train: bytes, heldout: bytes, order: int = 5) -> np.ndarray:
 
 
 def _keys(data: bytes, n: int) -> np.ndarray:
-  """uint64 [max(0, len(data) - n + 1)]: each n-gram as a big-endian integer, so that sorting groups them by context."""
+  """uint64 [max(0, len(data) - n + 1)]: n-grams as big-endian integers, so that sorting groups them by context."""
   values = np.frombuffer(data, np.uint8).astype(np.uint64)
   windows = max(0, len(values) - n + 1)
   keys = np.zeros(windows, np.uint64)
