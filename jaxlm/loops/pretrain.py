@@ -11,10 +11,11 @@ import numpy as np
 from etils import epath
 
 from jaxlm import config as configs
-from jaxlm import program, sample, sharding, tree
+from jaxlm import models, program, sample, sharding, tree
 from jaxlm.config import Pretrain
 from jaxlm.data import batches as data_batches
 from jaxlm.data import packing, prepare
+from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import InputError
 from jaxlm.loops import train
@@ -173,6 +174,23 @@ def complete(
   return [tokenizer.decode(row[:n].tolist()) for row, n in zip(tokens_BN, lengths_B, strict=True)]
 
 
+def continue_texts(run: Any, prompts: Any, seed: int, *, new: int, sampling: sample.Sampling) -> list[str]:
+  """What the newest checkpoint of a run writes after each prompt. Raises InputError if the run has none."""
+  run = epath.Path(run)
+  checkpoints = checkpoint.Checkpoints(run / 'checkpoints')
+  steps = checkpoints.steps()
+  if not steps:
+    raise InputError(f'{run}: holds no finished checkpoint; train one with `jaxlm pretrain ... --run {run}`')
+  config = configs.from_json(Pretrain, (run / 'config.json').read_text())
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  like = jax.eval_shape(lambda: models.init(config.model, jax.random.key(0)))
+  like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
+  params = checkpoints.restore(steps[-1], {'params': like}, partial=True)['params']
+  vocabulary = tokenizers.load(run / 'tokenizer.json')
+  key = jax.random.key(seed)
+  return complete(config, params, vocabulary, prompts, key, new=new, run=models.Run(), sampling=sampling)
+
+
 def _logger(config: Pretrain, built: Any, mesh: Any, writer: Any, on_step: OnStep) -> OnStep:
   """Turns a step's metrics into a row: names of the ecosystem, throughput, utilisation."""
   tokens = config.data.global_batch * config.data.seq_len
@@ -183,7 +201,7 @@ def _logger(config: Pretrain, built: Any, mesh: Any, writer: Any, on_step: OnSte
     seconds = values.pop('step_time')
     wait = values.pop('data_wait')
     row = {f'train/{k}': v for k, v in values.items()}
-    row['train/lr'] = float(built.schedule(step - 1 - values['skipped']))
+    row['train/lr'] = float(built.schedule(max(0, step - 1 - values['skipped'])))
     row |= {'perf/tokens_per_s': tokens / seconds, 'perf/data_wait': wait / seconds, 'perf/step_s': seconds}
     if peak:
       row['perf/mfu'] = flops / seconds / peak

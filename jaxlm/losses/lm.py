@@ -27,10 +27,17 @@ def next_token(
 
   In nats; the weight is the number of targets. The z term keeps the normaliser near 1 (PaLM, arXiv:2204.02311).
   """
+  logp_BT, lse_BT = from_logits(logits_BTV, targets_BT)
+  return masked.total(z_loss * lse_BT**2 - logp_BT, mask_BT)
+
+
+def from_logits(
+  logits_BTV: Float[Array, 'B T V'], targets_BT: Int[Array, 'B T']
+) -> tuple[Float[Array, 'B T'], Float[Array, 'B T']]:
+  """`(logp_BT, lse_BT)` of the targets under softmax(logits), float32."""
   logits_BTV = logits_BTV.astype(jnp.float32)
   lse_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-  picked_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-  return masked.total(lse_BT - picked_BT + z_loss * lse_BT**2, mask_BT)
+  return jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0] - lse_BT, lse_BT
 
 
 def next_token_chunked(

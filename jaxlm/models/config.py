@@ -15,7 +15,7 @@ VOCAB_MULTIPLE = 128  # the vocabulary in memory: whole tiles for the matmul uni
 class ModelConfig:
   """The architecture of a decoder-only transformer. The defaults are Llama's kind."""
 
-  vocab_size: int = 4096
+  vocab_size: int = 0
   d_model: int = 256
   n_layers: int = 4
   n_heads: int = 4

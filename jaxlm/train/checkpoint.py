@@ -69,9 +69,10 @@ class Checkpoints:
     """What was saved beside the arrays: the step, the resolved config, the tokenizer's digest."""
     return json.loads((self.path(step) / META).read_text())
 
-  def restore(self, step: int, abstract: Any) -> Any:
+  def restore(self, step: int, abstract: Any, *, partial: bool = False) -> Any:
     """The state of a step, laid out as `abstract` says (arrays or ShapeDtypeStructs, with shardings).
 
+    `partial` reads only the leaves that `abstract` names: `{'params': ...}` leaves the optimizer's moments on disk.
     Raises InputError when a file of the step is damaged or missing, or a leaf is not the one the checkpoint has.
     """
     from orbax.checkpoint import v1 as ocp
@@ -81,8 +82,11 @@ class Checkpoints:
     if damaged:
       raise InputError(f'{path}: damaged: {"; ".join(damaged)}')
     stored = jax.tree.map(_storable_abstract, abstract)
-    _check_shapes(path, ocp.metadata(path).metadata, stored)
-    loaded = ocp.load(path, stored)
+    _check_shapes(path, ocp.metadata(path).metadata, stored, partial)
+    context = ocp.Context()
+    context.pytree.loading.partial_load = partial
+    with context:
+      loaded = ocp.load(path, stored)
     return jax.tree.map(lambda x, like: jax.random.wrap_key_data(x) if _is_key(like) else x, loaded, abstract)
 
   def _finish(self, response: Any, step: int, meta: dict[str, Any]) -> None:
@@ -139,10 +143,10 @@ def _storable_abstract(x: Any) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(raw.shape, raw.dtype, sharding=x.sharding)
 
 
-def _check_shapes(path: epath.Path, saved: Any, wanted: Any) -> None:
+def _check_shapes(path: epath.Path, saved: Any, wanted: Any, partial: bool) -> None:
   there = {name: tuple(x.shape) for name, x in tree.items(saved)}
   here = {name: tuple(x.shape) for name, x in tree.items(wanted)}
-  for name in sorted(there.keys() | here.keys()):
+  for name in sorted(here if partial else there.keys() | here.keys()):
     if there.get(name) != here.get(name):
       shown = [f'{where.get(name, "absent")}' for where in (there, here)]
       raise InputError(f'{path}: {name} is {shown[0]} in the checkpoint and {shown[1]} in this config')

@@ -1,0 +1,60 @@
+"""What each verb takes, as frozen dataclasses that tyro turns into flags and help."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import tyro
+from tyro.conf import Positional
+
+
+@dataclasses.dataclass(frozen=True)
+class Quickstart:
+  """From raw text to a model that writes: tokenizer, data, pre-training, samples, report."""
+
+  run: str = 'runs/quickstart'  # where everything goes; run again, it goes on where it stopped
+  short: bool = False  # a minute instead of five: fewer steps, the same path
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+  """Train a byte-level BPE tokenizer."""
+
+  sources: Positional[tuple[str, ...]]  # text and .jsonl files, folders, globs
+  out: str = 'tokenizer.json'
+  vocab_size: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepare:
+  """Turn text into a prepared data set: documents, tokens, a train and a validation split."""
+
+  sources: Positional[tuple[str, ...]]  # text and .jsonl files, folders, globs
+  tokenizer: str
+  out: str
+  val_fraction: float = 0.05  # share of the documents held out, chosen by the hash of their text
+
+
+@dataclasses.dataclass(frozen=True)
+class Generate:
+  """Let a trained run continue a text."""
+
+  run: Positional[str]  # the run's folder
+  prompt: tuple[str, ...] = ('The ',)
+  max_new_tokens: int = 128
+  temperature: float = 0.8  # 0: always the likeliest token
+  top_k: int | None = None
+  top_p: float | None = 0.95
+  seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """Write a run's report.html."""
+
+  run: Positional[str]
+
+
+def parse(cls: Any, args: Sequence[str], verb: str, default: Any = None) -> Any:
+  """Arguments into an instance of `cls`; tyro prints what is wrong with them, the nearest flag, and exits with 2."""
+  return tyro.cli(cls, prog=f'jaxlm {verb}', args=args, default=default)

@@ -1,0 +1,147 @@
+"""The command line: one verb a stage. What is slow to import is imported by the verb that needs it."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from jaxlm.errors import InputError
+
+HELP = """\
+usage: jaxlm VERB ...          `jaxlm VERB --help` explains a verb
+
+  quickstart   from raw text to a model that writes, on this machine, in a few minutes
+  tokenizer    train a tokenizer on text
+  prepare      turn text into a prepared data set
+  pretrain     train a language model: jaxlm pretrain CONFIG.py [--run DIR] [--optim.lr 1e-3 ...]
+  generate     let a trained run continue a text
+  report       write a run's report.html
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs one verb. Returns the exit code: 0, 1 for bad input (one line on stderr), 130 when interrupted."""
+  args = list(sys.argv[1:] if argv is None else argv)
+  if not args or args[0] in ('-h', '--help', 'help'):
+    print(HELP, end='')
+    return 0
+  verb = VERBS.get(args[0])
+  if verb is None:
+    import difflib
+
+    near = difflib.get_close_matches(args[0], VERBS, 1)
+    hint = f'did you mean `jaxlm {near[0]}`?' if near else '`jaxlm --help` lists the verbs'
+    return _fail(f'there is no verb {args[0]!r}; {hint}')
+  try:
+    verb(args[1:])
+  except InputError as e:
+    return _fail(str(e))
+  except KeyboardInterrupt:
+    print('\nstopped; the same command goes on from the last saved step', file=sys.stderr)
+    return 130
+  return 0
+
+
+def _fail(line: str) -> int:
+  print(f'jaxlm: {line}', file=sys.stderr)
+  return 1
+
+
+def devices_line() -> str:
+  """Which devices this process computes on. Raises InputError if that is the CPU while an accelerator lies idle."""
+  import jax
+
+  devices = jax.devices()
+  idle = [p for p in ('/dev/nvidia0', '/dev/accel0', '/dev/vfio/0') if Path(p).exists()]
+  if devices[0].platform == 'cpu' and idle and not os.environ.get('JAX_PLATFORMS'):
+    raise InputError(
+      f'this machine has an accelerator ({idle[0]}) but JAX sees only the CPU: pip install "jaxlm[cuda]" or '
+      '"jaxlm[tpu]", or set JAX_PLATFORMS=cpu to compute on the CPU all the same'
+    )
+  return f'devices: {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), jax {jax.__version__}'
+
+
+def _quickstart(args: Sequence[str]) -> None:
+  from jaxlm import arguments
+
+  options = arguments.parse(arguments.Quickstart, args, 'quickstart')
+  from jaxlm import quickstart
+
+  print(devices_line(), flush=True)
+  quickstart.quickstart(options.run, short=options.short)
+
+
+def _tokenizer(args: Sequence[str]) -> None:
+  from jaxlm import arguments
+
+  options = arguments.parse(arguments.Tokenizer, args, 'tokenizer')
+  from jaxlm.data import sources, tokenizer
+
+  texts = (d.text for d in sources.documents(options.sources))
+  trained = tokenizer.train(texts, options.vocab_size)
+  trained.save(options.out)
+  print(f'{options.out}: {trained.vocab_size} tokens, sha256 {trained.digest[:12]}')
+
+
+def _prepare(args: Sequence[str]) -> None:
+  from jaxlm import arguments
+
+  options = arguments.parse(arguments.Prepare, args, 'prepare')
+  from jaxlm.data import prepare, tokenizer
+
+  loaded = tokenizer.load(options.tokenizer)
+  summary = prepare.prepare(options.sources, loaded, options.out, val_fraction=options.val_fraction)
+  for split, count in summary.splits.items():
+    print(f'{split}: {count.documents:,} documents, {count.tokens:,} tokens, {count.bytes:,} bytes')
+  print('dropped: ' + ', '.join(f'{n} {why}' for why, n in summary.dropped.items()))
+
+
+def _pretrain(args: Sequence[str]) -> None:
+  from jaxlm import arguments, config
+
+  if args and not args[0].startswith('-'):
+    default, args = config.load(args[0]), args[1:]
+  else:
+    default = config.Pretrain()
+  if not isinstance(default, config.Pretrain):
+    raise InputError(f'this config is a {type(default).__name__}, not a Pretrain')
+  options = arguments.parse(config.Pretrain, args, 'pretrain', default)
+  from jaxlm.console import Training
+  from jaxlm.loops import pretrain
+
+  print(devices_line(), flush=True)
+  with Training(options.steps) as shown:
+    pretrain.pretrain(options, say=shown.say, on_step=shown.step)
+
+
+def _generate(args: Sequence[str]) -> None:
+  from jaxlm import arguments
+
+  options = arguments.parse(arguments.Generate, args, 'generate')
+  from jaxlm.loops import pretrain
+  from jaxlm.sample import Sampling
+
+  print(devices_line(), file=sys.stderr, flush=True)
+  sampling = Sampling(options.temperature, options.top_k, options.top_p)
+  texts = pretrain.continue_texts(options.run, options.prompt, options.seed, new=options.max_new_tokens, sampling=sampling)
+  for prompt, text in zip(options.prompt, texts, strict=True):
+    print(prompt + text)
+
+
+def _report(args: Sequence[str]) -> None:
+  from jaxlm import arguments
+
+  options = arguments.parse(arguments.Report, args, 'report')
+  from jaxlm import report
+
+  print(report.write(options.run))
+
+
+VERBS: dict[str, Callable[[Sequence[str]], None]] = {
+  'quickstart': _quickstart,
+  'tokenizer': _tokenizer,
+  'prepare': _prepare,
+  'pretrain': _pretrain,
+  'generate': _generate,
+  'report': _report,
+}

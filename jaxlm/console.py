@@ -1,0 +1,77 @@
+"""What a person sees in the terminal while something runs: lines, and a progress bar with the time left."""
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal to draw a bar on
+
+
+def clock(seconds: float) -> str:
+  """Seconds as 1:02:03 or 2:03."""
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
+
+
+def figures(row: dict[str, float]) -> str:
+  """A row of training metrics in one line."""
+  shown = [
+    f'loss {row["train/loss"]:.3f}',
+    f'bpb {row["train/bits_per_byte"]:.3f}',
+    f'grad {row["train/grad_norm"]:.2f}',
+    f'lr {row["train/lr"]:.1e}',
+    f'{row["perf/tokens_per_s"]:,.0f} tok/s',
+  ]
+  if 'perf/mfu' in row:
+    shown.append(f'mfu {row["perf/mfu"]:.0%}')
+  shown.append(f'data {row["perf/data_wait"]:.0%}')
+  if row['train/skipped']:
+    shown.append(f'skipped {row["train/skipped"]:.0f}')
+  return '  '.join(shown)
+
+
+class Training:
+  """A progress bar for `total` steps; without a terminal, a line every few seconds.
+
+  The time left is that of the steps still to do at the rate so far, evaluations, samples and saves included; the
+  first step, which compiles, is left out of the rate.
+  """
+
+  def __init__(self, total: int):
+    self.total = total
+    self.console = Console(highlight=False)
+    self._first: tuple[int, float] | None = None
+    self._printed = 0.0
+    text = [TextColumn('{task.fields[figures]}'), TextColumn('left {task.fields[left]}')]
+    self._bar = Progress(MofNCompleteColumn(), BarColumn(bar_width=20), *text, console=self.console)
+    self._task = self._bar.add_task('', total=total, figures='compiling the step ...', left='?')
+
+  def __enter__(self) -> 'Training':
+    if self.console.is_terminal:
+      self._bar.start()
+    return self
+
+  def __exit__(self, *_: Any) -> None:
+    if self.console.is_terminal:
+      self._bar.stop()
+
+  def say(self, line: str) -> None:
+    """A line above the bar, at once."""
+    self.console.print(line, markup=False, soft_wrap=True)
+
+  def step(self, step: int, row: dict[str, float]) -> None:
+    """Moves the bar to `step`."""
+    now = time.monotonic()
+    left = '?'
+    if self._first is None:
+      self._first = step, now
+    elif step > self._first[0]:
+      left = clock((now - self._first[1]) / (step - self._first[0]) * (self.total - step))
+    if self.console.is_terminal:
+      self._bar.update(self._task, completed=step, figures=figures(row), left=left)
+    elif now - self._printed > PLAIN_EVERY or step == self.total:
+      self._printed = now
+      self.say(f'step {step}/{self.total}  {figures(row)}  left {left}')
