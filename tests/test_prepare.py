@@ -207,7 +207,7 @@ def test_nothing_that_is_not_ours_is_removed(tmp_path, t):
 
 
 def test_an_interrupted_preparation_is_refused_and_started_over(tmp_path, t):
-  """SIGKILL, once while the first group is tokenized and once just before the marker is written."""
+  """SIGKILL after the first group, and just before the marker is written, over a folder that was finished before."""
   t.save(tmp_path / 'tokenizer.json')
   source = jsonl(tmp_path / 'a.jsonl', TEXTS)
   code = '''
@@ -222,6 +222,7 @@ prep.prepare([source], tokenizer.load(os.path.dirname(source)), out)
 '''
   for at in ('group', 'end'):
     out = tmp_path / at
+    prepare([source], t, out, val_fraction=0.3)
     assert subprocess.run([sys.executable, '-c', code, at, source, str(out)], check=False).returncode == -9
     with pytest.raises(InputError, match='its preparation was interrupted: run `jaxlm prepare` again'):
       load(out)
