@@ -155,7 +155,7 @@ def _generate(
     put = lambda x_BN, x_B: x_BN.at[:, n].set(jnp.where(live_B, x_B, 0))
     out = Rollout(
       put(out.tokens_BN, token_B),
-      out.lengths_B + live_B,
+      out.lengths_B + live_B.astype(jnp.int32),
       put(out.logp_BN, logps[0]),
       put(out.sampled_logp_BN, logps[1]),
       out.stopped_B | jnp.isin(token_B, stop),

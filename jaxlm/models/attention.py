@@ -42,11 +42,11 @@ def rotate(x: Float[Array, 'B T h N'], angles_RTn: Float[Array, 'R T n']) -> Flo
 
 
 def causal_mask(
-  q_positions: Int[Array, 'R T'],
-  k_positions: Int[Array, 'R S'],
-  q_segments: Int[Array, 'R T'] | None = None,
-  k_segments: Int[Array, 'R S'] | None = None,
-) -> Bool[Array, 'R T S']:
+  q_positions: Int[Array, '#R T'],
+  k_positions: Int[Array, '#R S'],
+  q_segments: Int[Array, '#R T'] | None = None,
+  k_segments: Int[Array, '#R S'] | None = None,
+) -> Bool[Array, '#R T S']:
   """True where a query may look: at keys of its own segment, at or before its position."""
   mask = q_positions[:, :, None] >= k_positions[:, None, :]
   if q_segments is not None and k_segments is not None:
