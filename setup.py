@@ -6,8 +6,8 @@ EXTRAS = {
   'tpu': ['jax[tpu]'],
   'cuda': ['jax[cuda13]'],
   'parity': ['torch==2.13.0', 'transformers>=5.0', 'safetensors>=0.8'],
-  'dev': ['pytest>=8', 'pytest-xdist>=3.6', 'hypothesis>=6', 'chex>=0.1.92', 'ruff>=0.17', 'pyright>=1.1.414',
-          'nbmake>=1.5', 'jupytext>=1.16', 'ipykernel>=6', 'matplotlib>=3.9', 'beartype>=0.19'],
+  'dev': ['pytest>=8', 'pytest-xdist>=3.6', 'hypothesis>=6', 'chex>=0.1.92', 'ruff>=0.17', 'ty>=0.0.105',
+          'nbmake>=1.5', 'jupytext>=1.16', 'ipykernel>=6', 'beartype>=0.19'],
 }
 
 setup(
@@ -23,7 +23,7 @@ setup(
   install_requires=[
     'jax>=0.10.2', 'flax>=0.12.8', 'optax>=0.2.8', 'orbax-checkpoint>=0.12.8,<0.13', 'chex>=0.1.92',
     'tensorflow-datasets>=4.9.10', 'array-record>=0.8.6', 'grain>=0.2.18', 'tokenizers>=0.23', 'etils[epath]>=1.12',
-    'jaxtyping>=0.3.11', 'numpy>=2.0', 'rich>=13', 'tensorboardX>=2.6', 'tyro>=1.0.16',
+    'jaxtyping>=0.3.11', 'matplotlib>=3.9', 'numpy>=2.0', 'rich>=13', 'tensorboardX>=2.6', 'tyro>=1.0.16',
   ],
   extras_require=EXTRAS,
   entry_points={'console_scripts': ['jaxlm = jaxlm.cli:main']},

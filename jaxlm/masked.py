@@ -57,7 +57,7 @@ def reduce_stacked(metrics: Any) -> Any:
   """Metrics stacked on a leading axis (as a scan returns them) reduced over that axis."""
 
   def one(x: Metric) -> Metric:
-    reduce = {Sum: jnp.sum, Max: jnp.max, Min: jnp.min}[type(x)]
+    reduce: Any = jnp.sum if isinstance(x, Sum) else jnp.max if isinstance(x, Max) else jnp.min
     return jax.tree.map(lambda leaf: reduce(leaf, axis=0), x)
 
   return jax.tree.map(one, metrics, is_leaf=lambda x: isinstance(x, Metric))

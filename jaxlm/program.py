@@ -87,7 +87,7 @@ def build(config: Pretrain, mesh: Mesh, rules: sharding.Rules = sharding.RULES) 
   quiet = objectives.next_token(cfg, dataclasses.replace(run, dropout=0.0), chunks=compute.loss_chunks)
 
   def evaluate(params: Any, batch: Any) -> Any:
-    return quiet(params, batch, None)[1]
+    return quiet(params, batch, jax.random.key(0))[1]  # without dropout the key is not read
 
   return Program(
     jax.jit(create, out_shardings=shardings),

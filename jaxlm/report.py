@@ -99,8 +99,7 @@ def _curves(rows: Rows, baselines: Mapping[str, float]) -> list[str]:
     figure = Figure(figsize=(5.4, 2.9), layout='constrained')
     axes = figure.subplots()
     for name, (steps, values) in drawn.items():
-      marker = {'marker': 'o', 'markersize': 3} if name.startswith('eval') else {'linewidth': 1.0}
-      axes.plot(steps, values, label=name, **marker)
+      axes.plot(steps, values, label=name, linewidth=1.0, marker='o' if name.startswith('eval') else '', markersize=3)
     if title == 'Compression':
       for i, (name, value) in enumerate(baselines.items()):
         if name != 'this model':

@@ -23,37 +23,39 @@ def fit(
 ) -> Any:
   """Runs `step` until `state.step` is `steps` and returns the last state.
 
-  `log(step, metrics)` gets the metrics of every `log_every`-th step and of the last, one step late so that the device
-  is never waited for, with `data_wait` (seconds spent waiting for the batch) and `step_time` (seconds since the step
-  before). Hooks run in order at their multiples (0: never) and at the end, after all up to that step was logged.
+  `log(step, metrics)` gets the metrics of every `log_every`-th step and of the last, read one step late so that the
+  device never waits for the host, with `step_time` and `data_wait`: seconds a step took, and of these waited for its
+  batch, on average since the row before. Hooks run in order at their multiples (0: never) and at the end, after all up
+  to that step was logged; their time is not the steps'.
   """
-  done, pending = int(state.step), None
-  before = time.perf_counter()
+  done = int(state.step)
+  since, waited, unread = (time.perf_counter(), done), 0.0, None
 
-  def flush() -> None:
-    nonlocal pending
-    if pending is not None:
-      number, metrics, clock = pending
-      log(number, {name: float(x) for name, x in jax.device_get(metrics).items()} | clock)
-      pending = None
+  def read() -> None:
+    nonlocal since, waited, unread
+    if unread is None:
+      return
+    number, metrics = unread
+    values = {name: float(x) for name, x in jax.device_get(metrics).items()}
+    now, steps_taken = time.perf_counter(), number - since[1]
+    log(number, values | {'step_time': (now - since[0]) / steps_taken, 'data_wait': waited / steps_taken})
+    since, waited, unread = (now, number), 0.0, None
 
   while done < steps:
     asked = time.perf_counter()
     batch = next(batches)
     got = time.perf_counter()
     state, metrics = step(state, batch)
-    flush()
-    done += 1
-    now = time.perf_counter()
+    read()
+    done, waited = done + 1, waited + got - asked
     if done % log_every == 0 or done == steps:
-      pending = done, metrics, {'data_wait': got - asked, 'step_time': now - before}
-    before = now
+      unread = done, metrics
     due = [act for every, act in hooks if (every and done % every == 0) or done == steps]
     if due:
-      flush()
+      read()
       for act in due:
         act(done, state)
-      before = time.perf_counter()
+      since, waited = (time.perf_counter(), done), 0.0
   return state
 
 

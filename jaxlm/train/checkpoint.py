@@ -125,9 +125,16 @@ def _digests(path: epath.Path) -> dict[str, str]:
       if entry.is_dir():
         folders.append(entry)
       elif entry.name != DIGEST:
-        with entry.open('rb') as f:
-          names[str(entry.relative_to(path))] = hashlib.file_digest(f, 'sha256').hexdigest()  # pyright: ignore
+        names[str(entry.relative_to(path))] = _sha256(entry)
   return dict(sorted(names.items()))
+
+
+def _sha256(path: epath.Path) -> str:
+  digest = hashlib.sha256()
+  with path.open('rb') as f:
+    while block := f.read(1 << 20):
+      digest.update(block)
+  return digest.hexdigest()
 
 
 def _is_key(x: Any) -> bool:

@@ -1,5 +1,6 @@
 """The one train step of every stage: a pure function from (state, batch) to (state, metrics)."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -64,18 +65,20 @@ def make_train_step(
     picked = jax.tree.map(keep, optax.apply_updates(picked, updates), picked)
     opt_state = jax.tree.map(keep, opt_state, state.opt_state)
 
+    skipped = state.skipped + (~good).astype(jnp.int32)
     report = masked.values(metrics) | {
       'loss': masked.value(loss),
       'weight': loss.weight,
       'grad_norm': grad_norm,
       'update_norm': jnp.where(good, optax.tree.norm(updates), 0.0),
-      'skipped': state.skipped + ~good,
+      'skipped': skipped,
       'empty': (loss.weight == 0).astype(jnp.float32),
     }
-    return state.replace(
+    return dataclasses.replace(
+      state,
       step=state.step + 1,
       cursor=state.cursor + 1,
-      skipped=state.skipped + ~good,
+      skipped=skipped,
       params=tree.combine(picked, rest),
       opt_state=opt_state,
     ), report
