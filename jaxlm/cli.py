@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from jaxlm.errors import InputError
@@ -47,16 +47,28 @@ def _fail(line: str) -> int:
   return 1
 
 
-def devices_line() -> str:
-  """Which devices this process computes on. Raises InputError if that is the CPU while an accelerator lies idle."""
+ACCELERATORS = {'/dev/nvidia0': 'cuda', '/dev/accel0': 'tpu', '/dev/vfio/0': 'tpu'}  # device file -> extra
+
+
+def devices_line(accelerators: Mapping[str, str] = ACCELERATORS) -> str:
+  """Which devices this process computes on.
+
+  Raises InputError, with the pip line that helps, if JAX lacks what was asked for with JAX_PLATFORMS, or if it would
+  compute on the CPU beside an idle accelerator without having been asked to.
+  """
   import jax
 
-  devices = jax.devices()
-  idle = [p for p in ('/dev/nvidia0', '/dev/accel0', '/dev/vfio/0') if Path(p).exists()]
-  if devices[0].platform == 'cpu' and idle and not os.environ.get('JAX_PLATFORMS'):
+  asked = os.environ.get('JAX_PLATFORMS', '')
+  try:
+    devices = jax.devices()
+  except RuntimeError as e:
+    extra = {'gpu': 'cuda'}.get(asked.split(',')[0], asked.split(',')[0])
+    raise InputError(f"JAX has no {asked!r} here: pip install 'jaxlm[{extra}]', or unset JAX_PLATFORMS") from e
+  idle = next((path for path in accelerators if Path(path).exists()), None)
+  if devices[0].platform == 'cpu' and idle and not asked:
     raise InputError(
-      f'this machine has an accelerator ({idle[0]}) but JAX sees only the CPU: pip install "jaxlm[cuda]" or '
-      '"jaxlm[tpu]", or set JAX_PLATFORMS=cpu to compute on the CPU all the same'
+      f"this machine has an accelerator ({idle}) and JAX sees only the CPU: pip install 'jaxlm[{accelerators[idle]}]', "
+      'or set JAX_PLATFORMS=cpu to compute on the CPU all the same'
     )
   return f'devices: {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), jax {jax.__version__}'
 
@@ -123,7 +135,8 @@ def _generate(args: Sequence[str]) -> None:
 
   print(devices_line(), file=sys.stderr, flush=True)
   sampling = Sampling(options.temperature, options.top_k, options.top_p)
-  texts = pretrain.continue_texts(options.run, options.prompt, options.seed, new=options.max_new_tokens, sampling=sampling)
+  new = options.max_new_tokens
+  texts = pretrain.continue_texts(options.run, options.prompt, options.seed, new=new, sampling=sampling)
   for prompt, text in zip(options.prompt, texts, strict=True):
     print(prompt + text)
 

@@ -3,8 +3,3 @@
 
 class InputError(ValueError):
   """What was wrong, where, and what to do about it. The CLI prints it and leaves with a non-zero exit code."""
-
-
-def need(extra: str, package: str) -> InputError:
-  """The error for a feature whose optional dependency is missing: it names the pip line that brings it."""
-  return InputError(f"this needs {package}, which is not installed: pip install 'jaxlm[{extra}]'")

@@ -153,7 +153,7 @@ def _storable_abstract(x: Any) -> jax.ShapeDtypeStruct:
 def _check_shapes(path: epath.Path, saved: Any, wanted: Any, partial: bool) -> None:
   there = {name: tuple(x.shape) for name, x in tree.items(saved)}
   here = {name: tuple(x.shape) for name, x in tree.items(wanted)}
-  for name in sorted(here if partial else there.keys() | here.keys()):
+  for name in sorted(here if partial else there.keys() | here.keys(), key=lambda n: (not n.startswith('params'), n)):
     if there.get(name) != here.get(name):
       shown = [f'{where.get(name, "absent")}' for where in (there, here)]
       raise InputError(f'{path}: {name} is {shown[0]} in the checkpoint and {shown[1]} in this config')

@@ -1,0 +1,141 @@
+"""Checkpoints: what is acknowledged can be trusted, what is damaged is named, what was interrupted does not count."""
+
+import json
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxlm import train
+from jaxlm.errors import InputError
+from jaxlm.train.checkpoint import DIGEST, Checkpoints, verify
+
+
+def make_state(width: int = 7) -> train.State:
+  params = {'w': jnp.arange(3.0 * width).reshape(3, width), 'stack': {'b': jnp.ones((5,))}}
+  return train.create_state(params, optax.adamw(1e-2), jax.random.key(11))
+
+
+def abstract(state: train.State) -> train.State:
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def same(a, b) -> bool:
+  raw = lambda x: np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
+  return all(np.array_equal(raw(x), raw(y)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+@pytest.fixture
+def saved(tmp_path):
+  checkpoints = Checkpoints(tmp_path / 'checkpoints')
+  state = make_state()
+  checkpoints.save(3, state, {'tokenizer': 'abc', 'config': {'steps': 5}})
+  checkpoints.wait()
+  yield checkpoints, state
+  checkpoints.close()
+
+
+def test_comes_back_bitwise_with_what_was_saved_beside_it(saved):
+  checkpoints, state = saved
+  assert checkpoints.steps() == [3]
+  assert checkpoints.meta(3) == {'tokenizer': 'abc', 'config': {'steps': 5}, 'step': 3}
+  restored = checkpoints.restore(3, abstract(state))
+  assert jax.tree.structure(restored) == jax.tree.structure(state)
+  assert same(restored, state)
+  assert jax.random.key_impl(restored.key) == jax.random.key_impl(state.key)
+
+
+def test_parameters_alone(saved):
+  checkpoints, state = saved
+  params = checkpoints.restore(3, {'params': abstract(state).params}, partial=True)
+  assert same(params, {'params': state.params})
+
+
+def test_the_state_may_be_donated_while_it_is_written(tmp_path):
+  checkpoints = Checkpoints(tmp_path)
+  state = {'x': jnp.arange(2_000_003.0)}
+  expected = np.array(state['x'])
+  like = abstract(state)
+  checkpoints.save(1, state, {})
+  for _ in range(3):
+    state = jax.jit(lambda s: {'x': s['x'] * 0.5 - 1.0}, donate_argnums=0)(state)
+  checkpoints.close()
+  np.testing.assert_array_equal(Checkpoints(tmp_path).restore(1, like)['x'], expected)
+
+
+def test_keeps_the_newest(tmp_path):
+  checkpoints = Checkpoints(tmp_path, keep=2)
+  for step in (1, 5, 9, 13):
+    checkpoints.save(step, make_state(), {})
+  checkpoints.close()
+  assert checkpoints.steps() == [9, 13]
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['00000009', '00000013']
+
+
+def files(path):
+  return sorted(p for p in Path(os.fspath(path)).rglob('*') if p.is_file() and p.name != DIGEST)
+
+
+@pytest.mark.parametrize('damage', ['flip', 'truncate', 'delete', 'add'])
+def test_damage_to_any_file_is_named(saved, damage):
+  checkpoints, state = saved
+  folder = checkpoints.path(3)
+  assert verify(folder) == []
+  for i in range(len(files(folder))):
+    file = files(folder)[i]
+    before = file.read_bytes()
+    if damage == 'flip' and before:
+      file.write_bytes(before[:-1] + bytes([before[-1] ^ 4]))
+    elif damage == 'truncate' and before:
+      file.write_bytes(before[: len(before) // 2])
+    elif damage == 'delete':
+      file.unlink()
+    else:
+      file = file.with_name('foreign')
+      file.write_text('x')
+    name = str(file.relative_to(os.fspath(folder)))
+    with pytest.raises(InputError, match=name.replace('.', r'\.')):
+      checkpoints.restore(3, abstract(state))
+    file.unlink(missing_ok=True)
+    if file.name != 'foreign':
+      file.write_bytes(before)
+  assert same(checkpoints.restore(3, abstract(state)), state)
+
+
+def test_a_damaged_digest_is_named(saved):
+  checkpoints, state = saved
+  (checkpoints.path(3) / DIGEST).write_text('{')
+  with pytest.raises(InputError, match='digest.json'):
+    checkpoints.restore(3, abstract(state))
+
+
+def test_an_interrupted_save_does_not_count_and_is_cleared(saved):
+  checkpoints, state = saved
+  checkpoints.save(8, state, {})
+  checkpoints.wait()
+  (checkpoints.path(8) / DIGEST).unlink()
+  (checkpoints.directory / '00000009.orbax-checkpoint-tmp').mkdir()
+  assert checkpoints.steps() == [3]
+  checkpoints.save(8, state, {})
+  checkpoints.wait()
+  assert checkpoints.steps() == [3, 8]
+  assert sorted(p.name for p in checkpoints.directory.iterdir()) == ['00000003', '00000008']
+
+
+def test_another_shape_is_refused_by_name(saved):
+  checkpoints, _ = saved
+  with pytest.raises(InputError, match=r'params/w is \(3, 7\) in the checkpoint and \(3, 11\) in this config'):
+    checkpoints.restore(3, abstract(make_state(width=11)))
+
+
+def test_a_failed_save_is_raised_and_older_steps_stay(saved):
+  checkpoints, state = saved
+  checkpoints.save(4, state, {'bad': {1, 2}})  # a set is no JSON
+  with pytest.raises(TypeError, match='set'):
+    checkpoints.wait()
+  assert checkpoints.steps() == [3]
+  assert json.loads((checkpoints.path(3) / DIGEST).read_text())
