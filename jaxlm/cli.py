@@ -61,7 +61,7 @@ def devices_line(accelerators: Mapping[str, str] = ACCELERATORS) -> str:
   asked = os.environ.get('JAX_PLATFORMS', '')
   try:
     devices = jax.devices()
-  except RuntimeError as e:
+  except (RuntimeError, AssertionError) as e:  # JAX asserts where it knows the platform and no plugin brings it
     extra = {'gpu': 'cuda'}.get(asked.split(',')[0], asked.split(',')[0])
     raise InputError(f"JAX has no {asked!r} here: pip install 'jaxlm[{extra}]', or unset JAX_PLATFORMS") from e
   idle = next((path for path in accelerators if Path(path).exists()), None)

@@ -1,0 +1,199 @@
+"""The command line as a newcomer meets it: help, devices, and one clear line for whatever is wrong."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from jaxlm import cli
+from jaxlm.errors import InputError
+
+
+def run(capsys, *args: str) -> tuple[int, str, str]:
+  try:
+    code = cli.main(args)
+  except SystemExit as e:
+    code = e.code
+  out, err = capsys.readouterr()
+  return code, out, err
+
+
+def one_line(capsys, *args: str) -> str:
+  """The single line that a refused command prints, on a non-zero exit."""
+  code, _, err = run(capsys, *args)
+  err = ''.join(line for line in err.splitlines(True) if not line.startswith('devices: '))
+  assert code == 1
+  assert err.count('\n') == 1
+  assert err.startswith('jaxlm: ')
+  return err
+
+
+def test_help_is_quick_and_lists_every_verb():
+  times = []
+  for _ in range(5):
+    start = time.perf_counter()
+    out = subprocess.run([sys.executable, '-m', 'jaxlm', '--help'], capture_output=True, text=True, check=True).stdout
+    times.append(time.perf_counter() - start)
+  assert min(times) < 0.5
+  assert all(f'\n  {verb} ' in out for verb in cli.VERBS)
+
+
+def test_unknown_verb_names_the_nearest(capsys):
+  assert 'did you mean `jaxlm pretrain`' in one_line(capsys, 'pretrian')
+
+
+@pytest.mark.parametrize('verb', list(cli.VERBS))
+def test_every_verb_explains_itself(capsys, verb):
+  code, out, _ = run(capsys, verb, '--help')
+  assert code == 0
+  assert f'usage: jaxlm {verb}' in out
+
+
+def test_unknown_flag_names_the_nearest(capsys):
+  code, out, err = run(capsys, 'pretrain', '--optim.lrr', '1')
+  assert code == 2
+  assert '--optim.lr' in out + err
+
+
+def test_devices_line_refuses_an_idle_accelerator(tmp_path, monkeypatch):
+  monkeypatch.delenv('JAX_PLATFORMS', raising=False)
+  device = tmp_path / 'accel0'
+  assert cli.devices_line({str(device): 'tpu'}).startswith('devices: 8 x cpu')
+  device.touch()
+  with pytest.raises(InputError, match=r"pip install 'jaxlm\[tpu\]'"):
+    cli.devices_line({str(device): 'tpu'})
+  monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
+  assert cli.devices_line({str(device): 'tpu'}).startswith('devices: 8 x cpu')
+
+
+def test_a_missing_plugin_names_its_pip_line(tmp_path):
+  env = os.environ | {'JAX_PLATFORMS': 'cuda'}
+  command = [sys.executable, '-m', 'jaxlm', 'quickstart', '--run', str(tmp_path / 'run')]
+  done = subprocess.run(command, env=env, capture_output=True, text=True)
+  assert done.returncode == 1
+  assert "pip install 'jaxlm[cuda]'" in done.stderr.splitlines()[-1]
+
+
+@pytest.fixture(scope='module')
+def prepared(tmp_path_factory):
+  """A tokenizer and prepared data made by the verbs, from one JSONL and one text file."""
+  home = tmp_path_factory.mktemp('cli')
+  text = home / 'text'
+  text.mkdir()
+  lines = [{'text': f'{i}: the quick brown fox jumps over {i * i} lazy dogs. नमस्ते दुनिया ' * 3} for i in range(97)]
+  (text / 'a.jsonl').write_text('\n'.join(json.dumps(line, ensure_ascii=False) for line in lines))
+  (text / 'b.txt').write_text('Plain text is one document. ' * 50)
+  assert cli.main(['tokenizer', str(text), '--out', str(home / 'tokenizer.json'), '--vocab-size', '300']) == 0
+  prepare = ['prepare', str(text), '--tokenizer', str(home / 'tokenizer.json'), '--out', str(home / 'data')]
+  assert cli.main([*prepare, '--val-fraction', '0.1']) == 0
+  return home
+
+
+SIZES = (
+  '--steps 3 --model.d-model 32 --model.n-layers 2 --model.n-heads 2 --model.d-ff 48 --data.seq-len 16 '
+  '--data.global-batch 8 --optim.warmup-steps 1 --watch.sample-tokens 3 --watch.log-every 1'
+).split()
+
+
+@pytest.fixture(scope='module')
+def trained(prepared):
+  """A run of three steps."""
+  run = prepared / 'run'
+  assert cli.main(['pretrain', '--run', str(run), '--data.path', str(prepared / 'data'), *SIZES]) == 0
+  return run
+
+
+def test_the_verbs_in_a_row(trained, capsys):
+  rows = [json.loads(line) for line in (trained / 'metrics.jsonl').read_text().splitlines()]
+  assert {'train/loss', 'train/grad_norm', 'train/lr', 'perf/tokens_per_s', 'perf/mfu'} <= rows[0].keys()
+  assert {'eval/loss', 'eval/bits_per_byte'} <= rows[-1].keys()
+  assert any(path.name.startswith('events.') for path in trained.iterdir())
+  code, out, _ = run(capsys, 'generate', str(trained), '--prompt', 'the quick', '--max-new-tokens', '5', '--seed', '3')
+  assert code == 0
+  assert out.startswith('the quick')
+  again = run(capsys, 'generate', str(trained), '--prompt', 'the quick', '--max-new-tokens', '5', '--seed', '3')
+  assert again[1] == out
+  code, out, _ = run(capsys, 'report', str(trained))
+  assert code == 0
+  page = (trained / 'report.html').read_text()
+  assert out.strip() == str(trained / 'report.html')
+  assert page.count('<svg') >= 5
+  assert 'http' not in page.replace('http://www.w3.org', '').replace('http://purl.org', '').replace(
+    'http://creativecommons.org', ''
+  ).replace('https://matplotlib.org', '')
+  assert '<script' not in page
+
+
+def test_bad_text(capsys, tmp_path, prepared):
+  tokenizer = ['--tokenizer', str(prepared / 'tokenizer.json'), '--out', str(tmp_path / 'out')]
+  empty = tmp_path / 'empty.txt'
+  empty.write_text(' \n')
+  assert 'empty.txt' in one_line(capsys, 'prepare', str(empty), *tokenizer)
+  latin = tmp_path / 'latin.txt'
+  latin.write_bytes('fine\ncaf\xe9'.encode('latin-1'))
+  assert 'latin.txt:2' in one_line(capsys, 'prepare', str(latin), *tokenizer)
+  shape = tmp_path / 'shape.jsonl'
+  shape.write_text('{"text": "good"}\n{"txt": "bad"}\n')
+  assert 'shape.jsonl:2' in one_line(capsys, 'prepare', str(shape), *tokenizer)
+  assert 'nowhere' in one_line(capsys, 'tokenizer', str(tmp_path / 'nowhere'))
+  assert not (tmp_path / 'out' / 'prepared.json').exists()
+
+
+def test_data_that_is_not_prepared(capsys, tmp_path):
+  assert 'jaxlm prepare' in one_line(capsys, 'pretrain', '--data.path', str(tmp_path), '--run', str(tmp_path / 'run'))
+
+
+def test_configs_that_do_not_hold_together(capsys, tmp_path, prepared):
+  bad = tmp_path / 'bad.py'
+  bad.write_text('from jaxlm.config import Optim, Pretrain\nconfig = Pretrain(optim=Optim(learning=1))\n')
+  line = one_line(capsys, 'pretrain', str(bad))
+  assert "Optim has no field 'learning'" in line
+  bad.write_text('from jaxlm.config import Pretrain\nconfig = Pretrain(stepz=1)\n')
+  assert "did you mean 'steps'" in one_line(capsys, 'pretrain', str(bad))
+  bad.write_text('x = 1\n')
+  assert 'defines no `config' in one_line(capsys, 'pretrain', str(bad))
+  bad.write_text('x = = 1\n')
+  assert 'bad.py:1' in one_line(capsys, 'pretrain', str(bad))
+  assert 'no such config' in one_line(capsys, 'pretrain', str(tmp_path / 'none.py'))
+  data = ['--data.path', str(prepared / 'data'), '--run', str(tmp_path / 'run')]
+  code, _, err = run(capsys, 'pretrain', *data, *SIZES, '--model.n-heads', '5')
+  assert code == 2
+  assert 'is not a multiple of n_heads=5' in ' '.join(err.replace('│', ' ').split())
+  assert 'global_batch=9' in one_line(capsys, 'pretrain', *data, *SIZES, '--data.global-batch', '9')
+  assert 'mesh' in one_line(capsys, 'pretrain', *data, *SIZES, '--mesh.tensor', '3')
+  assert 'warmup_steps' in one_line(capsys, 'pretrain', *data, *SIZES, '--optim.warmup-steps', '7')
+  assert 'vocab_size=999' in one_line(capsys, 'pretrain', *data, *SIZES, '--model.vocab-size', '999')
+
+
+def test_a_run_that_does_not_fit_the_folder_loses_nothing(capsys, tmp_path, prepared, trained):
+  before = {p: p.read_bytes() for p in trained.rglob('*') if p.is_file()}
+  other = tmp_path / 'other'
+  text = [str(prepared / 'text')]
+  assert cli.main(['tokenizer', *text, '--out', str(tmp_path / 't.json'), '--vocab-size', '310']) == 0
+  assert cli.main(['prepare', *text, '--tokenizer', str(tmp_path / 't.json'), '--out', str(other)]) == 0
+  capsys.readouterr()
+  run_flags = ['--run', str(trained), *SIZES]
+  assert 'another tokenizer' in one_line(capsys, 'pretrain', *run_flags, '--data.path', str(other))
+  wide = ['--data.path', str(prepared / 'data'), '--model.d-model', '64']
+  assert 'params/embed is (384, 32)' in one_line(capsys, 'pretrain', *run_flags, *wide)
+  assert {p: p.read_bytes() for p in trained.rglob('*') if p.is_file()} == before
+
+
+def test_a_damaged_checkpoint_is_named_and_stays(capsys, prepared, trained):
+  target = next(p for p in (trained / 'checkpoints' / '00000003').rglob('*') if p.is_file() and p.stat().st_size > 9999)
+  good = target.read_bytes()
+  target.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+  try:
+    flags = ['--run', str(trained), '--data.path', str(prepared / 'data'), *SIZES, '--steps', '5']
+    assert target.name in one_line(capsys, 'pretrain', *flags)
+    assert target.name in one_line(capsys, 'generate', str(trained))
+  finally:
+    target.write_bytes(good)
+
+
+def test_generate_and_report_without_a_run(capsys, tmp_path):
+  assert 'no finished checkpoint' in one_line(capsys, 'generate', str(tmp_path))
+  assert 'no metrics.jsonl' in one_line(capsys, 'report', str(tmp_path))
