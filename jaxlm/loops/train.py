@@ -44,10 +44,10 @@ def fit(
   while done < steps:
     asked = time.perf_counter()
     batch = next(batches)
-    got = time.perf_counter()
+    waited += time.perf_counter() - asked
     state, metrics = step(state, batch)
     read()
-    done, waited = done + 1, waited + got - asked
+    done += 1
     if done % log_every == 0 or done == steps:
       unread = done, metrics
     due = [act for every, act in hooks if (every and done % every == 0) or done == steps]
@@ -56,6 +56,7 @@ def fit(
       for act in due:
         act(done, state)
       since, waited = (time.perf_counter(), done), 0.0
+  read()
   return state
 
 
