@@ -106,7 +106,7 @@ def test_a_violation_is_seen(part, source):
 
 def test_what_is_allowed_passes():
   assert not complaints('sharding', 'from flax.linen import LogicallyPartitioned\nfrom flax.core import FrozenDict')
-  assert not complaints('train', 'from flax import struct\nfrom jaxlm import tree\nfrom jaxlm.models import ModelConfig')
+  assert not complaints('train', 'from flax import struct\nfrom jaxlm import tree\nfrom jaxlm.models import Run')
 
 
 def run(code):

@@ -34,7 +34,7 @@ def oracle(x, head, softcap=None, temperature=1.0, vocab=V):
 
 
 def plain(x, head, softcap=None, temperature=1.0, vocab=V):
-  """The same in JAX without slices, for its derivatives."""
+  """The same in JAX without slices, for its derivatives in float64."""
   logits = (x @ head)[..., :vocab]
   if softcap:
     logits = softcap * jnp.tanh(logits / softcap)
@@ -46,8 +46,9 @@ def plain(x, head, softcap=None, temperature=1.0, vocab=V):
 @pytest.mark.parametrize('chunks', [1, 3, 7, 21])
 @pytest.mark.parametrize('setting', SETTINGS)
 def test_logprobs_against_float64(setting, chunks):
-  got = lm.logprobs(jnp.asarray(X), jnp.asarray(HEAD), jnp.asarray(TARGETS), chunks=chunks, vocab=V, **SETTINGS[setting])
-  for mine, theirs in zip(got, oracle(X, HEAD, **SETTINGS[setting]), strict=True):
+  how = SETTINGS[setting]
+  got = lm.logprobs(jnp.asarray(X), jnp.asarray(HEAD), jnp.asarray(TARGETS), chunks=chunks, vocab=V, **how)
+  for mine, theirs in zip(got, oracle(X, HEAD, **how), strict=True):
     assert mine.dtype == jnp.float32
     np.testing.assert_allclose(mine, theirs, rtol=2e-6, atol=5e-6)
 
@@ -58,13 +59,16 @@ def test_logprobs_against_float64(setting, chunks):
 def test_gradients_of_logprobs(setting, chunks, outputs):
   def pulled(fn, x, head):
     out = fn(x, head)
-    return sum(jnp.sum(COTANGENTS[i] * out[i]) for i in outputs)
+    return sum(jnp.sum(COTANGENTS[i].astype(x.dtype) * out[i]) for i in outputs)
 
   chunked = lambda x, head: lm.logprobs(x, head, jnp.asarray(TARGETS), chunks=chunks, vocab=V, **SETTINGS[setting])
   got = jax.grad(partial(pulled, chunked), (0, 1))(jnp.asarray(X), jnp.asarray(HEAD))
-  expected = jax.grad(partial(pulled, partial(plain, **SETTINGS[setting])), (0, 1))(jnp.asarray(X), jnp.asarray(HEAD))
+  with jax.enable_x64(True):
+    wide = jnp.asarray(X, jnp.float64), jnp.asarray(HEAD, jnp.float64)
+    expected = jax.grad(partial(pulled, partial(plain, **SETTINGS[setting])), (0, 1))(*wide)
   for mine, theirs in zip(got, expected, strict=True):
-    np.testing.assert_allclose(mine, theirs, atol=1e-5 * np.abs(theirs).max())
+    assert (mine.dtype, theirs.dtype) == (jnp.float32, jnp.float64)
+    np.testing.assert_allclose(mine, theirs, rtol=0, atol=2e-5 * np.abs(theirs).max())
   assert not np.any(got[1][:, V:])  # nothing pulls on what is padding
 
 

@@ -1,0 +1,204 @@
+"""Schedules at points worked out by hand, which leaf gets which optimizer, AdamW and Muon against NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import GPT2, LLAMA
+
+from jaxlm import models, tree
+from jaxlm.errors import InputError
+from jaxlm.train import optim
+
+LLAMA_KINDS = {
+  'embed': 'table',
+  'final_norm/scale': 'vector',
+  'head': 'table',
+  'layers/attn/k': 'matrix',
+  'layers/attn/o': 'matrix',
+  'layers/attn/q': 'matrix',
+  'layers/attn/v': 'matrix',
+  'layers/attn_norm/scale': 'vector',
+  'layers/mlp/down': 'matrix',
+  'layers/mlp/gate': 'matrix',
+  'layers/mlp/up': 'matrix',
+  'layers/mlp_norm/scale': 'vector',
+}
+GPT2_KINDS = {
+  'embed': 'table',
+  'positions': 'table',
+  'final_norm/scale': 'vector',
+  'final_norm/bias': 'vector',
+  'layers/attn/k': 'matrix',
+  'layers/attn/k_bias': 'vector',
+  'layers/attn/o': 'matrix',
+  'layers/attn/o_bias': 'vector',
+  'layers/attn/q': 'matrix',
+  'layers/attn/q_bias': 'vector',
+  'layers/attn/v': 'matrix',
+  'layers/attn/v_bias': 'vector',
+  'layers/attn_norm/scale': 'vector',
+  'layers/attn_norm/bias': 'vector',
+  'layers/mlp/down': 'matrix',
+  'layers/mlp/down_bias': 'vector',
+  'layers/mlp/up': 'matrix',
+  'layers/mlp/up_bias': 'vector',
+  'layers/mlp_norm/scale': 'vector',
+  'layers/mlp_norm/bias': 'vector',
+}
+
+
+def shapes(cfg):
+  return jax.eval_shape(lambda: models.init(cfg, jax.random.key(0)))
+
+
+@pytest.mark.parametrize('cfg, expected', [(LLAMA, LLAMA_KINDS), (GPT2, GPT2_KINDS)], ids=['llama', 'gpt2'])
+def test_the_kind_of_every_leaf(cfg, expected):
+  assert dict(tree.items(optim.kinds(shapes(cfg), models.axes(cfg)))) == expected
+
+
+def test_the_kinds_of_a_tree_without_names():
+  got = optim.kinds({'kernel': jnp.zeros((3, 5)), 'bias': jnp.zeros(5), 'conv': jnp.zeros((2, 3, 5)), 'x': jnp.zeros(())})
+  assert got == {'kernel': 'matrix', 'bias': 'vector', 'conv': 'matrix', 'x': 'vector'}
+
+
+@pytest.mark.parametrize('cfg, expected', [(LLAMA, LLAMA_KINDS), (GPT2, GPT2_KINDS)], ids=['llama', 'gpt2'])
+def test_the_optimizer_of_every_leaf(cfg, expected):
+  """Read from the state: Muon keeps one moment of a leaf, AdamW two."""
+  state = jax.eval_shape(optim.make('muon', 1e-3, axes=models.axes(cfg)).init, shapes(cfg))
+  moments = [path for path, leaf in tree.items(state) if leaf.ndim and 'ns_coeffs' not in path]
+  for leaf, kind in expected.items():
+    mine = [p for p in moments if p.endswith(f'/{leaf}')]
+    mine = [p for p in mine if max((e for e in expected if p.endswith(f'/{e}')), key=len) == leaf]
+    assert [p.split('/')[2] for p in mine] == (['muon'] if kind == 'matrix' else ['adamw', 'adamw']), leaf
+
+
+@pytest.mark.parametrize(
+  'name, points',
+  [
+    # warm-up over 10 of 110 steps: (step + 1) / 10; then half a cosine from 0.2 to a tenth of it
+    ('cosine', {0: 0.02, 4: 0.1, 9: 0.2, 10: 0.2, 35: 0.02 + 0.18 * (0.5 + 0.25 * 2**0.5), 60: 0.11, 110: 0.02, 500: 0.02}),
+    # the last fifth, 22 steps, from 88 on: linear
+    ('wsd', {0: 0.02, 9: 0.2, 50: 0.2, 88: 0.2, 99: 0.11, 110: 0.02, 500: 0.02}),
+    ('constant', {0: 0.02, 9: 0.2, 50: 0.2, 108: 0.2}),
+  ],
+)
+def test_schedules(name, points):
+  lr = optim.schedule(name, lr=0.2, steps=110, warmup_steps=10, decay_fraction=0.2, final_ratio=0.1)
+  for step, expected in points.items():
+    assert float(lr(jnp.int32(step))) == pytest.approx(expected, rel=1e-6), step
+
+
+def test_a_constant_schedule_never_falls():
+  lr = optim.schedule('constant', lr=0.2, steps=7)
+  assert [float(lr(step)) for step in (0, 6, 7, 100)] == pytest.approx([0.2] * 4)
+
+
+@pytest.mark.parametrize('name, warmup', [('cosine', 110), ('cosine', 200), ('wsd', 89), ('constant', 110)])
+def test_a_schedule_that_does_not_fit_is_refused(name, warmup):
+  with pytest.raises(InputError, match=f'warmup_steps={warmup} and the decay do not fit into steps=110'):
+    optim.schedule(name, lr=0.1, steps=110, warmup_steps=warmup)
+
+
+RNG = np.random.default_rng(7)
+PARAMS = {'kernel': RNG.normal(size=(3, 5)).astype(np.float32), 'bias': RNG.normal(size=5).astype(np.float32)}
+GRADS = [{k: (s * RNG.normal(size=v.shape)).astype(np.float32) for k, v in PARAMS.items()} for s in (3, 0.1, 1, 0.01, 2)]
+
+
+def trained(optimizer, params, grads):
+  """The parameters after each of the gradients was applied."""
+  params = jax.tree.map(jnp.asarray, params)
+  state = optimizer.init(params)
+  for g in grads:
+    updates, state = optimizer.update(jax.tree.map(jnp.asarray, g), state, params)
+    params = optax.apply_updates(params, updates)
+  return params
+
+
+@pytest.mark.parametrize('clip_norm', [1.0, None])
+def test_adamw_against_numpy(clip_norm):
+  b1, b2, eps, decay = 0.8, 0.9, 1e-3, 0.3
+  lr = optim.schedule('cosine', lr=0.05, steps=7, warmup_steps=2)
+  optimizer = optim.make('adamw', lr, weight_decay=decay, b1=b1, b2=b2, eps=eps, clip_norm=clip_norm)
+  got = trained(optimizer, PARAMS, GRADS)
+
+  expected = {k: v.astype(np.float64) for k, v in PARAMS.items()}
+  mu, nu = ({k: np.zeros(v.shape) for k, v in PARAMS.items()} for _ in range(2))
+  for n, grads in enumerate(GRADS):
+    norm = np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in grads.values()))
+    for k, g in grads.items():
+      g = g * (min(1.0, clip_norm / norm) if clip_norm else 1.0)
+      mu[k] = b1 * mu[k] + (1 - b1) * g
+      nu[k] = b2 * nu[k] + (1 - b2) * g**2
+      step = mu[k] / (1 - b1 ** (n + 1)) / (np.sqrt(nu[k] / (1 - b2 ** (n + 1))) + eps)
+      step += decay * expected[k] if k == 'kernel' else 0.0  # none on a bias
+      expected[k] = expected[k] - float(lr(n)) * step
+  for k in PARAMS:
+    np.testing.assert_allclose(got[k], expected[k], atol=2e-6)
+
+
+def orthogonalized(m):
+  """Newton and Schulz's quintic iteration as in Jordan et al. 2024, in float64."""
+  a, b, c = 3.4445, -4.7750, 2.0315
+  x = m / np.linalg.norm(m)
+  x = x.T if m.shape[0] > m.shape[1] else x
+  for _ in range(5):
+    xx = x @ x.T
+    x = a * x + (b * xx + c * xx @ xx) @ x
+  return x.T if m.shape[0] > m.shape[1] else x
+
+
+STACK = {'layers': {'up': RNG.normal(size=(2, 5, 7)).astype(np.float32), 'down': RNG.normal(size=(2, 7, 3)).astype(np.float32)}}
+STACK_AXES = {'layers': {'up': ('layers', 'embed', 'mlp'), 'down': ('layers', 'mlp', 'embed')}}
+# the layers differ in scale: orthogonalized together, the small one would hardly move
+STACK_GRADS = [
+  jax.tree.map(lambda x: (RNG.normal(size=x.shape) * np.array([1.0, 100.0])[:, None, None]).astype(np.float32), STACK)
+  for _ in range(2)
+]
+
+
+def test_muon_against_numpy_layer_by_layer():
+  lr, beta, decay = 0.03, 0.9, 0.2
+  optimizer = optim.make('muon', lr, axes=STACK_AXES, weight_decay=decay, muon_momentum=beta, clip_norm=None)
+  got = trained(optimizer, STACK, STACK_GRADS)
+  for name in ('up', 'down'):
+    for layer in range(2):
+      w = STACK['layers'][name][layer].astype(np.float64)
+      mu = np.zeros_like(w)
+      for n, grads in enumerate(STACK_GRADS):
+        g = grads['layers'][name][layer].astype(np.float64)
+        mu = beta * mu + (1 - beta) * g
+        ahead = beta * mu / (1 - beta ** (n + 2)) + (1 - beta) * g / (1 - beta ** (n + 1))  # Nesterov, unbiased
+        w = w - lr * (orthogonalized(ahead) * 0.2 * max(w.shape) ** 0.5 + decay * w)
+      np.testing.assert_allclose(got['layers'][name][layer], w, atol=2e-5)
+
+
+def test_muon_of_a_stack_is_muon_of_each_layer():
+  make = lambda axes: optim.make('muon', 0.03, axes=axes, clip_norm=None)
+  stacked = trained(make(STACK_AXES), STACK, STACK_GRADS)
+  alone_axes = jax.tree.map(lambda names: names[1:], STACK_AXES, is_leaf=lambda x: isinstance(x, tuple))
+  for layer in range(2):
+    pick = lambda params, layer=layer: jax.tree.map(lambda x: x[layer], params)
+    alone = trained(make(alone_axes), pick(STACK), [pick(g) for g in STACK_GRADS])
+    for mine, theirs in zip(jax.tree.leaves(pick(stacked)), jax.tree.leaves(alone), strict=True):
+      np.testing.assert_allclose(mine, theirs, atol=1e-6)
+
+
+def test_what_is_no_matrix_gets_adamw_under_muon():
+  axes = {'embed': ('vocab', 'embed'), 'up': ('embed', 'mlp'), 'scale': ('layers', 'norm')}
+  params = {'embed': np.ones((5, 3), np.float32), 'up': np.ones((3, 7), np.float32), 'scale': np.ones((2, 3), np.float32)}
+  grads = [{k: RNG.normal(size=v.shape).astype(np.float32) for k, v in params.items()} for _ in range(2)]
+  muon, adamw = (trained(optim.make(n, 0.01, axes=axes, clip_norm=None), params, grads) for n in ('muon', 'adamw'))
+  np.testing.assert_array_equal(muon['embed'], adamw['embed'])
+  np.testing.assert_array_equal(muon['scale'], adamw['scale'])
+  assert np.abs(muon['up'] - adamw['up']).max() > 1e-3
+
+
+def test_decay_spares_norms_and_biases():
+  zero = [jax.tree.map(np.zeros_like, {'up': np.ones((3, 7)), 'scale': np.ones((2, 3)), 'embed': np.ones((5, 3))})]
+  params = jax.tree.map(np.ones_like, zero[0])
+  axes = {'embed': ('vocab', 'embed'), 'up': ('embed', 'mlp'), 'scale': ('layers', 'norm')}
+  for name in ('adamw', 'muon'):
+    got = trained(optim.make(name, 0.1, axes=axes, weight_decay=0.5), params, zero)
+    assert {k: float(v[0, 0]) for k, v in got.items()} == pytest.approx({'up': 0.95, 'scale': 1.0, 'embed': 0.95})
