@@ -12,12 +12,12 @@ from jaxlm.models.config import ModelConfig
 SAMPLE = Path(__file__).parent / 'assets' / 'sample'
 VOCAB_SIZE = 2048
 VAL_FRACTION = 0.06
-PROMPTS = ('The whale ', 'In the beginning ', 'Fellow citizens, ', 'मानव ')
+PROMPTS = ('The whale', 'Fellow citizens', 'मानव')
 
 
 def settings(run: str, *, short: bool = False) -> Pretrain:
   """The run: a Llama-style model of some 3 M parameters on about a million bytes of text."""
-  steps = 60 if short else 600
+  steps = 40 if short else 420
   return Pretrain(
     run=run,
     model=ModelConfig(d_model=256, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=640, max_seq_len=1024),
@@ -26,12 +26,12 @@ def settings(run: str, *, short: bool = False) -> Pretrain:
     compute=Compute(unroll=4),
     watch=Watch(
       log_every=1,
-      eval_every=100,
+      eval_every=60,
       eval_batches=64,
-      sample_every=100,
+      sample_every=60,
       sample_tokens=48,
       prompts=PROMPTS,
-      save_every=100,
+      save_every=60,
     ),
     steps=steps,
   )
