@@ -5,7 +5,11 @@ from setuptools import find_packages, setup
 EXTRAS = {
   'tpu': ['jax[tpu]'],
   'cuda': ['jax[cuda13]'],
-  'parity': ['torch==2.13.0', 'transformers>=5.0', 'safetensors>=0.8'],
+  'hub': [],  # empty ones are filled when what needs them is there
+  'serve': [],
+  'eval': [],
+  'quant': [],
+  'parity': ['torch==2.13.0', 'transformers>=5.0'],
   'dev': ['pytest>=8', 'pytest-xdist>=3.6', 'hypothesis>=6', 'chex>=0.1.92', 'ruff>=0.17', 'ty>=0.0.105',
           'nbmake>=1.5', 'jupytext>=1.16', 'ipykernel>=6', 'beartype>=0.19'],
 }
