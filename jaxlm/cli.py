@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   except InputError as e:
     return _fail(str(e))
   except KeyboardInterrupt:
-    print('\nstopped; the same command goes on from the last saved step', file=sys.stderr)
+    resumable = args[0] in ('pretrain', 'quickstart')
+    print('\nstopped' + '; the same command goes on from the last saved step' * resumable, file=sys.stderr)
     return 130
   return 0
 
@@ -99,10 +100,12 @@ def _prepare(args: Sequence[str]) -> None:
   from jaxlm import arguments
 
   options = arguments.parse(arguments.Prepare, args, 'prepare')
+  from jaxlm.console import reading
   from jaxlm.data import prepare, tokenizer
 
-  loaded = tokenizer.load(options.tokenizer)
-  summary = prepare.prepare(options.sources, loaded, options.out, val_fraction=options.val_fraction)
+  loaded, held_out = tokenizer.load(options.tokenizer), options.val_fraction
+  with reading() as on_progress:
+    summary = prepare.prepare(options.sources, loaded, options.out, val_fraction=held_out, on_progress=on_progress)
   for split, count in summary.splits.items():
     print(f'{split}: {count.documents:,} documents, {count.tokens:,} tokens, {count.bytes:,} bytes')
   print('dropped: ' + ', '.join(f'{n} {why}' for why, n in summary.dropped.items()))

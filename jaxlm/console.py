@@ -1,10 +1,20 @@
 """What a person sees in the terminal while something runs: lines, and a progress bar with the time left."""
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import (
+  BarColumn,
+  DownloadColumn,
+  MofNCompleteColumn,
+  Progress,
+  TextColumn,
+  TimeRemainingColumn,
+  TransferSpeedColumn,
+)
 
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal to draw a bar on
 
@@ -31,6 +41,16 @@ def figures(row: dict[str, float]) -> str:
   if row['train/skipped']:
     shown.append(f'skipped {row["train/skipped"]:.0f}')
   return '  '.join(shown)
+
+
+@contextmanager
+def reading() -> Iterator[Callable[[int, int], None]]:
+  """A progress bar over bytes, with speed and time left: yields `update(done, total)`. Nothing without a terminal."""
+  console = Console()
+  columns = BarColumn(bar_width=30), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+  with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+    task = bar.add_task('', total=None)
+    yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 class Training:
