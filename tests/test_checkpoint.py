@@ -49,6 +49,14 @@ def test_comes_back_bitwise_with_what_was_saved_beside_it(saved):
   assert jax.random.key_impl(restored.key) == jax.random.key_impl(state.key)
 
 
+def test_a_relative_folder(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  checkpoints = Checkpoints('run/checkpoints')
+  checkpoints.save(1, make_state(), {})
+  checkpoints.close()
+  assert same(Checkpoints('run/checkpoints').restore(1, abstract(make_state())), make_state())
+
+
 def test_parameters_alone(saved):
   checkpoints, state = saved
   params = checkpoints.restore(3, {'params': abstract(state).params}, partial=True)

@@ -24,7 +24,7 @@ class Checkpoints:
 
   def __init__(self, directory: Any, *, keep: int = 3):
     """`keep`: how many of the newest steps stay; the file system is not touched before the first call."""
-    self.directory = epath.Path(directory)
+    self.directory = epath.Path(directory).resolve()  # Orbax takes no relative path
     self.keep = keep
     self._pending: Future | None = None
     self._worker = ThreadPoolExecutor(1, 'checkpoint')
