@@ -13,7 +13,8 @@ pytestmark = pytest.mark.usefixtures('strict')
 
 def params():
   adapter = LowRank(jnp.ones((2, 3, 5)), jnp.ones((2, 3, 7)), jnp.zeros((2, 7, 5)), jnp.ones(2))
-  return {'embed': jnp.arange(11.0), 'layers': {'attn': {'q': adapter, 'k': jnp.ones(3)}, 'mlp': {'up': jnp.ones(13)}}}
+  layers = {'attn': {'q': adapter, 'k': jnp.ones(3)}, 'mlp': {'up': jnp.ones(13)}}
+  return {'embed': jnp.arange(11.0), 'layers': layers}
 
 
 def test_items_name_every_leaf_and_descend_into_adapters():

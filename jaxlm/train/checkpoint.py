@@ -24,7 +24,8 @@ class Checkpoints:
 
   def __init__(self, directory: Any, *, keep: int = 3):
     """`keep`: how many of the newest steps stay; the file system is not touched before the first call."""
-    self.directory = epath.Path(directory).resolve()  # Orbax takes no relative path
+    path = epath.Path(directory)
+    self.directory = path if '://' in str(path) else path.absolute()  # Orbax takes no relative path
     self.keep = keep
     self._pending: Future | None = None
     self._worker = ThreadPoolExecutor(1, 'checkpoint')
