@@ -23,7 +23,7 @@ from jaxlm.train import checkpoint, metrics
 
 Say = Callable[[str], None]
 OnStep = Callable[[int, dict[str, float]], None]
-SAMPLING = sample.Sampling(temperature_B=0.8, top_p_B=0.95)
+SAMPLING = sample.Sampling(temperature_B=0.7, top_p_B=0.9)
 
 
 def pretrain(config: Pretrain, *, say: Say = lambda line: None, on_step: OnStep = lambda step, row: None) -> Any:
