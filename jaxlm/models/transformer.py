@@ -203,8 +203,11 @@ def unstack(tree_: Any, n_layers: int) -> tuple[Any, ...]:
   return tuple(jax.tree.map(lambda x, i=i: x[i], tree_) for i in range(n_layers))
 
 
-def remat(fn: Any, policy: str) -> Any:
-  """Applies a rematerialisation policy by name: 'none', 'full', 'dots', or the names of what is kept."""
+def remat(fn: Any, policy: str, *, in_loop: bool) -> Any:
+  """Applies a rematerialisation policy by name: 'none', 'full', 'dots', or the names of what is kept.
+
+  Only inside of a loop is XLA free to share subexpressions: elsewhere it would share what is to be computed again.
+  """
   if policy == 'none':
     return fn
   policies = {
@@ -212,7 +215,7 @@ def remat(fn: Any, policy: str) -> Any:
     'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
   }
   saved = policies.get(policy) or jax.checkpoint_policies.save_only_these_names(*policy.split(','))
-  return jax.checkpoint(fn, policy=saved, prevent_cse=False)
+  return jax.checkpoint(fn, policy=saved, prevent_cse=not in_loop)
 
 
 def hidden(
@@ -249,7 +252,7 @@ def hidden(
     weights, layer_cache, layer_key = layer
     return block.apply({'params': weights}, x, ctx, layer_cache, layer_key)
 
-  body = remat(body, run.remat)
+  body = remat(body, run.remat, in_loop=not looped and run.unroll < cfg.n_layers)
   if looped:
     caches = []
     for i, weights in enumerate(layers):
