@@ -31,7 +31,7 @@ def linear(x: Float[Array, '*batch i'], w: Weight, bias: Float[Array, ' o'] | No
   return y if bias is None else y + bias.astype(x.dtype)
 
 
-def dense(w: Weight) -> Float[Array, '*stack i o']:
+def dense(w: Float[Array, '*stack i o'] | LowRank) -> Float[Array, '*stack i o']:
   """The weight as one plain array, any update folded in."""
   if isinstance(w, LowRank):
     return w.w + w.scale_L[..., None, None] * jnp.matmul(w.a, w.b)
