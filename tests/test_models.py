@@ -1,0 +1,496 @@
+"""The transformer against its papers in float64, and what must not change when it is computed in another way.
+
+B batch, T sequence, D model, H heads, K kv heads, N head width, V vocabulary.
+"""
+
+import dataclasses
+import math
+from functools import cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import GPT2, LLAMA, randomized
+
+from jaxlm import models, objectives
+from jaxlm.errors import InputError
+from jaxlm.models import LowRank, ModelConfig, Run
+from jaxlm.models.attention import attend, causal_mask, rope_angles, rotate
+from jaxlm.models.linear import dense
+from jaxlm.models.transformer import Block, _context
+
+pytestmark = pytest.mark.usefixtures('strict')
+B, T = 2, 7
+STYLES = {'llama': LLAMA, 'gpt2': GPT2}
+
+
+def tokens(cfg, shape=(B, T), seed=1):
+  return jnp.asarray(np.random.default_rng(seed).integers(0, cfg.vocab_size, shape), jnp.int32)
+
+
+@cache
+def jitted(cfg, **how):
+  return jax.jit(lambda params, tokens, **kw: models.forward(cfg, params, tokens, run=Run(**how), **kw)[0])
+
+
+# --- the forward pass, written from the papers in NumPy, float64, one position and one head at a time
+
+
+def norm64(cfg, p, x):
+  if cfg.norm == 'layernorm':
+    return (x - x.mean()) / math.sqrt(x.var() + cfg.norm_eps) * p['scale'] + p['bias']
+  return x / math.sqrt(np.mean(x**2) + cfg.norm_eps) * p['scale']
+
+
+def rotate64(x, position, theta):
+  """Each pair (i, i + N/2) as a complex number, turned."""
+  half = len(x) // 2
+  turned = (x[:half] + 1j * x[half:]) * np.exp(1j * position * theta ** (-np.arange(half) / half))
+  return np.concatenate([turned.real, turned.imag])
+
+
+def activation64(name, x):
+  if name == 'silu':
+    return x / (1 + np.exp(-x))
+  if name == 'gelu':
+    return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+  return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def attention64(cfg, p, xs, positions, segments):
+  bias = lambda name: p.get(f'{name}_bias', 0.0)
+  N, share = cfg.head_size, cfg.n_heads // cfg.kv_heads
+  split = lambda x, name, heads: (x @ p[name] + bias(name)).reshape(heads, N)
+  q = [split(x, 'q', cfg.n_heads) for x in xs]
+  k = [split(x, 'k', cfg.kv_heads) for x in xs]
+  v = [split(x, 'v', cfg.kv_heads) for x in xs]
+  if cfg.positions == 'rope':
+    turn = lambda x, i: np.stack([rotate64(h, i, cfg.rope_theta) for h in x])
+    q, k = ([turn(x, i) for x, i in zip(z, positions, strict=True)] for z in (q, k))
+  out = []
+  for t in range(len(xs)):
+    seen = [s for s in range(t + 1) if segments[s] == segments[t]]
+    heads = []
+    for h in range(cfg.n_heads):
+      scores = np.array([q[t][h] @ k[s][h // share] for s in seen]) / math.sqrt(N)
+      weights = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
+      heads.append(sum(w * v[s][h // share] for w, s in zip(weights, seen, strict=True)))
+    out.append(np.concatenate(heads) @ p['o'] + bias('o'))
+  return out
+
+
+def mlp64(cfg, p, x):
+  up = x @ p['up'] + p.get('up_bias', 0.0)
+  up = activation64(cfg.activation, x @ p['gate']) * up if cfg.gated_mlp else activation64(cfg.activation, up)
+  return up @ p['down'] + p.get('down_bias', 0.0)
+
+
+def forward64(cfg, params, row, positions=None, segments=None):
+  """Logits [T, V] of one row."""
+  p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+  positions = range(len(row)) if positions is None else positions
+  segments = [0] * len(row) if segments is None else segments
+  xs = [p['embed'][t] for t in row]
+  if cfg.positions == 'learned':
+    xs = [x + p['positions'][i] for x, i in zip(xs, positions, strict=True)]
+  for n in range(cfg.n_layers):
+    layer = jax.tree.map(lambda x, n=n: x[n], p['layers'])
+    normed = [norm64(cfg, layer['attn_norm'], x) for x in xs]
+    added = attention64(cfg, layer['attn'], normed, positions, segments)
+    xs = [x + y for x, y in zip(xs, added, strict=True)]
+    xs = [x + mlp64(cfg, layer['mlp'], norm64(cfg, layer['mlp_norm'], x)) for x in xs]
+  head = p['embed'].T if cfg.tie_embeddings else p['head']
+  return np.stack([norm64(cfg, p['final_norm'], x) @ head for x in xs])[:, : cfg.vocab_size]
+
+
+VARIANTS = {
+  'llama': LLAMA,
+  'gpt2': GPT2,
+  'llama, tied, as many kv heads, another theta': dataclasses.replace(
+    LLAMA, tie_embeddings=True, n_kv_heads=None, n_heads=3, head_dim=14, rope_theta=113.0
+  ),
+  'gpt2, untied, exact gelu, one kv head': dataclasses.replace(
+    GPT2, tie_embeddings=False, activation='gelu', n_kv_heads=1, norm_eps=0.03
+  ),
+}
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_forward_against_float64(variant):
+  cfg = VARIANTS[variant]
+  params, ids = randomized(cfg), tokens(cfg)
+  logits = jitted(cfg)(params, ids)
+  assert (logits.shape, logits.dtype) == ((B, T, cfg.vocab_size), jnp.float32)
+  for row, got in zip(np.asarray(ids), logits, strict=True):
+    np.testing.assert_allclose(got, forward64(cfg, params, row), atol=1e-4)
+
+
+def test_forward_with_segments_and_positions_against_float64(cfg, params):
+  ids, positions, segments = tokens(cfg), [0, 1, 2, 0, 1, 0, 1], [1, 1, 1, 2, 2, 3, 3]
+  many = lambda x: jnp.tile(jnp.asarray(x, jnp.int32), (B, 1))
+  logits = jitted(cfg)(params, ids, positions_BT=many(positions), segment_ids_BT=many(segments))
+  for row, got in zip(np.asarray(ids), logits, strict=True):
+    np.testing.assert_allclose(got, forward64(cfg, params, row, positions, segments), atol=1e-4)
+
+
+def test_bfloat16_stays_near_and_keeps_float32_logits(cfg, params):
+  ids = tokens(cfg)
+  exact, rounded = jitted(cfg)(params, ids), jitted(cfg, dtype=jnp.bfloat16)(params, ids)
+  assert rounded.dtype == jnp.float32
+  error = np.linalg.norm(rounded - exact) / np.linalg.norm(exact)
+  assert 1e-4 < error < 3e-2  # nearer than rounding allows would mean that it was float32 after all
+
+
+@pytest.mark.parametrize(
+  'fields, message',
+  [
+    ({'d_model': 10, 'n_heads': 3}, 'd_model=10 is not a multiple of n_heads=3'),
+    ({'n_heads': 4, 'n_kv_heads': 3}, 'n_heads=4 is not a multiple of n_kv_heads=3'),
+    ({'head_dim': 5}, 'head_dim=5 must be even'),
+  ],
+)
+def test_an_architecture_that_cannot_be_is_refused(fields, message):
+  with pytest.raises(InputError, match=message):
+    ModelConfig(**fields)
+
+
+def test_every_weight_is_declared_with_its_axes(cfg):
+  shapes = jax.eval_shape(lambda: models.init(cfg, jax.random.key(0)))
+  axes = models.axes(cfg)
+  is_names = lambda x: isinstance(x, tuple)
+  assert jax.tree.structure(shapes) == jax.tree.structure(axes, is_leaf=is_names)
+  for shape, names in zip(jax.tree.leaves(shapes), jax.tree.leaves(axes, is_leaf=is_names), strict=True):
+    assert shape.ndim == len(names)
+    assert shape.dtype == jnp.float32
+
+
+def test_layers_start_apart_and_at_the_right_scale():
+  cfg = dataclasses.replace(LLAMA, d_model=101, d_ff=103, n_heads=2, n_kv_heads=2, head_dim=50)
+  params = jax.jit(models.init, static_argnums=0)(cfg, jax.random.key(0))
+  std = lambda x: float(jnp.std(x))
+  layers = params['layers']
+  assert std(params['embed']) == pytest.approx(0.02, rel=0.05)
+  assert std(layers['attn']['q']) == pytest.approx(101**-0.5, rel=0.05)
+  assert std(layers['mlp']['down']) == pytest.approx((103 * 2 * cfg.n_layers) ** -0.5, rel=0.05)
+  assert np.all(np.asarray(layers['attn_norm']['scale']) == 1)
+  for n in range(1, cfg.n_layers):
+    assert not np.any(np.asarray(layers['attn']['q'][0] == layers['attn']['q'][n]))
+
+
+# --- trap 2: packing
+
+
+def packed(cfg, params, a, b):
+  """Logits of B inside the pack [A, B]."""
+  both = jnp.concatenate([a, b], axis=1)
+  lengths = a.shape[1], b.shape[1]
+  positions = jnp.concatenate([jnp.arange(n, dtype=jnp.int32) for n in lengths])[None]
+  segments = jnp.tile(jnp.repeat(jnp.array([1, 2], jnp.int32), jnp.array(lengths)), (a.shape[0], 1))
+  logits = jitted(cfg)(params, both, positions_BT=positions, segment_ids_BT=segments)
+  return np.asarray(logits[:, a.shape[1] :])
+
+
+def test_a_packed_document_reads_as_if_alone(cfg, params):
+  a, b = tokens(cfg, (B, 5), seed=2), tokens(cfg, (B, 7), seed=3)
+  np.testing.assert_allclose(packed(cfg, params, a, b), jitted(cfg)(params, b), atol=1e-5)
+
+
+def test_another_neighbour_changes_no_bit(cfg, params):
+  a, other, b = (tokens(cfg, (B, n), seed=s) for n, s in ((5, 2), (5, 4), (7, 3)))
+  assert np.any(a != other)
+  np.testing.assert_array_equal(packed(cfg, params, a, b), packed(cfg, params, other, b))
+
+
+def test_without_segments_the_neighbour_would_be_seen(cfg, params):
+  a, other, b = (tokens(cfg, (B, n), seed=s) for n, s in ((5, 2), (5, 4), (7, 3)))
+  first, second = (jitted(cfg)(params, jnp.concatenate([x, b], axis=1))[:, 5:] for x in (a, other))
+  assert np.abs(first - second).max() > 1e-3
+
+
+# --- trap 5: precision of RoPE and softmax with bfloat16 activations
+
+FAR = np.array([4095, 32768 + 7, 131071], np.int32)
+
+
+def wide(x):
+  return np.asarray(x.astype(jnp.float32), np.float64)
+
+
+def turned64(x_THN):
+  return np.stack([[rotate64(head, i, 10000.0) for head in row] for row, i in zip(x_THN, FAR, strict=True)])
+
+
+def test_rotation_far_out_with_bfloat16_activations():
+  N, theta = 26, 10000.0
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 5, N)), jnp.bfloat16)
+  angles = rope_angles(jnp.asarray(FAR)[None], N, theta)
+  assert angles.dtype == jnp.float32
+  expected = turned64(wide(x)[0])
+  error = lambda angles: np.abs(wide(rotate(x, angles))[0] - expected).max(axis=(1, 2))
+  assert np.all(error(angles) < 0.03)  # one rounding of values up to 4 to bfloat16 is 0.008
+  rounded = angles.astype(jnp.bfloat16).astype(jnp.float32)
+  assert np.all(error(rounded) > 0.5)  # what angles in bfloat16 would do
+  assert rotate(x, angles).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize('start', FAR)
+def test_scores_depend_on_distance_alone_far_out(start):
+  """Turned by float32 angles, q at p + 13 and k at p make the score that they make at 13 and 0."""
+  N, rng = 26, np.random.default_rng(0)
+  q, k = (jnp.asarray(rng.normal(size=(1, 1, 5, N)), jnp.float32) for _ in range(2))
+  at = lambda x, p: rotate(x, rope_angles(jnp.array([[p]], jnp.int32), N, 10000.0))
+  score = lambda p: jnp.sum(at(q, p + 13) * at(k, p), axis=-1)
+  np.testing.assert_allclose(score(int(start)), score(0), atol=0.05)
+
+
+def attend64(q, k, v):
+  q, k, v = q[0], k[0], v[0]
+  share, out = q.shape[1] // k.shape[1], np.zeros(q.shape)
+  for h in range(q.shape[1]):
+    scores = q[:, h] @ k[:, h // share].T / math.sqrt(q.shape[-1])
+    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+    out[:, h] = weights / weights.sum(axis=1, keepdims=True) @ v[:, h // share]
+  return out
+
+
+def attention_inputs(S):
+  rng = np.random.default_rng(1)
+  H, K, N = 6, 2, 26
+  q = jnp.asarray(12 * rng.normal(size=(1, 3, H, N)), jnp.bfloat16)
+  k = jnp.asarray(rng.normal(size=(1, S, K, N)), jnp.bfloat16)
+  v = jnp.asarray(1 + rng.normal(size=(1, S, K, N)), jnp.bfloat16)
+  return q, k, v, jnp.ones((1, 3, S), bool)
+
+
+def test_softmax_over_thousands_of_keys_with_bfloat16_activations():
+  q, k, v, mask = attention_inputs(4099)
+  expected = attend64(wide(q), wide(k), wide(v))
+  off = lambda got: np.linalg.norm(wide(got)[0] - expected) / np.linalg.norm(expected)
+  got = attend(q, k, v, mask)
+  assert got.dtype == jnp.bfloat16
+
+  def low(q, k, v):
+    """The same with scores and softmax in bfloat16."""
+    k, v = (jnp.repeat(x, 3, axis=2) for x in (k, v))
+    scores = jnp.einsum('BTHN,BSHN->BHTS', q, k) * jnp.bfloat16(26**-0.5)
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+    return jnp.einsum('BHTS,BSHN->BTHN', weights / weights.sum(-1, keepdims=True), v)
+
+  assert off(got) < 0.006
+  assert off(low(q, k, v)) > 0.012
+
+
+def test_attention_at_far_positions_with_bfloat16_activations():
+  q, k, v, _ = attention_inputs(3)
+  angles = rope_angles(jnp.asarray(FAR)[None], 26, 10000.0)
+  positions = jnp.asarray(FAR)[None]
+  mask = causal_mask(positions, positions)
+  q64, k64, v64 = turned64(wide(q)[0])[None], turned64(wide(k)[0])[None], wide(v)
+  expected = [attend64(q64[:, t : t + 1], k64[:, : t + 1], v64[:, : t + 1])[0] for t in range(3)]
+  off = lambda angles: np.abs(
+    wide(attend(rotate(q, angles), rotate(k, angles), v, mask))[0] - expected
+  ).max()
+  assert off(angles) < 0.1
+  assert off(angles.astype(jnp.bfloat16).astype(jnp.float32)) > 0.5
+
+
+# --- trap 11: what may not change what is computed
+
+
+def test_causality_by_gradient(cfg, params):
+  """d x[t] / d input[s] is exactly zero for s > t and is not for s <= t."""
+  ids = jnp.arange(2, 2 + T, dtype=jnp.int32)[None]  # all distinct: a row of the embedding is one position's input
+  probe = jnp.asarray(np.random.default_rng(0).normal(size=(cfg.d_model,)), jnp.float32)
+  outputs = lambda embed: models.hidden(cfg, {**params, 'embed': embed}, ids).x_BTD[0] @ probe
+  jacobian = np.abs(jax.jit(jax.jacrev(outputs))(params['embed'])).max(axis=-1)[:, 2 : 2 + T]
+  np.testing.assert_array_equal(jacobian > 0, np.tri(T, dtype=bool))
+
+
+MODES = {'scan': {}, 'unroll 2': {'unroll': 2}, 'unroll all': {'unroll': 3}, 'loop': {}}
+
+
+class Computed(NamedTuple):
+  value: Any  # (a number that depends on all activations, its gradient by the parameters)
+  matmuls: int  # in the compiled program
+  temporary: int  # bytes
+
+
+@cache
+def computed(cfg, mode='scan', remat='none'):
+  ids = tokens(cfg)
+  probe = jnp.asarray(np.random.default_rng(0).normal(size=(B, T, cfg.d_model)), jnp.float32)
+
+  def fn(params):
+    if mode == 'loop':
+      params = {**params, 'layers': models.unstack(params['layers'], cfg.n_layers)}
+    return jnp.sum(models.hidden(cfg, params, ids, run=Run(remat=remat, **MODES[mode])).x_BTD * probe)
+
+  compiled = jax.jit(jax.value_and_grad(fn)).lower(randomized(cfg)).compile()
+  value = jax.device_get(compiled(randomized(cfg)))
+  return Computed(value, compiled.as_text().count(' dot('), compiled.memory_analysis().temp_size_in_bytes)
+
+
+def assert_alike(got, expected, rtol=1e-5):
+  for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(mine, theirs, rtol=0, atol=rtol * max(np.abs(theirs).max(), 1e-3))
+
+
+@pytest.mark.parametrize('style', STYLES)
+def test_jit_is_no_jit(style):
+  cfg = STYLES[style]
+  with jax.disable_jit():
+    plain = models.forward(cfg, randomized(cfg), tokens(cfg))[0]
+  np.testing.assert_allclose(plain, jitted(cfg)(randomized(cfg), tokens(cfg)), atol=1e-5)
+
+
+@pytest.mark.parametrize('style, mode', [(s, m) for s in STYLES for m in MODES if m != 'scan'])
+def test_scan_is_a_loop(style, mode):
+  assert_alike(computed(STYLES[style], mode).value, computed(STYLES[style]).value)
+
+
+REMATS = ('none', 'dots', 'attn_out,mlp_out', 'full')  # from the least to the most that is computed again
+REMAT_CASES = [('llama', 'scan'), ('gpt2', 'scan'), ('llama', 'unroll all'), ('llama', 'loop')]
+
+
+@pytest.mark.parametrize('style, mode', REMAT_CASES)
+@pytest.mark.parametrize('policy', REMATS[1:])
+def test_remat_changes_nothing(style, mode, policy):
+  cfg = STYLES[style]
+  assert_alike(computed(cfg, mode, policy).value, computed(cfg, mode).value, rtol=1e-6)
+
+
+@pytest.mark.parametrize('style, mode', REMAT_CASES)
+def test_remat_is_really_toggled(style, mode):
+  """Each policy computes more matmuls again than the one before, in the program that is left after XLA's sharing."""
+  counts = {policy: computed(STYLES[style], mode, policy).matmuls for policy in REMATS}
+  assert list(counts.values()) == sorted(set(counts.values())), counts
+
+
+def test_remat_saves_memory():
+  """Read from the compiled programs of a longer row; nothing is run."""
+  cfg = dataclasses.replace(LLAMA, n_layers=7)
+  ids, params = tokens(cfg, (B, 64)), jax.eval_shape(lambda: models.init(cfg, jax.random.key(0)))
+
+  def temporary(remat):
+    fn = lambda params: jnp.sum(models.hidden(cfg, params, ids, run=Run(remat=remat)).x_BTD)
+    return jax.jit(jax.grad(fn)).lower(params).compile().memory_analysis().temp_size_in_bytes
+
+  none, dots, full = (temporary(remat) for remat in ('none', 'dots', 'full'))
+  assert full < dots < none / 2
+
+
+def test_dropout_needs_a_key(cfg, params):
+  ids, drop = tokens(cfg), jitted(cfg, dropout=0.5)
+  one, again, other = (drop(params, ids, key=jax.random.key(seed)) for seed in (3, 3, 4))
+  without = jitted(cfg)(params, ids)
+  np.testing.assert_array_equal(drop(params, ids), without)
+  np.testing.assert_array_equal(jitted(cfg)(params, ids, key=jax.random.key(3)), without)  # a key alone drops nothing
+  np.testing.assert_array_equal(one, again)
+  assert np.abs(one - without).max() > 0.1 and np.abs(one - other).max() > 0.1
+
+
+def test_dropout_drops_and_scales(cfg, params):
+  """What a sub-layer adds is nothing or 1 / (1 - rate) of what it was; here the MLP adds nothing."""
+  layer = jax.tree.map(lambda x: x[0], params['layers'])
+  layer['mlp'] = jax.tree.map(jnp.zeros_like, layer['mlp'])
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(B, 29, cfg.d_model)), jnp.float32)
+  ctx = _context(cfg, jnp.arange(29, dtype=jnp.int32)[None], None, None)
+  block = lambda run, key: np.asarray(Block(cfg, run).apply({'params': layer}, x, ctx, None, key)[0]) - x
+  whole, dropped = block(Run(), None), block(Run(dropout=0.2), jax.random.key(0))
+  kept = dropped != 0
+  assert kept.mean() == pytest.approx(0.8, abs=0.04)
+  np.testing.assert_allclose(dropped[kept], whole[kept] / 0.8, atol=1e-5)
+
+
+# --- leaf types
+
+
+def adapted(cfg, b):
+  """Parameters with low-rank leaves of rank 3 on one matrix of attention and one of the MLP; `b` is its scale."""
+  rng = np.random.default_rng(17)
+
+  def low_rank(w):
+    L, i, o = w.shape
+    draw = lambda *shape: jnp.asarray(rng.normal(0.0, 0.3, shape), jnp.float32)
+    return LowRank(w, draw(L, i, 3), b * draw(L, 3, o), jnp.asarray(np.linspace(0.5, 2.0, L), jnp.float32))
+
+  params = randomized(cfg)
+  layers = params['layers']
+  attn = {**layers['attn'], 'q': low_rank(layers['attn']['q'])}
+  mlp = {**layers['mlp'], 'down': low_rank(layers['mlp']['down'])}
+  return {**params, 'layers': {**layers, 'attn': attn, 'mlp': mlp}}
+
+
+def merged(params):
+  is_low_rank = lambda x: isinstance(x, LowRank)
+  return jax.tree.map(lambda x: dense(x) if is_low_rank(x) else x, params, is_leaf=is_low_rank)
+
+
+def test_a_low_rank_leaf_starts_as_the_identity(cfg, params):
+  np.testing.assert_array_equal(jitted(cfg)(adapted(cfg, 0.0), tokens(cfg)), jitted(cfg)(params, tokens(cfg)))
+
+
+def test_a_low_rank_leaf_is_its_dense_weight(cfg, params):
+  low = adapted(cfg, 1.0)
+  w = low['layers']['attn']['q']
+  expected = [np.asarray(w.w[n]) + float(w.scale_L[n]) * np.asarray(w.a[n]) @ np.asarray(w.b[n])
+              for n in range(cfg.n_layers)]
+  np.testing.assert_allclose(dense(w), expected, atol=1e-5)
+  logits = jitted(cfg)(low, tokens(cfg))
+  np.testing.assert_allclose(logits, jitted(cfg)(merged(low), tokens(cfg)), atol=1e-4)
+  assert np.abs(logits - jitted(cfg)(params, tokens(cfg))).max() > 0.1
+  looped = {**low, 'layers': models.unstack(low['layers'], cfg.n_layers)}
+  np.testing.assert_allclose(jitted(cfg)(looped, tokens(cfg)), logits, atol=1e-5)
+
+
+def test_gradients_reach_both_factors(cfg):
+  fn = lambda params: jnp.sum(models.forward(cfg, params, tokens(cfg))[0] ** 2)
+  grads = jax.jit(jax.grad(fn))(adapted(cfg, 1.0))
+  plain = jax.jit(jax.grad(fn))(merged(adapted(cfg, 1.0)))
+  for low, full, leaf in (
+    (grads['layers']['attn']['q'], plain['layers']['attn']['q'], adapted(cfg, 1.0)['layers']['attn']['q']),
+    (grads['layers']['mlp']['down'], plain['layers']['mlp']['down'], adapted(cfg, 1.0)['layers']['mlp']['down']),
+  ):
+    scale = leaf.scale_L[:, None, None]
+    da, db = scale * full @ jnp.swapaxes(leaf.b, 1, 2), scale * jnp.swapaxes(leaf.a, 1, 2) @ full
+    for mine, theirs in ((low.w, full), (low.a, da), (low.b, db)):  # the chain rule by hand
+      assert np.abs(theirs).max() > 0
+      np.testing.assert_allclose(mine, theirs, atol=2e-5 * np.abs(theirs).max())
+
+
+# --- the padded vocabulary
+
+
+def with_padding(cfg, value):
+  """Parameters whose padded rows of the embedding, or columns of the head, hold `value`."""
+  params = randomized(cfg)
+  params = {**params, 'embed': params['embed'].at[cfg.vocab_size :].set(value)}
+  return params if cfg.tie_embeddings else {**params, 'head': params['head'].at[:, cfg.vocab_size :].set(value)}
+
+
+def test_the_padded_vocabulary_is_never_predicted(cfg):
+  assert cfg.padded_vocab == 256 > cfg.vocab_size
+  usual, huge = (jitted(cfg)(with_padding(cfg, value), tokens(cfg)) for value in (0.0, 1e3))
+  assert usual.shape[-1] == cfg.vocab_size
+  np.testing.assert_array_equal(usual, huge)
+
+
+@pytest.mark.parametrize('chunks', [1, 2])
+def test_the_padded_vocabulary_is_never_trained(cfg, chunks):
+  ids = tokens(cfg)
+  batch = {'tokens': ids, 'targets': ids, 'loss_mask': jnp.ones((B, T)), 'segment_ids': jnp.ones((B, T), jnp.int32),
+           'positions': jnp.tile(jnp.arange(T, dtype=jnp.int32), (B, 1)), 'target_bytes': jnp.ones((B, T), jnp.int32)}
+  loss_fn = objectives.next_token(cfg, Run(), chunks=chunks)
+  run = jax.jit(jax.value_and_grad(lambda params: loss_fn(params, batch, jax.random.key(0))[0].total))
+  (usual, grads), (huge, _) = run(with_padding(cfg, 0.0)), run(with_padding(cfg, 1e3))
+  assert usual == huge
+  logits = jitted(cfg)(with_padding(cfg, 0.0), ids)
+  logp = np.asarray(jax.nn.log_softmax(logits, axis=-1))
+  expected = -np.take_along_axis(logp, np.asarray(ids)[..., None], -1).sum()
+  assert usual == pytest.approx(expected, rel=1e-5)
+  assert not np.any(grads['embed'][cfg.vocab_size :])
+  if not cfg.tie_embeddings:
+    assert not np.any(grads['head'][:, cfg.vocab_size :])
+    assert np.any(grads['head'][:, cfg.vocab_size - 1])
