@@ -55,7 +55,8 @@ def truncate(logits_BV: Float[Array, 'B V'], sampling: Sampling) -> Float[Array,
     p_B1 = jnp.broadcast_to(jnp.asarray(sampling.top_p_B, jnp.float32), logits_BV.shape[:1])[:, None]
     probs_BV = jax.nn.softmax(jnp.where(ordered_BV >= floor_B1, ordered_BV, -jnp.inf), axis=-1)
     before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV
-    kept_BV = (before_BV < p_B1).at[:, 0].set(True)
+    kept_BV = (before_BV < p_B1) | (p_B1 >= 1.0)  # 1 leaves nothing out, however the sum is rounded
+    kept_BV = (kept_BV & (ordered_BV >= floor_B1)).at[:, 0].set(True)
     floor_B1 = jnp.min(jnp.where(kept_BV, ordered_BV, jnp.inf), axis=-1, keepdims=True)
   return jnp.where(logits_BV >= floor_B1, logits_BV, -jnp.inf)
 
