@@ -1,5 +1,7 @@
 """Package definition. Tool settings live in pyproject.toml; everything pip needs is here."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 EXTRAS = {
@@ -10,24 +12,47 @@ EXTRAS = {
   'eval': [],
   'quant': [],
   'parity': ['torch==2.13.0', 'transformers>=5.0'],
-  'dev': ['pytest>=8', 'pytest-xdist>=3.6', 'hypothesis>=6', 'chex>=0.1.92', 'ruff>=0.17', 'ty>=0.0.105',
-          'nbmake>=1.5', 'jupytext>=1.16', 'ipykernel>=6', 'beartype>=0.19'],
+  'dev': [
+    'pytest>=8',
+    'pytest-xdist>=3.6',
+    'hypothesis>=6',
+    'chex>=0.1.92',
+    'ruff>=0.17',
+    'ty>=0.0.105',
+    'nbmake>=1.5',
+    'jupytext>=1.16',
+    'ipykernel>=6',
+    'beartype>=0.19',
+  ],
 }
 
 setup(
   name='jaxlm',
   version='0.1.0',
   description='From raw text to an aligned, served language model: pure functions on JAX, on a laptop or a pod.',
-  long_description=open('README.md', encoding='utf-8').read(),
+  long_description=Path('README.md').read_text(encoding='utf-8'),
   long_description_content_type='text/markdown',
   license='Apache-2.0',
   python_requires='>=3.11',
   packages=find_packages(include=['jaxlm', 'jaxlm.*']),
   package_data={'jaxlm': ['assets/**/*']},
   install_requires=[
-    'jax>=0.10.2', 'flax>=0.12.8', 'optax>=0.2.8', 'orbax-checkpoint>=0.12.8,<0.13', 'chex>=0.1.92',
-    'tensorflow-datasets>=4.9.10', 'array-record>=0.8.6', 'grain>=0.2.18', 'tokenizers>=0.23', 'etils[epath]>=1.12',
-    'jaxtyping>=0.3.11', 'matplotlib>=3.9', 'numpy>=2.0', 'rich>=13', 'tensorboardX>=2.6', 'tyro>=1.0.16',
+    'jax>=0.10.2',
+    'flax>=0.12.8',
+    'optax>=0.2.8',
+    'orbax-checkpoint>=0.12.8,<0.13',
+    'chex>=0.1.92',
+    'tensorflow-datasets>=4.9.10',
+    'array-record>=0.8.6',
+    'grain>=0.2.18',
+    'tokenizers>=0.23',
+    'etils[epath]>=1.12',
+    'jaxtyping>=0.3.11',
+    'matplotlib>=3.9',
+    'numpy>=2.0',
+    'rich>=13',
+    'tensorboardX>=2.6',
+    'tyro>=1.0.16',
   ],
   extras_require=EXTRAS,
   entry_points={'console_scripts': ['jaxlm = jaxlm.cli:main']},

@@ -1,7 +1,7 @@
 """What a person sees in the terminal while something runs: lines, and a progress bar with the time left."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,7 +44,7 @@ def figures(row: dict[str, float]) -> str:
 
 
 @contextmanager
-def reading() -> Iterator[Callable[[int, int], None]]:
+def reading() -> Generator[Callable[[int, int], None]]:
   """A progress bar over bytes, with speed and time left: yields `update(done, total)`. Nothing without a terminal."""
   console = Console()
   columns = BarColumn(bar_width=30), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()

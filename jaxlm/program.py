@@ -45,9 +45,7 @@ def build(config: Pretrain, mesh: Mesh, rules: sharding.Rules = sharding.RULES) 
   run = Run(jnp.dtype(dtype), compute.remat, compute.unroll, compute.dropout, rules if mesh.size > 1 else None)
   ways = mesh.shape['data'] * mesh.shape['fsdp'] * compute.accum
   if config.data.global_batch % ways:
-    raise InputError(
-      f'data.global_batch={config.data.global_batch} does not divide by data x fsdp x accum = {ways}'
-    )
+    raise InputError(f'data.global_batch={config.data.global_batch} does not divide by data x fsdp x accum = {ways}')
   lr = optim.schedule(
     o.schedule,
     lr=o.lr,

@@ -57,7 +57,9 @@ def quickstart(run: str, *, short: bool = False) -> epath.Path:
   vocabulary = tokenizer.load(path)
   fertility = tokenizer.tokens_per_word(vocabulary, (d.text for d in sources.documents(specs)))
   per_word = {script: tokens / words for script, (words, tokens) in fertility.items() if words > 500}
-  print(f'   {vocabulary.vocab_size} tokens; tokens per word: ' + ', '.join(f'{k} {v:.2f}' for k, v in per_word.items()))
+  print(
+    f'   {vocabulary.vocab_size} tokens; tokens per word: ' + ', '.join(f'{k} {v:.2f}' for k, v in per_word.items())
+  )
 
   print('2. data: documents -> tokens on disk, a TFDS array_record data set')
   summary = prepare.prepare(specs, vocabulary, config.data.path, val_fraction=VAL_FRACTION)
@@ -80,7 +82,9 @@ def quickstart(run: str, *, short: bool = False) -> epath.Path:
   reached = final_bits_per_byte(folder)
   for name, value in sorted((baselines | {'this model': reached}).items(), key=lambda item: -item[1]):
     print(f'   {value:6.3f}  {name}')
-  pretrain.add_facts(folder, {'held-out bits per byte': baselines | {'this model': reached}, 'tokens per word': per_word})
+  pretrain.add_facts(
+    folder, {'held-out bits per byte': baselines | {'this model': reached}, 'tokens per word': per_word}
+  )
 
   print('5. it writes')
   texts = pretrain.continue_texts(run, PROMPTS, 1, new=80, sampling=pretrain.SAMPLING)

@@ -31,7 +31,8 @@ h1{font-size:1.6rem;margin-bottom:.2rem} h2{font-size:1.15rem;margin:2.2rem 0 .6
 .curves{display:grid;grid-template-columns:repeat(auto-fit,minmax(460px,1fr));gap:.5rem} svg{width:100%;height:auto}
 table{border-collapse:collapse;margin:.4rem 0} td,th{padding:.15rem 1.2rem .15rem 0;text-align:left;vertical-align:top}
 td.n{text-align:right;font-variant-numeric:tabular-nums} .tables{display:flex;flex-wrap:wrap;gap:2.5rem}
-.sample{white-space:pre-wrap;background:#f5f7fa;border-radius:8px;padding:.6rem 1rem;margin:.4rem 0;overflow-wrap:anywhere}
+.sample{white-space:pre-wrap;background:#f5f7fa;border-radius:8px;padding:.6rem 1rem;margin:.4rem 0}
+.sample{overflow-wrap:anywhere}
 .sample small{color:#7b8794;display:block} .sample b{color:#0b69a3}
 details pre{background:#f5f7fa;padding:1rem;border-radius:8px;overflow:auto} h3{font-size:1rem;margin:.8rem 0 .2rem}
 """
@@ -136,7 +137,9 @@ def _table(title: str, values: Mapping[str, Any]) -> str:
 def _config(path: epath.Path) -> str:
   if not path.exists():
     return ''
-  return f'<h2>Configuration</h2><details><summary>config.json</summary><pre>{html.escape(path.read_text())}</pre></details>'
+  return (
+    f'<h2>Configuration</h2><details><summary>config.json</summary><pre>{html.escape(path.read_text())}</pre></details>'
+  )
 
 
 def _number(value: float | None) -> str:

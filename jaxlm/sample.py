@@ -95,7 +95,13 @@ def prefill(
 
 
 def decode(
-  cfg: ModelConfig, params: Any, token_B: Int[Array, ' B'], position_B: Int[Array, ' B'], cache: Any, *, run: Run = Run()
+  cfg: ModelConfig,
+  params: Any,
+  token_B: Int[Array, ' B'],
+  position_B: Int[Array, ' B'],
+  cache: Any,
+  *,
+  run: Run = Run(),
 ) -> tuple[Float[Array, 'B V'], Any]:
   """Logits after one more token in each row, at its own position, and the cache with it."""
   out = models.hidden(cfg, params, token_B[:, None], run=run, positions_BT=position_B[:, None], cache=cache)
@@ -122,7 +128,7 @@ def generate(
   if not len(lengths) or not lengths.min():
     raise ValueError('every prompt needs at least one token (the BOS)')
   if cfg.positions == 'learned' and lengths.max() + max_new_tokens > cfg.max_seq_len:
-    raise ValueError(f'{lengths.max()} + {max_new_tokens} tokens exceed the model\'s {cfg.max_seq_len} positions')
+    raise ValueError(f"{lengths.max()} + {max_new_tokens} tokens exceed the model's {cfg.max_seq_len} positions")
   width = -(-int(lengths.max()) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
   if cfg.positions == 'learned':
     width = min(width, cfg.max_seq_len)
@@ -135,7 +141,15 @@ def generate(
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _generate(
-  cfg: ModelConfig, run: Run, new: int, params: Any, prompts_BP: Array, lengths_B: Array, sampling: Any, stop: Any, key: Any
+  cfg: ModelConfig,
+  run: Run,
+  new: int,
+  params: Any,
+  prompts_BP: Array,
+  lengths_B: Array,
+  sampling: Any,
+  stop: Any,
+  key: Any,
 ) -> Rollout:
   B, P = prompts_BP.shape
   params = {**params, 'layers': models.unstack(params['layers'], cfg.n_layers)}  # half the time of a scanned step

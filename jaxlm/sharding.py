@@ -18,19 +18,21 @@ Rules = Mapping[str, str | tuple[str, ...] | None]
 MESH_AXES = ('data', 'fsdp', 'sequence', 'tensor')
 
 # Logical axis -> mesh axes. A strategy is a change of this table; a name without an entry is replicated.
-RULES: Rules = FrozenDict({  # hashable: it may be part of a static argument
-  # activations
-  'batch': ('data', 'fsdp'),
-  'seq': 'sequence',
-  'act_heads': 'tensor',
-  'act_mlp': 'tensor',
-  # parameters
-  'embed': 'fsdp',
-  'heads': 'tensor',
-  'kv_heads': 'tensor',
-  'mlp': 'tensor',
-  'vocab': 'tensor',
-})
+RULES: Rules = FrozenDict(
+  {  # hashable: it may be part of a static argument
+    # activations
+    'batch': ('data', 'fsdp'),
+    'seq': 'sequence',
+    'act_heads': 'tensor',
+    'act_mlp': 'tensor',
+    # parameters
+    'embed': 'fsdp',
+    'heads': 'tensor',
+    'kv_heads': 'tensor',
+    'mlp': 'tensor',
+    'vocab': 'tensor',
+  }
+)
 
 
 def make_mesh(

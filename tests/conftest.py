@@ -34,12 +34,29 @@ from jaxlm.models import ModelConfig  # noqa: E402
 
 # sizes are distinct primes where they may be: a swapped axis then fails
 LLAMA = ModelConfig(
-  vocab_size=131, d_model=11, n_layers=3, n_heads=6, n_kv_heads=2, head_dim=10, d_ff=17, max_seq_len=61,
+  vocab_size=131,
+  d_model=11,
+  n_layers=3,
+  n_heads=6,
+  n_kv_heads=2,
+  head_dim=10,
+  d_ff=17,
+  max_seq_len=61,
   tie_embeddings=False,
 )
 GPT2 = ModelConfig(
-  vocab_size=137, d_model=21, n_layers=2, n_heads=3, d_ff=19, max_seq_len=61, norm='layernorm',
-  activation='gelu_tanh', gated_mlp=False, positions='learned', bias=True, tie_embeddings=True,
+  vocab_size=137,
+  d_model=21,
+  n_layers=2,
+  n_heads=3,
+  d_ff=19,
+  max_seq_len=61,
+  norm='layernorm',
+  activation='gelu_tanh',
+  gated_mlp=False,
+  positions='learned',
+  bias=True,
+  tie_embeddings=True,
 )
 
 

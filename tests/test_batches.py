@@ -45,7 +45,8 @@ def test_a_row_by_hand():
     'target_bytes': [1, 2, 3, 0, 0, 4, 0, 0, 5, 6, 0],
   }  # fmt: skip
   assert {name: value.dtype.name for name, value in row.items()} == {
-    name: 'float32' if name == 'loss_mask' else 'int32' for name in row}
+    name: 'float32' if name == 'loss_mask' else 'int32' for name in row
+  }
 
 
 def test_a_row_that_begins_inside_a_document_by_hand():

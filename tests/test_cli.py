@@ -92,10 +92,18 @@ def prepared(tmp_path_factory):
   return home
 
 
-SIZES = (
-  '--steps 3 --model.d-model 32 --model.n-layers 2 --model.n-heads 2 --model.d-ff 48 --data.seq-len 16 '
-  '--data.global-batch 8 --optim.warmup-steps 1 --watch.sample-tokens 3 --watch.log-every 1'
-).split()
+SIZES = [
+  '--steps', '3',
+  '--model.d-model', '32',
+  '--model.n-layers', '2',
+  '--model.n-heads', '2',
+  '--model.d-ff', '48',
+  '--data.seq-len', '16',
+  '--data.global-batch', '8',
+  '--optim.warmup-steps', '1',
+  '--watch.sample-tokens', '3',
+  '--watch.log-every', '1',
+]  # fmt: skip
 
 
 @pytest.fixture(scope='module')

@@ -20,15 +20,15 @@ TEXT = b'abracadabra, abracadabra! bad cab, dab a crab. ' * 2 + b'a bra, a car, 
 
 def slow_prob(train: bytes, context: bytes, byte: int, order: int) -> float:
   """Modified Kneser-Ney by the book: p(byte | the last order - 1 bytes of context), with dictionaries."""
-  context = context[max(0, len(context) - order + 1):]
+  context = context[max(0, len(context) - order + 1) :]
 
   def table(n: int) -> Counter[bytes]:
-    grams = [train[i:i + n] for i in range(len(train) - n + 1)]
+    grams = [train[i : i + n] for i in range(len(train) - n + 1)]
     if n == order:
       return Counter(grams)
     before = defaultdict(set)
     for i in range(1, len(train) - n + 1):
-      before[train[i:i + n]].add(train[i - 1])
+      before[train[i : i + n]].add(train[i - 1])
     return Counter({gram: len(bytes_before) for gram, bytes_before in before.items()})
 
   def prob(h: bytes, n: int) -> float:
@@ -111,8 +111,11 @@ def test_xz_window_covers_the_whole_train():
 
 
 def test_errors():
-  for function in (compression.xz_bits_per_byte, lambda h: compression.xz_conditional_bits_per_byte(b'a', h),
-                   lambda h: compression.ngram_bits_per_byte(b'a', h)):
+  for function in (
+    compression.xz_bits_per_byte,
+    lambda h: compression.xz_conditional_bits_per_byte(b'a', h),
+    lambda h: compression.ngram_bits_per_byte(b'a', h),
+  ):
     with pytest.raises(InputError, match='empty'):
       function(b'')
   for order in (0, 9):

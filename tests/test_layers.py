@@ -62,8 +62,9 @@ def complaints(part, source):
       called = ast.unparse(node.func)
       if called in ('eval', 'exec', 'builtins.eval', 'builtins.exec', '__import__'):
         wrong.append(f'{node.lineno}: calls {called}')
-      if any(k.arg == 'allow_pickle' and not (isinstance(k.value, ast.Constant) and not k.value.value)
-             for k in node.keywords):
+      if any(
+        k.arg == 'allow_pickle' and not (isinstance(k.value, ast.Constant) and not k.value.value) for k in node.keywords
+      ):
         wrong.append(f'{node.lineno}: allows pickle')
   return wrong
 

@@ -18,8 +18,12 @@ TARGETS = RNG.integers(0, V, (B, T)).astype(np.int32)
 COTANGENTS = RNG.normal(size=(3, B, T)).astype(np.float32)
 DIRECTION = RNG.normal(size=X.shape)
 MASK = np.array([[1, 1, 0, 1, 0], [0, 0, 0, 0, 0], [0, 1, 1, 1, 1]], np.float32)
-SETTINGS = {'plain': {}, 'softcap': {'softcap': 3.0}, 'temperature': {'temperature': 0.7},
-            'both': {'softcap': 2.5, 'temperature': 1.7}}
+SETTINGS = {
+  'plain': {},
+  'softcap': {'softcap': 3.0},
+  'temperature': {'temperature': 0.7},
+  'both': {'softcap': 2.5, 'temperature': 1.7},
+}
 
 
 def oracle(x, head, softcap=None, temperature=1.0, vocab=V):
@@ -151,9 +155,9 @@ def test_the_gradient_by_logits_is_at_exactly_the_masks_positions():
 
 
 def test_the_gradient_by_activations_is_at_exactly_the_masks_positions():
-  fn = lambda x: lm.next_token_chunked(
-    x, jnp.asarray(HEAD), jnp.asarray(TARGETS), jnp.asarray(MASK), chunks=3, vocab=V
-  ).total
+  fn = lambda x: (
+    lm.next_token_chunked(x, jnp.asarray(HEAD), jnp.asarray(TARGETS), jnp.asarray(MASK), chunks=3, vocab=V).total
+  )
   touched = np.any(np.asarray(jax.grad(fn)(jnp.asarray(X))) != 0, axis=-1)
   np.testing.assert_array_equal(touched, MASK > 0)
 

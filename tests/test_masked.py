@@ -57,8 +57,9 @@ def test_merge_and_stack_reduce_alike():
 
 
 def test_value_divides_once_and_is_nan_without_weight():
-  got = masked.values({'a': Sum(jnp.float32(6), jnp.float32(4)), 'none': Sum(jnp.float32(0), jnp.float32(0)),
-                       'm': Max(jnp.float32(3))})
+  got = masked.values(
+    {'a': Sum(jnp.float32(6), jnp.float32(4)), 'none': Sum(jnp.float32(0), jnp.float32(0)), 'm': Max(jnp.float32(3))}
+  )
   assert (got['a'], got['m']) == (1.5, 3)
   assert np.isnan(got['none'])
 

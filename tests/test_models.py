@@ -24,6 +24,7 @@ from jaxlm.models.transformer import Block, _context
 pytestmark = pytest.mark.usefixtures('strict')
 B, T = 2, 7
 STYLES = {'llama': LLAMA, 'gpt2': GPT2}
+SHALLOW = dataclasses.replace(LLAMA, n_layers=2)
 
 
 def tokens(cfg, shape=(B, T), seed=1):
@@ -289,9 +290,7 @@ def test_attention_at_far_positions_with_bfloat16_activations():
   mask = causal_mask(positions, positions)
   q64, k64, v64 = turned64(wide(q)[0])[None], turned64(wide(k)[0])[None], wide(v)
   expected = [attend64(q64[:, t : t + 1], k64[:, : t + 1], v64[:, : t + 1])[0] for t in range(3)]
-  off = lambda angles: np.abs(
-    wide(attend(rotate(q, angles), rotate(k, angles), v, mask))[0] - expected
-  ).max()
+  off = lambda angles: np.abs(wide(attend(rotate(q, angles), rotate(k, angles), v, mask))[0] - expected).max()
   assert off(angles) < 0.1
   assert off(angles.astype(jnp.bfloat16).astype(jnp.float32)) > 0.5
 
@@ -308,7 +307,7 @@ def test_causality_by_gradient(cfg, params):
   np.testing.assert_array_equal(jacobian > 0, np.tri(T, dtype=bool))
 
 
-MODES = {'scan': {}, 'unroll 2': {'unroll': 2}, 'unroll all': {'unroll': 3}, 'loop': {}}
+MODES = {'scan': {}, 'unroll 2': {'unroll': 2}, 'unroll all': {'unroll': 5}, 'loop': {}}
 
 
 class Computed(NamedTuple):
@@ -337,34 +336,33 @@ def assert_alike(got, expected, rtol=1e-5):
     np.testing.assert_allclose(mine, theirs, rtol=0, atol=rtol * max(np.abs(theirs).max(), 1e-3))
 
 
-@pytest.mark.parametrize('style', STYLES)
-def test_jit_is_no_jit(style):
-  cfg = STYLES[style]
+def test_jit_is_no_jit():
+  cfg = SHALLOW
   with jax.disable_jit():
     plain = models.forward(cfg, randomized(cfg), tokens(cfg))[0]
   np.testing.assert_allclose(plain, jitted(cfg)(randomized(cfg), tokens(cfg)), atol=1e-5)
 
 
-@pytest.mark.parametrize('style, mode', [(s, m) for s in STYLES for m in MODES if m != 'scan'])
+@pytest.mark.parametrize(
+  'style, mode', [('llama', 'unroll 2'), ('llama', 'unroll all'), ('llama', 'loop'), ('gpt2', 'loop')]
+)
 def test_scan_is_a_loop(style, mode):
   assert_alike(computed(STYLES[style], mode).value, computed(STYLES[style]).value)
 
 
 REMATS = ('none', 'dots', 'attn_out,mlp_out', 'full')  # from the least to the most that is computed again
-REMAT_CASES = [('llama', 'scan'), ('gpt2', 'scan'), ('llama', 'unroll all'), ('llama', 'loop')]
 
 
-@pytest.mark.parametrize('style, mode', REMAT_CASES)
+@pytest.mark.parametrize('mode', ['scan', 'unroll all', 'loop'])
 @pytest.mark.parametrize('policy', REMATS[1:])
-def test_remat_changes_nothing(style, mode, policy):
-  cfg = STYLES[style]
-  assert_alike(computed(cfg, mode, policy).value, computed(cfg, mode).value, rtol=1e-6)
+def test_remat_changes_nothing(mode, policy):
+  assert_alike(computed(SHALLOW, mode, policy).value, computed(SHALLOW, mode).value, rtol=1e-6)
 
 
-@pytest.mark.parametrize('style, mode', REMAT_CASES)
-def test_remat_is_really_toggled(style, mode):
+@pytest.mark.parametrize('mode', ['scan', 'unroll all', 'loop'])
+def test_remat_is_really_toggled(mode):
   """Each policy computes more matmuls again than the one before, in the program that is left after XLA's sharing."""
-  counts = {policy: computed(STYLES[style], mode, policy).matmuls for policy in REMATS}
+  counts = {policy: computed(SHALLOW, mode, policy).matmuls for policy in REMATS}
   assert list(counts.values()) == sorted(set(counts.values())), counts
 
 
@@ -435,8 +433,9 @@ def test_a_low_rank_leaf_starts_as_the_identity(cfg, params):
 def test_a_low_rank_leaf_is_its_dense_weight(cfg, params):
   low = adapted(cfg, 1.0)
   w = low['layers']['attn']['q']
-  expected = [np.asarray(w.w[n]) + float(w.scale_L[n]) * np.asarray(w.a[n]) @ np.asarray(w.b[n])
-              for n in range(cfg.n_layers)]
+  expected = [
+    np.asarray(w.w[n]) + float(w.scale_L[n]) * np.asarray(w.a[n]) @ np.asarray(w.b[n]) for n in range(cfg.n_layers)
+  ]
   np.testing.assert_allclose(dense(w), expected, atol=1e-5)
   logits = jitted(cfg)(low, tokens(cfg))
   np.testing.assert_allclose(logits, jitted(cfg)(merged(low), tokens(cfg)), atol=1e-4)
@@ -445,7 +444,8 @@ def test_a_low_rank_leaf_is_its_dense_weight(cfg, params):
   np.testing.assert_allclose(jitted(cfg)(looped, tokens(cfg)), logits, atol=1e-5)
 
 
-def test_gradients_reach_both_factors(cfg):
+def test_gradients_reach_both_factors():
+  cfg = SHALLOW
   fn = lambda params: jnp.sum(models.forward(cfg, params, tokens(cfg))[0] ** 2)
   grads = jax.jit(jax.grad(fn))(adapted(cfg, 1.0))
   plain = jax.jit(jax.grad(fn))(merged(adapted(cfg, 1.0)))
@@ -477,11 +477,18 @@ def test_the_padded_vocabulary_is_never_predicted(cfg):
   np.testing.assert_array_equal(usual, huge)
 
 
-@pytest.mark.parametrize('chunks', [1, 2])
-def test_the_padded_vocabulary_is_never_trained(cfg, chunks):
+@pytest.mark.parametrize('style, chunks', [('llama', 1), ('llama', 2), ('gpt2', 2)])
+def test_the_padded_vocabulary_is_never_trained(style, chunks):
+  cfg = STYLES[style]
   ids = tokens(cfg)
-  batch = {'tokens': ids, 'targets': ids, 'loss_mask': jnp.ones((B, T)), 'segment_ids': jnp.ones((B, T), jnp.int32),
-           'positions': jnp.tile(jnp.arange(T, dtype=jnp.int32), (B, 1)), 'target_bytes': jnp.ones((B, T), jnp.int32)}
+  batch = {
+    'tokens': ids,
+    'targets': ids,
+    'loss_mask': jnp.ones((B, T)),
+    'segment_ids': jnp.ones((B, T), jnp.int32),
+    'positions': jnp.tile(jnp.arange(T, dtype=jnp.int32), (B, 1)),
+    'target_bytes': jnp.ones((B, T), jnp.int32),
+  }
   loss_fn = objectives.next_token(cfg, Run(), chunks=chunks)
   run = jax.jit(jax.value_and_grad(lambda params: loss_fn(params, batch, jax.random.key(0))[0].total))
   (usual, grads), (huge, _) = run(with_padding(cfg, 0.0)), run(with_padding(cfg, 1e3))

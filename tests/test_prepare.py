@@ -210,7 +210,7 @@ def test_an_interrupted_preparation_is_refused_and_started_over(tmp_path, t):
   """SIGKILL after the first group, and just before the marker is written, over a folder that was finished before."""
   t.save(tmp_path / 'tokenizer.json')
   source = jsonl(tmp_path / 'a.jsonl', TEXTS)
-  code = '''
+  code = """
 import os, signal, sys
 from jaxlm.data import prepare as prep, tokenizer
 at, source, out = sys.argv[1:]
@@ -219,7 +219,7 @@ target = {'group': (prep._Writer, 'add'), 'end': (prep._Writer, 'finish')}[at]
 whole = getattr(*target)
 setattr(*target, lambda *args: (whole(*args), kill()))
 prep.prepare([source], tokenizer.load(os.path.dirname(source)), out)
-'''
+"""
   for at in ('group', 'end'):
     out = tmp_path / at
     prepare([source], t, out, val_fraction=0.3)

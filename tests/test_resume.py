@@ -38,9 +38,7 @@ def home(tmp_path_factory):
     model=ModelConfig(d_model=96, n_layers=3, n_heads=3, d_ff=177),
     data=Data(path=str(home / 'data'), seq_len=29, global_batch=5),
     optim=Optim(name='muon', lr=3e-3, warmup_steps=3),
-    watch=Watch(
-      log_every=2, eval_every=5, eval_batches=3, sample_every=7, sample_tokens=5, save_every=4, keep=100
-    ),
+    watch=Watch(log_every=2, eval_every=5, eval_batches=3, sample_every=7, sample_tokens=5, save_every=4, keep=100),
     steps=24,
   )
   (home / 'settings.json').write_text(configs.to_json(config))
@@ -105,7 +103,7 @@ def test_killed_runs_end_bitwise_like_one_left_alone(home):
   for _ in range(5):  # inside a save: seen on disk, and still there once the process is gone
     process = start(home, killed)
     first = set(unfinished(killed))
-    kill_when(process, lambda: set(unfinished(killed)) - first)
+    kill_when(process, lambda first=first: set(unfinished(killed)) - first)
     if unfinished(killed):
       break
   assert unfinished(killed), 'no kill fell into a save'

@@ -182,8 +182,10 @@ LARGE = 8 * 2**20 // 4  # float32 elements of exactly the limit
 )
 def test_a_large_replicated_leaf_is_refused(size, leaf_names, sizes, fine):
   mesh = sharding.make_mesh(**sizes)
-  abstract = {'small': jax.ShapeDtypeStruct((), jnp.float32),
-              'big': LogicallyPartitioned(jax.ShapeDtypeStruct((size,), jnp.float32), leaf_names)}
+  abstract = {
+    'small': jax.ShapeDtypeStruct((), jnp.float32),
+    'big': LogicallyPartitioned(jax.ShapeDtypeStruct((size,), jnp.float32), leaf_names),
+  }
   shardings = sharding.state_shardings(abstract, mesh)
   assert all(isinstance(s, NamedSharding) for s in shardings.values())
   if fine:

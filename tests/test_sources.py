@@ -33,7 +33,10 @@ def test_jsonl_is_one_document_a_line(tmp_path):
   lines = [json.dumps({'text': 'one\ntwo'}), '', second, '{"text": "é"}']
   path = write(tmp_path / 'mixed.jsonl', '\n'.join(lines))
   assert list(sources.documents([path])) == [
-    ('one\ntwo', 'mixed', f'{path}:1'), ('', 'web', f'{path}:3'), ('é', 'mixed', f'{path}:4')]
+    ('one\ntwo', 'mixed', f'{path}:1'),
+    ('', 'web', f'{path}:3'),
+    ('é', 'mixed', f'{path}:4'),
+  ]
 
 
 @pytest.mark.parametrize('name', ['a.txt', 'a.jsonl'])
@@ -70,17 +73,20 @@ def test_reading_is_lazy(tmp_path):
     next(documents)
 
 
-@pytest.mark.parametrize(('line', 'message'), [
-  (b'{"text": "cut', ':2: not JSON'),
-  (b'["text"]', ':2: expected a JSON object with a string "text", found list'),
-  (b'{"body": "x", "id": 3}', ':2: no string "text"; its keys are body, id'),
-  (b'{}', ':2: no string "text"; its keys are none'),
-  (b'{"text": 3}', ':2: no string "text"'),
-  (b'{"text": "x", "source": 3}', ':2: "source" must be a string, found 3'),
-  (b'{"text": "ab\\ud800"}', ':2: "text" has half of a surrogate pair at character 2'),
-  (b'{"text": "\xff"}', ':2: not UTF-8: byte 11 of the line is 0xff'),
-  (b'[' * 100_000, ':2: not JSON'),
-])
+@pytest.mark.parametrize(
+  ('line', 'message'),
+  [
+    (b'{"text": "cut', ':2: not JSON'),
+    (b'["text"]', ':2: expected a JSON object with a string "text", found list'),
+    (b'{"body": "x", "id": 3}', ':2: no string "text"; its keys are body, id'),
+    (b'{}', ':2: no string "text"; its keys are none'),
+    (b'{"text": 3}', ':2: no string "text"'),
+    (b'{"text": "x", "source": 3}', ':2: "source" must be a string, found 3'),
+    (b'{"text": "ab\\ud800"}', ':2: "text" has half of a surrogate pair at character 2'),
+    (b'{"text": "\xff"}', ':2: not UTF-8: byte 11 of the line is 0xff'),
+    (b'[' * 100_000, ':2: not JSON'),
+  ],
+)
 def test_bad_jsonl_names_file_and_line(tmp_path, line, message):
   path = tmp_path / 'a.jsonl'
   assert refused(path, b'{"text": "good"}\n' + line + b'\n').startswith(f'{path}{message}')

@@ -120,8 +120,9 @@ def assert_bitwise(a, b):
 
 @pytest.mark.parametrize('accum', [1, 2])
 @pytest.mark.parametrize('name', ['adamw', 'muon'])
-@pytest.mark.parametrize('bad', [{'bad': np.nan}, {'bad': np.inf}, {'bad': 1e30}, {'empty': True}],
-                         ids=['nan', 'inf', 'overflow', 'empty'])
+@pytest.mark.parametrize(
+  'bad', [{'bad': np.nan}, {'bad': np.inf}, {'bad': 1e30}, {'empty': True}], ids=['nan', 'inf', 'overflow', 'empty']
+)
 def test_a_bad_batch_costs_exactly_one_step(bad, name, accum):
   opt = optimizer(name)
   step = jax.jit(make_train_step(regression, opt, accum=accum))
@@ -167,10 +168,19 @@ def test_metrics_against_numpy():
   gw = 2 * x64(batch['x']).T @ (miss * batch['mask'][:, None]) / 3
   gb = 2 * np.sum(miss * batch['mask'][:, None], axis=0) / 3
   norm = np.sqrt(np.sum(gw**2) + np.sum(gb**2))
-  assert {k: float(v) for k, v in metrics.items()} == pytest.approx({
-    'loss': np.sum(error * batch['mask']) / 3, 'error': np.sum(error * batch['mask']) / 3, 'worst': error.max(),
-    'weight': 3, 'grad_norm': norm, 'update_norm': lr * norm, 'skipped': 0, 'empty': 0,
-  }, rel=1e-5)
+  assert {k: float(v) for k, v in metrics.items()} == pytest.approx(
+    {
+      'loss': np.sum(error * batch['mask']) / 3,
+      'error': np.sum(error * batch['mask']) / 3,
+      'worst': error.max(),
+      'weight': 3,
+      'grad_norm': norm,
+      'update_norm': lr * norm,
+      'skipped': 0,
+      'empty': 0,
+    },
+    rel=1e-5,
+  )
   np.testing.assert_allclose(end.params['w'], WEIGHTS['w'] - lr * gw, rtol=1e-5, atol=1e-6)
 
 
@@ -200,9 +210,11 @@ def test_frozen_leaves_have_no_optimizer_state_and_never_change():
   assert np.all(np.asarray(end.params['w']) != WEIGHTS['w'])
   # nothing is computed for a frozen leaf: its gradient would be the sum of the residuals over the rows
   whole, part = (
-    str(jax.make_jaxpr(make_train_step(regression, optax.sgd(0.1), trainable=where))(
-      fresh(optax.sgd(0.1), trainable=where), rows(0)
-    )).count('reduce_sum')
+    str(
+      jax.make_jaxpr(make_train_step(regression, optax.sgd(0.1), trainable=where))(
+        fresh(optax.sgd(0.1), trainable=where), rows(0)
+      )
+    ).count('reduce_sum')
     for where in (tree.everything, trainable)
   )
   assert part < whole

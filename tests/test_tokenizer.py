@@ -128,8 +128,11 @@ def test_brought_tokenizer_is_told_its_names(tmp_path):
 
 
 def test_brought_sentencepiece_counts_bytes():
-  inner = brought(decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()]),
-                  {'<0xE0>': 0, '▁': 1, 'é': 2, '▁éa': 3}, ['<s>', '</s>'])
+  inner = brought(
+    decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()]),
+    {'<0xE0>': 0, '▁': 1, 'é': 2, '▁éa': 3},
+    ['<s>', '</s>'],
+  )
   t = tok.Tokenizer(inner)
   assert (t.bos_id, t.eos_id) == (4, 5)
   assert t.token_bytes().tolist() == [1, 1, 2, 4, 0, 0, 7]

@@ -19,7 +19,12 @@ def params():
 
 def test_items_name_every_leaf_and_descend_into_adapters():
   assert [path for path, _ in tree.items(params())] == [
-    'embed', 'layers/attn/k', 'layers/attn/q/w', 'layers/attn/q/a', 'layers/attn/q/b', 'layers/attn/q/scale_L',
+    'embed',
+    'layers/attn/k',
+    'layers/attn/q/w',
+    'layers/attn/q/a',
+    'layers/attn/q/b',
+    'layers/attn/q/scale_L',
     'layers/mlp/up',
   ]
 

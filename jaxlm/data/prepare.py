@@ -34,8 +34,14 @@ MOST_SOURCES = 1000  # sources counted by name; one URL a document would fill th
 Progress = Callable[[int, int], None]
 
 
-def prepare(specs: Sequence[str], tokenizer: Tokenizer, out: epath.PathLike, *, val_fraction: float = 0.05,
-            on_progress: Progress | None = None) -> Summary:
+def prepare(
+  specs: Sequence[str],
+  tokenizer: Tokenizer,
+  out: epath.PathLike,
+  *,
+  val_fraction: float = 0.05,
+  on_progress: Progress | None = None,
+) -> Summary:
   """Tokenize the documents of `specs` (see `sources.documents`) into the folder `out`; returns what is in there.
 
   Each document becomes BOS + tokens + EOS (a tokenizer without BOS: EOS at both ends). It goes to 'validation' or
@@ -64,8 +70,16 @@ def prepare(specs: Sequence[str], tokenizer: Tokenizer, out: epath.PathLike, *, 
   _need_training(specs, writer.counts['train'].documents, writer.counts['validation'].documents)
   writer.finish(out)
   tokenizer.save(out / 'tokenizer.json')
-  summary = Summary(VERSION, tokenizer.digest, tokenizer.vocab_size, writer.dtype.name, writer.counts, writer.sources,
-                    choice.dropped, inputs)
+  summary = Summary(
+    VERSION,
+    tokenizer.digest,
+    tokenizer.vocab_size,
+    writer.dtype.name,
+    writer.counts,
+    writer.sources,
+    choice.dropped,
+    inputs,
+  )
   (out / MARKER).write_text(json.dumps(dataclasses.asdict(summary), indent=2, ensure_ascii=False))
   return summary
 
@@ -131,8 +145,9 @@ class _Writer:
     self._lengths = {split: array('q') for split in SPLITS}
     self._begins = {split: array('b') for split in SPLITS}
     folder.mkdir(parents=True, exist_ok=True)
-    identity = tfds.core.DatasetIdentity(name='tokens', version=tfds.core.Version(f'{VERSION}.0.0'),
-                                         data_dir=os.fspath(folder), module_name=__name__)
+    identity = tfds.core.DatasetIdentity(
+      name='tokens', version=tfds.core.Version(f'{VERSION}.0.0'), data_dir=os.fspath(folder), module_name=__name__
+    )
     info = tfds.core.DatasetInfo(builder=identity, features=features(), disable_shuffling=True)
     self._tfds = tfds.core.SequentialWriter(info, RECORDS_PER_FILE, file_format='array_record')
     self._tfds.initialize_splits(list(SPLITS))
@@ -148,8 +163,9 @@ class _Writer:
         count.bytes += size
       for start in range(0, len(ids), RECORD_TOKENS):
         part = ids[start : start + RECORD_TOKENS]
-        examples[split].append({'tokens': part.astype(self.dtype).tobytes(), 'document': number,
-                                'source': document.source})
+        examples[split].append(
+          {'tokens': part.astype(self.dtype).tobytes(), 'document': number, 'source': document.source}
+        )
         self._lengths[split].append(len(part))
         self._begins[split].append(piece.first and start == 0)
     self._tfds.add_examples(examples)
@@ -239,8 +255,9 @@ def _clear(out: epath.Path) -> None:
   names = [MARKER, *(f'{split}.{kind}.npy' for split in SPLITS for kind in ('offsets', 'begins'))]
   old = [out / name for name in names]
   if (out / 'records').exists():
-    old += [path for pattern in ('tokens-*', 'dataset_info.json', 'features.json')
-            for path in (out / 'records').glob(pattern)]
+    old += [
+      path for pattern in ('tokens-*', 'dataset_info.json', 'features.json') for path in (out / 'records').glob(pattern)
+    ]
   for path in old:
     path.unlink(missing_ok=True)
 
@@ -254,5 +271,7 @@ def _need_training(specs: Sequence[str], train: int, validation: int) -> None:
   if not train + validation:
     raise sources.no_text(specs)
   if not train:
-    raise InputError(f'{" ".join(specs)}: all documents ({validation}) fall into validation, none is left to train '
-                     'on: give more documents, or a smaller val_fraction')
+    raise InputError(
+      f'{" ".join(specs)}: all documents ({validation}) fall into validation, none is left to train '
+      'on: give more documents, or a smaller val_fraction'
+    )

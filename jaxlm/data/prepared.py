@@ -48,14 +48,22 @@ def load(path: epath.PathLike) -> 'Prepared':
   summary = read_summary(path)
   if summary is None:
     started = (path / 'records').exists()
-    raise InputError(f'{path}: ' + ('its preparation was interrupted: run `jaxlm prepare` again' if started
-                                    else 'no prepared data here: run `jaxlm prepare` first'))
+    raise InputError(
+      f'{path}: '
+      + (
+        'its preparation was interrupted: run `jaxlm prepare` again'
+        if started
+        else 'no prepared data here: run `jaxlm prepare` first'
+      )
+    )
   if summary.version != VERSION:
     raise InputError(f'{path}: prepared in layout {summary.version}, this is {VERSION}: run `jaxlm prepare` again')
   tokenizer = tokenizers.load(path / 'tokenizer.json')
   if tokenizer.digest != summary.digest:
-    raise InputError(f'{path}: its tokenizer.json ({tokenizer.digest[:12]}) is not the one that it was prepared with '
-                     f'({summary.digest[:12]}): run `jaxlm prepare` again')
+    raise InputError(
+      f'{path}: its tokenizer.json ({tokenizer.digest[:12]}) is not the one that it was prepared with '
+      f'({summary.digest[:12]}): run `jaxlm prepare` again'
+    )
   return Prepared(path, summary, tokenizer)
 
 
@@ -128,8 +136,10 @@ class Tokens:
   def _record(self, index: int, length: int) -> np.ndarray:
     tokens = np.frombuffer(self._records[index]['tokens'], self._dtype)
     if len(tokens) != length:
-      raise InputError(f'{self._path}: record {index} of {self._split!r} holds {len(tokens)} tokens, not {length}:'
-                       ' the folder is damaged: run `jaxlm prepare` again')
+      raise InputError(
+        f'{self._path}: record {index} of {self._split!r} holds {len(tokens)} tokens, not {length}:'
+        ' the folder is damaged: run `jaxlm prepare` again'
+      )
     return tokens
 
 

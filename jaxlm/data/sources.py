@@ -130,5 +130,6 @@ def _decode(raw: bytes, path: epath.Path, line: int) -> str:
     before = raw[: error.start]
     line += before.count(b'\n')
     column = error.start - before.rfind(b'\n')
-    raise InputError(f'{path}:{line}: not UTF-8: byte {column} of the line is 0x{raw[error.start]:02x}: '
-                     'convert the file to UTF-8') from error
+    raise InputError(
+      f'{path}:{line}: not UTF-8: byte {column} of the line is 0x{raw[error.start]:02x}: convert the file to UTF-8'
+    ) from error

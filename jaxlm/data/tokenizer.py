@@ -27,15 +27,17 @@ USUAL = {
 }
 # GPT-4's rules, with two changes: a letter keeps its combining marks, and joiners (U+200C, U+200D) stay in a word, so
 # that Indic and Persian words are not cut in their middle.
-PIECES = '|'.join([
-  r"(?i:'(?:s|t|re|ve|m|ll|d))",
-  r'[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}][\p{L}\p{M}\u200c\u200d]*',
-  r'\p{N}{1,3}',
-  r' ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*',
-  r'\s*[\r\n]+',
-  r'\s+(?!\S)',
-  r'\s+',
-])
+PIECES = '|'.join(
+  [
+    r"(?i:'(?:s|t|re|ve|m|ll|d))",
+    r'[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}][\p{L}\p{M}\u200c\u200d]*',
+    r'\p{N}{1,3}',
+    r' ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*',
+    r'\s*[\r\n]+',
+    r'\s+(?!\S)',
+    r'\s+',
+  ]
+)
 
 
 class Tokenizer:
@@ -167,14 +169,17 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
   if first is None:
     raise InputError('tokenizer: no text to train on')
   inner: Any = tokenizers.Tokenizer(models.BPE())
-  inner.pre_tokenizer = pre_tokenizers.Sequence([
-    pre_tokenizers.Split(tokenizers.Regex(PIECES), 'isolated'),
-    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-  ])
+  inner.pre_tokenizer = pre_tokenizers.Sequence(
+    [
+      pre_tokenizers.Split(tokenizers.Regex(PIECES), 'isolated'),
+      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+  )
   inner.decoder = decoders.ByteLevel()
   controls = [tokenizers.AddedToken(name, special=True, normalized=False) for name in (BOS, EOS, PAD)]
   trainer = trainers.BpeTrainer(
-    vocab_size=vocab_size, special_tokens=controls, initial_alphabet=alphabet, show_progress=False)
+    vocab_size=vocab_size, special_tokens=controls, initial_alphabet=alphabet, show_progress=False
+  )
   inner.train_from_iterator(itertools.chain([first], texts), trainer)
   return Tokenizer(inner)
 

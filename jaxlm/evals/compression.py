@@ -48,9 +48,9 @@ def ngram_probs(train: bytes, heldout: bytes, order: int = 5) -> np.ndarray:
     at, seen = _find(grams, asked)
     at_context, seen_context = _find(contexts, asked >> np.uint64(8))
     own = np.where(seen, (counts - discounts)[at], 0.0)
-    lower = probs[n - 1:]
+    lower = probs[n - 1 :]
     higher = (own + kept_back[at_context] * lower) / total[at_context]
-    probs[n - 1:] = np.where(seen_context, higher, lower)
+    probs[n - 1 :] = np.where(seen_context, higher, lower)
   return probs
 
 
@@ -60,7 +60,7 @@ def _keys(data: bytes, n: int) -> np.ndarray:
   windows = max(0, len(values) - n + 1)
   keys = np.zeros(windows, np.uint64)
   for i in range(n):
-    keys = (keys << np.uint64(8)) | values[i:i + windows]
+    keys = (keys << np.uint64(8)) | values[i : i + windows]
   return keys
 
 

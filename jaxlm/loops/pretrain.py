@@ -167,9 +167,7 @@ def complete(
   start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
   ids = [start + tokenizer.encode(p) for p in prompts]
   stop = (tokenizer.eos_id,)
-  out = sample.generate(
-    config.model, params, ids, key, max_new_tokens=new, sampling=sampling, stop_ids=stop, run=run
-  )
+  out = sample.generate(config.model, params, ids, key, max_new_tokens=new, sampling=sampling, stop_ids=stop, run=run)
   tokens_BN, lengths_B = np.asarray(out.tokens_BN), np.asarray(out.lengths_B)
   return [tokenizer.decode(row[:n].tolist()) for row, n in zip(tokens_BN, lengths_B, strict=True)]
 

@@ -133,10 +133,10 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x_BTD: Array, ctx: Context, cache: Cache | None, key: Array | None) -> tuple[Array, Cache | None]:
-    rate = self.run.dropout if key is not None else 0.0
 
     def add(x: Array, y: Array, site: int) -> Array:
-      if rate:
+      rate = self.run.dropout
+      if rate and key is not None:
         keep = jax.random.bernoulli(jax.random.fold_in(key, site), 1.0 - rate, y.shape)
         y = jnp.where(keep, y / (1.0 - rate), 0.0).astype(y.dtype)
       return constrain(x + y, STREAM, self.run.rules)
@@ -248,7 +248,7 @@ def hidden(
   ctx = _context(cfg, positions_BT, segment_ids_BT, slots)
   keys = None if key is None else jax.random.split(key, cfg.n_layers)
 
-  def body(x: Array, layer: tuple) -> tuple[Array, Cache | None]:
+  def body(x: Array, layer: tuple) -> Any:
     weights, layer_cache, layer_key = layer
     return block.apply({'params': weights}, x, ctx, layer_cache, layer_key)
 
@@ -261,8 +261,8 @@ def hidden(
     cache = None if cache is None else tuple(caches)
   else:
     x_BTD, cache = jax.lax.scan(body, x_BTD, (layers, cache, keys), length=cfg.n_layers, unroll=run.unroll)
-  x_BTD = Norm(cfg).apply({'params': params['final_norm']}, x_BTD)
-  return Hidden(x_BTD, cache, {})
+  normed_BTD: Any = Norm(cfg).apply({'params': params['final_norm']}, x_BTD)
+  return Hidden(normed_BTD, cache, {})
 
 
 def head(cfg: ModelConfig, params: Params) -> Float[Array, 'D V']:
