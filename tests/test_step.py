@@ -65,7 +65,7 @@ def gradient(accum, devices=1):
   return jax.device_get((end.opt_state, metrics))
 
 
-@pytest.mark.parametrize('accum, devices', [(2, 1), (4, 1), (8, 1), (1, 8), (2, 4)])
+@pytest.mark.parametrize('accum, devices', [(2, 1), (8, 1), (1, 8), (2, 4)])
 def test_accumulation_and_devices_leave_the_gradient(accum, devices):
   (expected, told), (got, metrics) = whole_batch_gradient(), gradient(accum, devices)
   assert float(told['weight']) == language_batch(8, 7, 131)['loss_mask'].sum() > 0
@@ -118,12 +118,13 @@ def assert_bitwise(a, b):
     np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=path)
 
 
-@pytest.mark.parametrize('accum', [1, 2])
-@pytest.mark.parametrize('name', ['adamw', 'muon'])
-@pytest.mark.parametrize(
-  'bad', [{'bad': np.nan}, {'bad': np.inf}, {'bad': 1e30}, {'empty': True}], ids=['nan', 'inf', 'overflow', 'empty']
-)
-def test_a_bad_batch_costs_exactly_one_step(bad, name, accum):
+BAD = {'nan': {'bad': np.nan}, 'inf': {'bad': np.inf}, 'overflow': {'bad': 1e30}, 'empty': {'empty': True}}
+BAD_CASES = [(kind, 'adamw', accum) for kind in BAD for accum in (1, 2)] + [('nan', 'muon', 1), ('empty', 'muon', 2)]
+
+
+@pytest.mark.parametrize('kind, name, accum', BAD_CASES)
+def test_a_bad_batch_costs_exactly_one_step(kind, name, accum):
+  bad = BAD[kind]
   opt = optimizer(name)
   step = jax.jit(make_train_step(regression, opt, accum=accum))
   with_bad = without = fresh(opt)
@@ -295,8 +296,7 @@ def curve(optimizer_name, sizes, devices):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['adamw', 'muon'])
-@pytest.mark.parametrize('mesh', MESHES)
+@pytest.mark.parametrize('mesh, name', [*((mesh, 'adamw') for mesh in MESHES), ('data=2 x fsdp=4', 'muon')])
 def test_every_mesh_trains_alike(mesh, name):
   alone, _ = curve(name, (('data', 1), ('fsdp', 1)), 1)
   many, specs = curve(name, tuple(MESHES[mesh].items()), 8)
