@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from jaxlm.errors import InputError
+from jaxlm.errors import InputError, Stopped
 
 HELP = """\
 usage: jaxlm VERB ...          `jaxlm VERB --help` explains a verb
@@ -20,7 +20,7 @@ usage: jaxlm VERB ...          `jaxlm VERB --help` explains a verb
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs one verb. Returns the exit code: 0, 1 for bad input (one line on stderr), 130 when interrupted."""
+  """Runs one verb. Returns the exit code: 0, 1 for bad input, 75 when terminated after saving, 130 when interrupted."""
   args = list(sys.argv[1:] if argv is None else argv)
   if not args or args[0] in ('-h', '--help', 'help'):
     print(HELP, end='')
@@ -36,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb(args[1:])
   except InputError as e:
     return _fail(str(e))
+  except Stopped as e:
+    _fail(str(e))
+    return e.code
   except KeyboardInterrupt:
     resumable = args[0] in ('pretrain', 'quickstart')
     print('\nstopped' + '; the same command goes on from the last saved step' * resumable, file=sys.stderr)
@@ -121,12 +124,12 @@ def _pretrain(args: Sequence[str]) -> None:
   if not isinstance(default, config.Pretrain):
     raise InputError(f'this config is a {type(default).__name__}, not a Pretrain')
   options = arguments.parse(config.Pretrain, args, 'pretrain', default)
-  from jaxlm.console import Training
+  from jaxlm.console import Training, terminable
   from jaxlm.loops import pretrain
 
   print(devices_line(), flush=True)
-  with Training(options.steps) as shown:
-    pretrain.pretrain(options, say=shown.say, on_step=shown.step)
+  with terminable() as stop, Training(options.steps) as shown:
+    pretrain.pretrain(options, say=shown.say, on_step=shown.step, stop=stop)
 
 
 def _generate(args: Sequence[str]) -> None:

@@ -74,7 +74,9 @@ class Watch:
   sample_tokens: int = 64
   prompts: tuple[str, ...] = ('The ',)
   save_every: int = 500
-  keep: int = 3
+  keep_last: int = 3  # checkpoints: the newest,
+  keep_every: int = 0  # those at multiples of so many steps,
+  keep_best: int = 0  # and those of the best held-out loss
 
 
 @dataclasses.dataclass(frozen=True)

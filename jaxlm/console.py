@@ -1,5 +1,7 @@
 """What a person sees in the terminal while something runs: lines, and a progress bar with the time left."""
 
+import os
+import signal
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -51,6 +53,24 @@ def reading() -> Generator[Callable[[int, int], None]]:
   with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
     task = bar.add_task('', total=None)
     yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def terminable() -> Generator[Callable[[], bool]]:
+  """Yields `asked()`, true once SIGTERM came: time to save and leave. A second SIGTERM ends the process at once."""
+  asked = False
+
+  def handle(*_: Any) -> None:
+    nonlocal asked
+    if asked:
+      os._exit(128 + signal.SIGTERM)
+    asked = True
+
+  before = signal.signal(signal.SIGTERM, handle)
+  try:
+    yield lambda: asked
+  finally:
+    signal.signal(signal.SIGTERM, before)
 
 
 class Training:

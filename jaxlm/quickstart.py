@@ -6,7 +6,7 @@ from pathlib import Path
 from etils import epath
 
 from jaxlm.config import Compute, Data, Optim, Pretrain, Watch
-from jaxlm.console import Training, clock
+from jaxlm.console import Training, clock, terminable
 from jaxlm.models.config import ModelConfig
 
 SAMPLE = Path(__file__).parent / 'assets' / 'sample'
@@ -74,9 +74,8 @@ def quickstart(run: str, *, short: bool = False) -> epath.Path:
   }
 
   print(f'3. pre-training: {config.steps} steps')
-  with Training(config.steps) as shown:
-    state = pretrain.pretrain(config, say=shown.say, on_step=shown.step)
-  del state
+  with terminable() as stop, Training(config.steps) as shown:
+    pretrain.pretrain(config, say=shown.say, on_step=shown.step, stop=stop)
 
   print('4. held-out bits per byte (less is better)')
   reached = final_bits_per_byte(folder)

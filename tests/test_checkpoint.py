@@ -12,7 +12,7 @@ import pytest
 
 from jaxlm import train
 from jaxlm.errors import InputError
-from jaxlm.train.checkpoint import DIGEST, Checkpoints, verify
+from jaxlm.train.checkpoint import DIGEST, Checkpoints, retained, verify
 
 
 def make_state(width: int = 7) -> train.State:
@@ -76,7 +76,7 @@ def test_the_state_may_be_donated_while_it_is_written(tmp_path):
 
 
 def test_keeps_the_newest(tmp_path):
-  checkpoints = Checkpoints(tmp_path, keep=2)
+  checkpoints = Checkpoints(tmp_path, keep_last=2)
   for step in (1, 5, 9, 13):
     checkpoints.save(step, make_state(), {})
   checkpoints.close()
@@ -147,3 +147,20 @@ def test_a_failed_save_is_raised_and_older_steps_stay(saved):
     checkpoints.wait()
   assert checkpoints.steps() == [3]
   assert json.loads((checkpoints.path(3) / DIGEST).read_text())
+
+
+def test_what_stays():
+  scores = {2: 3.0, 4: 1.0, 6: None, 8: 2.0, 10: 1.0, 12: None}
+  assert retained(scores, last=2, every=0, best=0) == {10, 12}
+  assert retained(scores, last=1, every=4, best=0) == {4, 8, 12}
+  assert retained(scores, last=1, every=0, best=2) == {4, 10, 12}
+  assert retained(scores, last=0, every=0, best=1) == {10, 12}  # of equal scores the newer; the newest always stays
+  assert retained({}, last=3, every=2, best=1) == set()
+
+
+def test_the_best_stays_through_saves(tmp_path):
+  checkpoints = Checkpoints(tmp_path, keep_last=1, keep_best=1)
+  for step, score in ((1, 3.0), (2, 2.0), (3, 2.5), (4, None)):
+    checkpoints.save(step, make_state(), {'score': score})
+  checkpoints.close()
+  assert checkpoints.steps() == [2, 4]

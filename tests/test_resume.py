@@ -38,7 +38,9 @@ def home(tmp_path_factory):
     model=ModelConfig(d_model=96, n_layers=3, n_heads=3, d_ff=177),
     data=Data(path=str(home / 'data'), seq_len=29, global_batch=5),
     optim=Optim(name='muon', lr=3e-3, warmup_steps=3),
-    watch=Watch(log_every=2, eval_every=5, eval_batches=3, sample_every=7, sample_tokens=5, save_every=4, keep=100),
+    watch=Watch(
+      log_every=2, eval_every=5, eval_batches=3, sample_every=7, sample_tokens=5, save_every=4, keep_last=100
+    ),
     steps=24,
   )
   (home / 'settings.json').write_text(configs.to_json(config))
@@ -123,3 +125,25 @@ def test_killed_runs_end_bitwise_like_one_left_alone(home):
   again = finish(start(home, killed))  # a finished run stays as it is
   assert 'continues from step 24 of 24' in again
   assert outcome(killed, home)[0] == expected_rows
+
+
+@pytest.mark.slow
+def test_sigterm_saves_once_and_a_second_writer_is_refused(home):
+  run = home / 'terminated'
+  process = start(home, run)
+  while logged(run) < 5:
+    assert process.poll() is None, process.communicate()[0]
+    time.sleep(0.01)
+  second = start(home, run)
+  out, _ = second.communicate(timeout=120)
+  assert second.returncode == 1 and f'is being written by process {process.pid}' in out
+  process.send_signal(signal.SIGTERM)
+  out, _ = process.communicate(timeout=120)
+  assert process.returncode == 75, out
+  newest = Checkpoints(run / 'checkpoints').steps()[-1]
+  assert f'saved at step {newest} of 24' in out
+  assert newest >= logged(run)
+  finish(start(home, run))
+  finish(start(home, home / 'alone'))
+  losses = lambda run: [row['train/loss'] for row in read_rows(run / 'metrics.jsonl') if 'train/loss' in row]
+  assert losses(run) == losses(home / 'alone')

@@ -17,27 +17,36 @@ from jaxlm.data import batches as data_batches
 from jaxlm.data import packing, prepare
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.tokenizer import Tokenizer
-from jaxlm.errors import InputError
+from jaxlm.errors import InputError, Stopped
 from jaxlm.loops import train
-from jaxlm.train import checkpoint, metrics
+from jaxlm.train import checkpoint, lock, metrics
 
 Say = Callable[[str], None]
 OnStep = Callable[[int, dict[str, float]], None]
 SAMPLING = sample.Sampling(temperature_B=0.7, top_p_B=0.9)
 
 
-def pretrain(config: Pretrain, *, say: Say = lambda line: None, on_step: OnStep = lambda step, row: None) -> Any:
+def pretrain(
+  config: Pretrain,
+  *,
+  say: Say = lambda line: None,
+  on_step: OnStep = lambda step, row: None,
+  stop: Callable[[], bool] = lambda: False,
+) -> Any:
   """Runs or continues `config` and returns the last state; everything else is in the run's folder.
 
-  Raises InputError when data, config and what the folder already holds do not belong together.
+  Once `stop()` is true the step that is running is saved and Stopped raised. Raises InputError when data, config and
+  what the folder already holds do not belong together, or when another process writes to it.
   """
   prepared = prepare.load(config.data.path)
   config = resolve(config, prepared.tokenizer)
   mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
-  with jax.set_mesh(mesh):
+  run, watch = epath.Path(config.run), config.watch
+  with lock.hold(run), jax.set_mesh(mesh):
     built = program.build(config, mesh)
-    run = epath.Path(config.run)
-    checkpoints = checkpoint.Checkpoints(run / 'checkpoints', keep=config.watch.keep)
+    checkpoints = checkpoint.Checkpoints(
+      run / 'checkpoints', keep_last=watch.keep_last, keep_every=watch.keep_every, keep_best=watch.keep_best
+    )
     state = _start(config, prepared.tokenizer, built, checkpoints, say)
     _describe(run, config, prepared, built, mesh)
     writer = metrics.Writer(run, int(state.step))
@@ -45,8 +54,14 @@ def pretrain(config: Pretrain, *, say: Say = lambda line: None, on_step: OnStep 
       hooks = _hooks(config, prepared, built, checkpoints, writer, say)
       log = _logger(config, built, mesh, writer, on_step)
       stream = _stream(config, prepared, built, state)
-      every = config.watch.log_every
-      state = train.fit(built.step, state, stream, steps=config.steps, log=log, log_every=every, hooks=hooks)
+      timing = {'steps': config.steps, 'log_every': watch.log_every, 'stop': stop}
+      state = train.fit(built.step, state, stream, log=log, hooks=hooks, **timing)
+      if int(state.step) < config.steps:
+        hooks[-1][1](int(state.step), state)
+        checkpoints.wait()
+        raise Stopped(
+          f'stopped and saved at step {int(state.step)} of {config.steps}; the same command goes on from it'
+        )
     finally:
       checkpoints.close()
       writer.close()
@@ -134,9 +149,13 @@ def _hooks(config: Pretrain, prepared: Any, built: Any, checkpoints: Any, writer
   fixed = data_batches.in_order(rows, config.data.global_batch)
   held_out = [program.put(fixed[i], built.batch) for i in range(min(len(fixed), watch.eval_batches))]
 
+  meta = {'config': json.loads(configs.to_json(config)), 'tokenizer': tokenizer.digest}
+  saved: dict[str, Any] = {'step': None, 'scores': {}}
+
   def evaluate(step: int, state: Any) -> None:
     values = train.evaluate(built.evaluate, state.params, held_out)
     writer.row(step, {f'eval/{k}': v for k, v in (values | {'loss': values['nll']}).items() if k != 'nll'})
+    saved['scores'] = {step: values['nll']}
     say(f'step {step}: held-out {values["nll"]:.3f} nats a token, {values["bits_per_byte"]:.3f} bits per byte')
 
   def show(step: int, state: Any) -> None:
@@ -146,8 +165,11 @@ def _hooks(config: Pretrain, prepared: Any, built: Any, checkpoints: Any, writer
       writer.sample(step, prompt, text)
       say(f'step {step}: {prompt}{text}')
 
-  meta = {'config': json.loads(configs.to_json(config)), 'tokenizer': tokenizer.digest}
-  save = lambda step, state: checkpoints.save(step, state, meta)
+  def save(step: int, state: Any) -> None:
+    if step != saved['step']:
+      checkpoints.save(step, state, meta | {'score': saved['scores'].get(step)})
+      saved['step'] = step
+
   hooks = ((watch.eval_every, evaluate),) if held_out else ()
   return (*hooks, (watch.sample_every, show), (watch.save_every, save))
 

@@ -20,13 +20,15 @@ def fit(
   log: Callable[[int, dict[str, float]], None],
   log_every: int = 1,
   hooks: tuple[Hook, ...] = (),
+  stop: Callable[[], bool] = lambda: False,
 ) -> Any:
   """Runs `step` until `state.step` is `steps` and returns the last state.
 
   `log(step, metrics)` gets the metrics of every `log_every`-th step and of the last, read one step late so that the
   device never waits for the host, with `step_time` and `data_wait`: seconds a step took, and of these waited for its
   batch, on average since the row before. Hooks run in order at their multiples (0: never) and at the end, after all up
-  to that step was logged; their time is not the steps'.
+  to that step was logged; their time is not the steps'. `stop()` is asked after every step and ends the loop early,
+  hooks at their multiples being done.
   """
   done = int(state.step)
   since, waited, unread = (time.perf_counter(), done), 0.0, None
@@ -56,6 +58,8 @@ def fit(
       for act in due:
         act(done, state)
       since, waited = (time.perf_counter(), done), 0.0
+    if stop():
+      break
   read()
   return state
 

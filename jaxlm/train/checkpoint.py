@@ -22,11 +22,11 @@ DIGEST, META = 'digest.json', 'meta.json'
 class Checkpoints:
   """The checkpoints of one run, written by one process at a time in the background."""
 
-  def __init__(self, directory: Any, *, keep: int = 3):
-    """`keep`: how many of the newest steps stay; the file system is not touched before the first call."""
+  def __init__(self, directory: Any, *, keep_last: int = 3, keep_every: int = 0, keep_best: int = 0):
+    """What stays is said by `retained`; the file system is not touched before the first call."""
     path = epath.Path(directory)
     self.directory = path if '://' in str(path) else path.absolute()  # Orbax takes no relative path
-    self.keep = keep
+    self.keep = {'last': keep_last, 'every': keep_every, 'best': keep_best}
     self._pending: Future | None = None
     self._worker = ThreadPoolExecutor(1, 'checkpoint')
 
@@ -95,7 +95,8 @@ class Checkpoints:
     path = self.path(step)
     (path / META).write_text(json.dumps(meta, indent=1))
     (path / DIGEST).write_text(json.dumps(_digests(path), indent=1))
-    for old in self.steps()[: -self.keep]:
+    scores = {s: self.meta(s).get('score') for s in self.steps()}
+    for old in scores.keys() - retained(scores, **self.keep):
       (self.path(old) / DIGEST).unlink()  # first: what is half deleted no longer counts
       self.path(old).rmtree()
 
@@ -104,6 +105,14 @@ class Checkpoints:
     for path in self.directory.iterdir() if self.directory.exists() else ():
       if path.is_dir() and not (path / DIGEST).exists():
         path.rmtree()
+
+
+def retained(scores: Mapping[int, float | None], *, last: int, every: int, best: int) -> set[int]:
+  """The steps that stay: the newest `last` (at least one), multiples of `every`, and the `best` of least score."""
+  newest = sorted(scores)[-max(1, last) :]
+  multiples = [step for step in scores if every and step % every == 0]
+  scored = sorted((score, -step) for step, score in scores.items() if score is not None)
+  return {*newest, *multiples, *(-step for _, step in scored[:best])}
 
 
 def verify(path: epath.Path) -> list[str]:

@@ -1,0 +1,91 @@
+"""One writer to a run's folder: a second process is refused at once, a dead owner's lock is taken over.
+
+A lock is a file that only one process can create, `lock-00000N`; the highest N is the one in force. Taking over means
+to create the next one, so of two that try only one succeeds, and nothing is renamed or deleted while it matters.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jaxlm.errors import InputError
+
+BEAT = 10.0  # seconds between an owner's signs of life, for processes on other hosts to see
+STALE = 60.0  # without one for so long, an owner on another host counts as dead
+
+
+@contextmanager
+def hold(folder: Any) -> Generator[None]:
+  """Holds the folder's lock for the time of the block. Raises InputError, naming the owner, if another process does."""
+  folder = Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  mine = {'host': socket.gethostname(), 'pid': os.getpid(), 'started': _started(os.getpid())}
+  path = _claim(folder, mine)
+  done = threading.Event()
+  beating = threading.Thread(target=_beat, args=(path, done), daemon=True)
+  beating.start()
+  try:
+    yield
+  finally:
+    done.set()
+    beating.join()
+    path.unlink(missing_ok=True)
+
+
+def _claim(folder: Path, mine: dict[str, Any]) -> Path:
+  while True:
+    locks = sorted(folder.glob('lock-*'))
+    for owner in filter(None, map(_living_owner, locks)):
+      raise InputError(f'{folder}: is being written by process {owner["pid"]} on {owner["host"]}; use another --run')
+    number = int(locks[-1].name[5:]) + 1 if locks else 1
+    path = folder / f'lock-{number:06d}'
+    try:
+      with path.open('x') as f:
+        f.write(json.dumps(mine))
+    except FileExistsError:
+      continue  # somebody was quicker: look who
+    if any(map(_living_owner, sorted(folder.glob('lock-*'))[:-1])):
+      path.unlink()  # what we saw was older than a lock that came and went, and another has begun since
+      continue
+    for old in locks:
+      old.unlink(missing_ok=True)
+    return path
+
+
+def _living_owner(path: Path) -> dict[str, Any] | None:
+  """Who holds this lock, or None if that process is gone."""
+  try:
+    text, age = path.read_text(), time.time() - path.stat().st_mtime
+  except FileNotFoundError:
+    return None
+  if not text:  # created and not yet written, or killed between the two
+    return {'pid': 'unknown', 'host': 'this machine'} if age < 1.0 else None
+  owner = json.loads(text)
+  if owner['host'] != socket.gethostname():
+    return owner if age < STALE else None
+  return owner if owner['started'] == _started(owner['pid']) else None
+
+
+def _started(pid: int) -> str | None:
+  """When a process of this machine began, as its kernel counts, so that a pid used again is another; None if gone."""
+  stat = Path(f'/proc/{pid}/stat')
+  if Path('/proc/self/stat').exists():
+    return stat.read_text().rsplit(')', 1)[1].split()[19] if stat.exists() else None
+  try:
+    os.kill(pid, 0)
+  except ProcessLookupError:
+    return None
+  except PermissionError:
+    pass
+  return 'running'
+
+
+def _beat(path: Path, done: threading.Event) -> None:
+  while not done.wait(BEAT):
+    os.utime(path)
