@@ -77,7 +77,7 @@ def loss_fn(params, batch, key):
   return losses.lm.next_token(logits_BTV, batch['targets'], batch['mask']), {}
 
 
-steps = 300
+steps = 240
 optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 4e-3, 20, steps, 4e-4), b2=0.98)
 step = jax.jit(train.make_train_step(loss_fn, optimizer), donate_argnums=0)
 state = train.create_state(params, optimizer, jax.random.key(1))

@@ -164,3 +164,35 @@ def test_the_best_stays_through_saves(tmp_path):
     checkpoints.save(step, make_state(), {'score': score})
   checkpoints.close()
   assert checkpoints.steps() == [2, 4]
+
+
+def damage(checkpoints, step):
+  target = max(files(checkpoints.path(step)), key=lambda p: p.stat().st_size)
+  content = target.read_bytes()
+  target.write_bytes(content[:5] + bytes([content[5] ^ 1]) + content[6:])
+  return target.name
+
+
+def test_a_damaged_newest_step_is_named_and_the_one_before_used(tmp_path):
+  checkpoints = Checkpoints(tmp_path)
+  for step in (1, 2, 3):
+    checkpoints.save(step, make_state(), {})
+  checkpoints.wait()
+  assert checkpoints.newest_sound(print) == 3
+  names, said = [damage(checkpoints, 2), damage(checkpoints, 3)], []
+  assert checkpoints.newest_sound(said.append) == 1
+  assert checkpoints.steps() == [1]
+  assert checkpoints.path(3).exists()
+  assert all(name in line for name, line in zip(reversed(names), said, strict=True))
+  checkpoints.save(2, make_state(), {})  # trained again up to there
+  checkpoints.close()
+  assert checkpoints.steps() == [1, 2]
+  assert checkpoints.newest_sound(said.append) == 2
+
+
+def test_no_sound_step_is_an_error_and_not_a_fresh_start(saved):
+  checkpoints, _ = saved
+  damage(checkpoints, 3)
+  with pytest.raises(InputError, match='no checkpoint is sound: .*00000003'):
+    checkpoints.newest_sound(print)
+  assert checkpoints.steps() == [3]

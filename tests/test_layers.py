@@ -19,7 +19,7 @@ LAYERS = (
   ('objectives', 'config', 'program'),
   ('train', 'sample', 'rl', 'lora', 'interop'),
   ('models', 'losses', 'data'),
-  ('tree', 'masked', 'sharding', 'errors'),
+  ('tree', 'masked', 'sharding', 'errors', 'files'),
 )
 APART = {'models', 'losses', 'data'}  # neighbours that never import each other
 UNSAFE = {'pickle', 'cPickle', 'dill', 'cloudpickle', 'shelve', 'marshal', 'joblib'}

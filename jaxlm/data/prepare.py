@@ -23,6 +23,7 @@ from jaxlm.data.prepared import load as load
 from jaxlm.data.sources import Document
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import InputError
+from jaxlm.files import write_whole
 
 SPLITS = ('train', 'validation')
 RECORD_TOKENS = 4096  # what reading one token costs at most
@@ -80,7 +81,7 @@ def prepare(
     choice.dropped,
     inputs,
   )
-  (out / MARKER).write_text(json.dumps(dataclasses.asdict(summary), indent=2, ensure_ascii=False))
+  write_whole(out / MARKER, json.dumps(dataclasses.asdict(summary), indent=2, ensure_ascii=False))
   return summary
 
 

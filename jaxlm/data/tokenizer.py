@@ -16,6 +16,7 @@ from etils import epath
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from jaxlm.errors import InputError
+from jaxlm.files import write_whole
 
 BOS, EOS, PAD = '<|bos|>', '<|eos|>', '<|pad|>'  # ids 0, 1, 2 of the tokenizers trained here
 ROLES = ('bos', 'eos', 'pad')
@@ -133,8 +134,8 @@ class Tokenizer:
     config = _read_json(_config_path(path)) if _config_path(path).exists() else {}
     config.update({f'{role}_token': self.names.get(role) for role in ROLES})
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(self.inner.to_str(pretty=True))
-    _config_path(path).write_text(json.dumps(config, indent=2, ensure_ascii=False))
+    write_whole(_config_path(path), json.dumps(config, indent=2, ensure_ascii=False))
+    write_whole(path, self.inner.to_str(pretty=True))
 
 
 def load(path: epath.PathLike) -> Tokenizer:

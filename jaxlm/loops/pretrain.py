@@ -18,6 +18,7 @@ from jaxlm.data import packing, prepare
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import InputError, Stopped
+from jaxlm.files import write_whole
 from jaxlm.loops import train
 from jaxlm.train import checkpoint, lock, metrics
 
@@ -78,18 +79,17 @@ def resolve(config: Pretrain, tokenizer: Tokenizer) -> Pretrain:
 
 def _start(config: Pretrain, tokenizer: Tokenizer, built: Any, checkpoints: Any, say: Say) -> Any:
   """A fresh state, or the newest saved one if the folder holds a run that fits."""
-  steps = checkpoints.steps()
-  if not steps:
+  step = checkpoints.newest_sound(say)
+  if step is None:
     return built.create()
-  meta = checkpoints.meta(steps[-1])
-  where = checkpoints.path(steps[-1])
+  meta, where = checkpoints.meta(step), checkpoints.path(step)
   if meta['tokenizer'] != tokenizer.digest:
     raise InputError(f'{where}: was trained with another tokenizer than that of {config.data.path}; use another --run')
   old = meta['config'] | {'run': config.run}
   for name, was, now in _differences(old, json.loads(configs.to_json(config))):
     say(f'{name} was {was} in the saved run and is {now} now')
-  state = checkpoints.restore(steps[-1], built.abstract)
-  say(f'continues from step {steps[-1]} of {config.steps} ({where})')
+  state = checkpoints.restore(step, built.abstract, verified=True)
+  say(f'continues from step {step} of {config.steps} ({where})')
   return state
 
 
@@ -103,7 +103,7 @@ def _differences(old: Any, new: Any, prefix: str = '') -> list[tuple[str, Any, A
 def _describe(run: epath.Path, config: Pretrain, prepared: Any, built: Any, mesh: Any) -> None:
   """Writes what a reader of the run's folder needs: config, tokenizer, and the facts that the report shows."""
   run.mkdir(parents=True, exist_ok=True)
-  (run / 'config.json').write_text(configs.to_json(config))
+  write_whole(run / 'config.json', configs.to_json(config))
   prepared.tokenizer.save(run / 'tokenizer.json')
   devices = mesh.devices.flat
   facts = {
@@ -129,7 +129,7 @@ def add_facts(run: epath.Path, facts: dict[str, dict[str, Any]]) -> None:
   """Adds sections to `facts.json`, which the report shows as tables."""
   path = run / 'facts.json'
   old = json.loads(path.read_text()) if path.exists() else {}
-  path.write_text(json.dumps(old | facts, indent=1, ensure_ascii=False))
+  write_whole(path, json.dumps(old | facts, indent=1, ensure_ascii=False))
 
 
 def _stream(config: Pretrain, prepared: Any, built: Any, state: Any) -> Any:

@@ -6,7 +6,7 @@ interrupted and does not count. Nothing is renamed or locked by us, so the same 
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -15,8 +15,9 @@ from etils import epath
 
 from jaxlm import tree
 from jaxlm.errors import InputError
+from jaxlm.files import write_whole
 
-DIGEST, META = 'digest.json', 'meta.json'
+DIGEST, META, ASIDE = 'digest.json', 'meta.json', 'damaged.txt'
 
 
 class Checkpoints:
@@ -31,11 +32,30 @@ class Checkpoints:
     self._worker = ThreadPoolExecutor(1, 'checkpoint')
 
   def steps(self) -> list[int]:
-    """The acknowledged steps, oldest first."""
+    """The acknowledged steps that were not set aside, oldest first."""
     if not self.directory.exists():
       return []
     named = [p for p in self.directory.iterdir() if p.name.isdigit()]
-    return sorted(int(p.name) for p in named if (p / DIGEST).exists())
+    return sorted(int(p.name) for p in named if (p / DIGEST).exists() and not (p / ASIDE).exists())
+
+  def newest_sound(self, say: Callable[[str], None]) -> int | None:
+    """The newest step whose every file is as it was saved, or None where nothing was saved.
+
+    Damaged newer ones are named to `say` and set aside: they stay on disk and no longer count. Raises InputError when
+    no step is sound.
+    """
+    steps, damaged = self.steps(), {}
+    for step in reversed(steps):
+      lines = verify(self.path(step))
+      if not lines:
+        for bad, text in damaged.items():
+          write_whole(self.path(bad) / ASIDE, text)
+          say(f'{text}; set aside')
+        return step
+      damaged[step] = f'{self.path(step)}: damaged: {"; ".join(lines)}'
+    if damaged:
+      raise InputError('no checkpoint is sound: ' + '. '.join(damaged.values()))
+    return None
 
   def path(self, step: int) -> epath.Path:
     """The folder of a step."""
@@ -50,6 +70,8 @@ class Checkpoints:
 
     self.wait()
     self._clear_unfinished()
+    if (self.path(step) / ASIDE).exists():
+      self.path(step).rmtree()  # damaged, and now made again
     response = ocp.save_async(self.path(step), jax.tree.map(_storable, state))
     self._pending = self._worker.submit(self._finish, response, step, {**meta, 'step': step})
 
@@ -70,16 +92,17 @@ class Checkpoints:
     """What was saved beside the arrays: the step, the resolved config, the tokenizer's digest."""
     return json.loads((self.path(step) / META).read_text())
 
-  def restore(self, step: int, abstract: Any, *, partial: bool = False) -> Any:
+  def restore(self, step: int, abstract: Any, *, partial: bool = False, verified: bool = False) -> Any:
     """The state of a step, laid out as `abstract` says (arrays or ShapeDtypeStructs, with shardings).
 
     `partial` reads only the leaves that `abstract` names: `{'params': ...}` leaves the optimizer's moments on disk.
+    `verified` says that the files were checked just now.
     Raises InputError when a file of the step is damaged or missing, or a leaf is not the one the checkpoint has.
     """
     from orbax.checkpoint import v1 as ocp
 
     path = self.path(step)
-    damaged = verify(path)
+    damaged = [] if verified else verify(path)
     if damaged:
       raise InputError(f'{path}: damaged: {"; ".join(damaged)}')
     stored = jax.tree.map(_storable_abstract, abstract)
@@ -93,9 +116,9 @@ class Checkpoints:
   def _finish(self, response: Any, step: int, meta: dict[str, Any]) -> None:
     response.result()
     path = self.path(step)
-    (path / META).write_text(json.dumps(meta, indent=1))
-    (path / DIGEST).write_text(json.dumps(_digests(path), indent=1))
-    scores = {s: self.meta(s).get('score') for s in self.steps()}
+    write_whole(path / META, json.dumps(meta, indent=1))
+    write_whole(path / DIGEST, json.dumps(_digests(path), indent=1))
+    scores = {s: self.meta(s).get('score') if self.keep['best'] else None for s in self.steps()}
     for old in scores.keys() - retained(scores, **self.keep):
       (self.path(old) / DIGEST).unlink()  # first: what is half deleted no longer counts
       self.path(old).rmtree()
@@ -134,7 +157,7 @@ def _digests(path: epath.Path) -> dict[str, str]:
     for entry in folders.pop().iterdir():
       if entry.is_dir():
         folders.append(entry)
-      elif entry.name != DIGEST:
+      elif entry.name not in (DIGEST, ASIDE):
         names[str(entry.relative_to(path))] = _sha256(entry)
   return dict(sorted(names.items()))
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
+from jaxlm.files import write_whole
 from jaxlm.models import ModelConfig
 
 # Peak dense bfloat16 FLOP/s of a device, by the start of its `device_kind` (vendors' data sheets).
@@ -73,7 +74,7 @@ class Writer:
     self.run.mkdir(parents=True, exist_ok=True)
     for name in ('metrics.jsonl', 'samples.jsonl'):
       kept = [row for row in read_rows(self.run / name) if row['step'] <= step]
-      (self.run / name).write_text(''.join(json.dumps(row) + '\n' for row in kept))
+      write_whole(self.run / name, ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in kept))
     self._metrics = (self.run / 'metrics.jsonl').open('a')
     self._samples = (self.run / 'samples.jsonl').open('a')
     self._board = SummaryWriter(str(self.run), purge_step=step + 1 if step else None)
