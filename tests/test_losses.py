@@ -4,6 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -108,6 +109,11 @@ def test_a_huge_padded_column_is_never_predicted():
     np.testing.assert_array_equal(mine, theirs)
 
 
+def test_shapes_are_checked_in_tests():
+  with pytest.raises(jaxtyping.TypeCheckError, match='targets_BT'):
+    lm.from_logits(jnp.zeros((B, T, V)), jnp.zeros((T, B), jnp.int32))
+
+
 def test_chunks_must_divide_the_vocabulary():
   with pytest.raises(ValueError, match='21 does not divide into 4 chunks'):
     lm.logprobs(jnp.asarray(X), jnp.asarray(HEAD), jnp.asarray(TARGETS), chunks=4)
@@ -120,8 +126,10 @@ def test_bfloat16_activations_accumulate_in_float32():
   expected = oracle(*rounded)
   np.testing.assert_allclose(logp, expected[0], atol=5e-6)
   np.testing.assert_allclose(lse, expected[1], atol=5e-6)
-  grads = jax.grad(lambda x, h: jnp.sum(lm.logprobs(x, h, jnp.asarray(TARGETS), chunks=3)[0]), (0, 1))(x, head)
-  assert [g.dtype for g in grads] == [jnp.bfloat16, jnp.float32]
+  gradient = jax.grad(lambda x, h: jnp.sum(lm.logprobs(x, h, jnp.asarray(TARGETS), chunks=3)[0]), (0, 1))
+  assert [g.dtype for g in gradient(x, head)] == [jnp.bfloat16, jnp.float32]
+  traced = str(jax.make_jaxpr(gradient)(x, head))  # a CPU keeps excess precision: what is asked for shows only here
+  assert traced.count('preferred_element_type=float32') == traced.count('dot_general[') == 4
 
 
 @pytest.mark.parametrize('z_loss', [0.0, 0.01])

@@ -63,6 +63,12 @@ def test_the_kinds_of_a_tree_without_names():
   assert optim.kinds(params) == {'kernel': 'matrix', 'bias': 'vector', 'conv': 'matrix', 'x': 'vector'}
 
 
+def test_a_leaf_takes_the_names_of_its_whole_path():
+  axes = {'a': {'w': ('vocab', 'embed')}, 'w': ('embed', 'mlp')}
+  params = {'a': {'w': jnp.zeros((3, 5))}, 'w': jnp.zeros((5, 7))}
+  assert optim.kinds(params, axes) == {'a': {'w': 'table'}, 'w': 'matrix'}
+
+
 @pytest.mark.parametrize('cfg, expected', [(LLAMA, LLAMA_KINDS), (GPT2, GPT2_KINDS)], ids=['llama', 'gpt2'])
 def test_the_optimizer_of_every_leaf(cfg, expected):
   """Read from the state: Muon keeps one moment of a leaf, AdamW two."""

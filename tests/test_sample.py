@@ -225,6 +225,14 @@ def test_truncation_may_differ_by_row():
   np.testing.assert_array_equal(np.isfinite(got), np.isfinite(expected))
 
 
+def test_a_row_is_drawn_with_its_own_key():
+  keys, sampling = jax.random.split(jax.random.key(3), 5), Sampling(temperature_B=jnp.linspace(0.5, 2.0, 5))
+  turned = np.array([3, 0, 4, 1, 2])
+  token_B, *_ = sample.draw(jnp.asarray(LOGITS), sampling, keys)
+  again = sample.draw(jnp.asarray(LOGITS[turned]), Sampling(sampling.temperature_B[turned]), keys[turned])
+  np.testing.assert_array_equal(again[0], token_B[turned])
+
+
 @pytest.mark.parametrize(
   'how, critical',
   # the values that chi-square with 12, 12, 4 and few degrees of freedom passes once in ten thousand

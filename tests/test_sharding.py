@@ -106,6 +106,14 @@ def test_moments_carry_the_names_of_their_parameter(name):
   assert seen == {p: 1 + n for p, n in moments.items()}
 
 
+def test_a_leaf_takes_the_names_of_its_whole_path():
+  box = lambda *axes: LogicallyPartitioned(jax.ShapeDtypeStruct((3, 5), jnp.float32), axes)
+  named = {'a': {'w': box('embed', 'mlp')}, 'w': box('mlp', 'embed')}
+  got = sharding.with_names({'mu': jax.tree.map(lambda x: x.value, named, is_leaf=sharding.is_named)}, named)
+  assert got['mu']['a']['w'].names == ('embed', 'mlp')
+  assert got['mu']['w'].names == ('mlp', 'embed')
+
+
 def test_an_adapter_carries_the_names_of_its_weight():
   rank = 3
 

@@ -287,8 +287,10 @@ def curve(optimizer_name, sizes, devices):
     now, rows = built.create(), []
     for n in range(STEPS):
       COMPILED.clear()
-      now, metrics = built.step(now, program.put(language_batch(8, 11, 13, seed=n), built.batch))
+      before = now
+      now, metrics = built.step(before, program.put(language_batch(8, 11, 13, seed=n), built.batch))
       assert len(COMPILED) == (n == 0)
+      assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))  # donated
       rows.append((float(metrics['loss']), float(metrics['grad_norm'])))
   for leaf, spec in zip(jax.tree.leaves(now), jax.tree.leaves(built.abstract), strict=True):
     assert leaf.sharding.is_equivalent_to(spec.sharding, leaf.ndim)
