@@ -47,6 +47,16 @@ class Generate:
   top_p: float | None = 0.95
   seed: int = 0
 
+  def __post_init__(self):
+    if not 0 <= self.temperature < float('inf'):
+      raise ValueError(f'temperature={self.temperature} must be 0 (greedy) or more')
+    if self.top_k is not None and self.top_k < 1:
+      raise ValueError(f'top_k={self.top_k} must be at least 1')
+    if self.top_p is not None and not 0 < self.top_p <= 1:
+      raise ValueError(f'top_p={self.top_p} must be above 0 and at most 1')
+    if self.max_new_tokens < 1:
+      raise ValueError(f'max_new_tokens={self.max_new_tokens} must be at least 1')
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:

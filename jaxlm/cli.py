@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb(args[1:])
   except InputError as e:
     return _fail(str(e))
+  except OSError as e:  # a folder that cannot be written, a disk that is full: what was saved stays
+    return _fail(f'{e.filename or "file"}: {e.strerror or e}')
   except Stopped as e:
     _fail(str(e))
     return e.code

@@ -14,6 +14,13 @@ from jaxlm.errors import InputError
 from jaxlm.models.config import ModelConfig
 
 
+def at_least(least: int, **values: int) -> None:
+  """Raises InputError, naming it, if one of the values is smaller than `least`."""
+  for name, value in values.items():
+    if value < least:
+      raise InputError(f'{name}={value} must be at least {least}')
+
+
 @dataclasses.dataclass(frozen=True)
 class Data:
   """What is read, and how a batch is cut from it."""
@@ -21,6 +28,9 @@ class Data:
   path: str = ''  # a folder that `jaxlm prepare` wrote
   seq_len: int = 512
   global_batch: int = 32  # rows in an optimizer step, over all devices and micro-batches
+
+  def __post_init__(self):
+    at_least(1, seq_len=self.seq_len, global_batch=self.global_batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +72,11 @@ class Compute:
   loss_chunks: int = 1  # slices of the vocabulary; 1 keeps whole logits
   accum: int = 1  # micro-batches in a step
 
+  def __post_init__(self):
+    at_least(1, unroll=self.unroll, loss_chunks=self.loss_chunks, accum=self.accum)
+    if not 0 <= self.dropout < 1:
+      raise InputError(f'dropout={self.dropout} must be at least 0 and below 1')
+
 
 @dataclasses.dataclass(frozen=True)
 class Watch:
@@ -78,6 +93,11 @@ class Watch:
   keep_every: int = 0  # those at multiples of so many steps,
   keep_best: int = 0  # and those of the best held-out loss
 
+  def __post_init__(self):
+    at_least(1, log_every=self.log_every, sample_tokens=self.sample_tokens)
+    at_least(0, eval_every=self.eval_every, eval_batches=self.eval_batches, sample_every=self.sample_every)
+    at_least(0, save_every=self.save_every)
+
 
 @dataclasses.dataclass(frozen=True)
 class Pretrain:
@@ -93,6 +113,9 @@ class Pretrain:
   steps: int = 1000
   z_loss: float = 0.0
   seed: int = 0
+
+  def __post_init__(self):
+    at_least(1, steps=self.steps)
 
 
 def load(path: str) -> Any:

@@ -43,6 +43,14 @@ def build(config: Pretrain, mesh: Mesh, rules: sharding.Rules = sharding.RULES) 
   platform = mesh.devices.flat[0].platform
   dtype = {'auto': 'float32' if platform == 'cpu' else 'bfloat16'}.get(compute.dtype, compute.dtype)
   run = Run(jnp.dtype(dtype), compute.remat, compute.unroll, compute.dropout, rules if mesh.size > 1 else None)
+  if cfg.positions == 'learned' and config.data.seq_len > cfg.max_seq_len:
+    raise InputError(
+      f'data.seq_len={config.data.seq_len} exceeds the model.max_seq_len={cfg.max_seq_len} learned positions'
+    )
+  if cfg.padded_vocab % compute.loss_chunks:
+    raise InputError(
+      f'compute.loss_chunks={compute.loss_chunks} does not divide the padded vocabulary of {cfg.padded_vocab}'
+    )
   ways = mesh.shape['data'] * mesh.shape['fsdp'] * compute.accum
   if config.data.global_batch % ways:
     raise InputError(f'data.global_batch={config.data.global_batch} does not divide by data x fsdp x accum = {ways}')

@@ -14,6 +14,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from jaxlm import models
+from jaxlm.errors import InputError
 from jaxlm.models import ModelConfig, Run
 
 PROMPT_MULTIPLE = 64  # prompts are padded to a multiple of this, so that few lengths mean few compilations
@@ -122,13 +123,13 @@ def generate(
   """Continues every prompt (non-empty token ids, of any lengths) until a stop id or `max_new_tokens`.
 
   A row's tokens depend on its prompt, its place in the batch and `key`, not on the other rows' prompts.
-  Raises ValueError for an empty prompt, or when a model of learned positions would run past its last.
+  Raises InputError for an empty prompt, or when a model of learned positions would run past its last.
   """
   lengths = np.array([len(p) for p in prompts], np.int32)
   if not len(lengths) or not lengths.min():
-    raise ValueError('every prompt needs at least one token (the BOS)')
+    raise InputError('every prompt needs at least one token (the BOS)')
   if cfg.positions == 'learned' and lengths.max() + max_new_tokens > cfg.max_seq_len:
-    raise ValueError(f"{lengths.max()} + {max_new_tokens} tokens exceed the model's {cfg.max_seq_len} positions")
+    raise InputError(f"{lengths.max()} + {max_new_tokens} tokens exceed the model's {cfg.max_seq_len} positions")
   width = -(-int(lengths.max()) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
   if cfg.positions == 'learned':
     width = min(width, cfg.max_seq_len)

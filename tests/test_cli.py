@@ -202,6 +202,33 @@ def test_a_damaged_checkpoint_is_named_and_stays(capsys, prepared, trained):
     target.write_bytes(good)
 
 
+def test_numbers_out_of_range(capsys, tmp_path, prepared):
+  data = ['--data.path', str(prepared / 'data'), '--run', str(tmp_path / 'run')]
+  for flag, value in (
+    ('--steps', '0'),
+    ('--data.seq-len', '0'),
+    ('--data.global-batch', '0'),
+    ('--compute.accum', '0'),
+  ):
+    code, _, err = run(capsys, 'pretrain', *data, *SIZES, flag, value)
+    assert code == 2 and 'must be at least 1' in ' '.join(err.split())
+  assert 'loss_chunks=7' in one_line(capsys, 'pretrain', *data, *SIZES, '--compute.loss-chunks', '7')
+  assert "remat 'foo'" in one_line(capsys, 'pretrain', *data, *SIZES, '--compute.remat', 'foo')
+  learned = ['--model.positions', 'learned', '--model.max-seq-len', '8']
+  assert 'max_seq_len=8' in one_line(capsys, 'pretrain', *data, *SIZES, *learned)
+  for flags in ('--temperature -1', '--temperature nan', '--top-k 0', '--top-p 0', '--max-new-tokens 0'):
+    code, _, err = run(capsys, 'generate', 'somewhere', *flags.split())
+    assert code == 2 and 'must be' in ' '.join(err.split())
+
+
+def test_a_run_folder_that_cannot_be(capsys, tmp_path, prepared):
+  file = tmp_path / 'file'
+  file.write_text('x')
+  line = one_line(capsys, 'pretrain', '--data.path', str(prepared / 'data'), '--run', str(file), *SIZES)
+  assert str(file) in line
+  assert file.read_text() == 'x'
+
+
 def test_generate_and_report_without_a_run(capsys, tmp_path):
   assert 'no finished checkpoint' in one_line(capsys, 'generate', str(tmp_path))
   assert 'no metrics.jsonl' in one_line(capsys, 'report', str(tmp_path))

@@ -170,6 +170,8 @@ def _hooks(config: Pretrain, prepared: Any, built: Any, checkpoints: Any, writer
       checkpoints.save(step, state, meta | {'score': saved['scores'].get(step)})
       saved['step'] = step
 
+  if not held_out:
+    say(f'{config.data.path} has no held-out documents: nothing is evaluated')
   hooks = ((watch.eval_every, evaluate),) if held_out else ()
   return (*hooks, (watch.sample_every, show), (watch.save_every, save))
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from jaxlm.errors import InputError
 from jaxlm.models.attention import Cache, attend, causal_mask, rope_angles, rotate
 from jaxlm.models.config import ModelConfig, Run
 from jaxlm.models.linear import linear
@@ -22,6 +23,11 @@ ACTIVATIONS = {
   'gelu': lambda x: jax.nn.gelu(x, approximate=False),
   'gelu_tanh': lambda x: jax.nn.gelu(x, approximate=True),
 }
+REMAT = {
+  'full': jax.checkpoint_policies.nothing_saveable,
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+SAVEABLE = {'attn_values', 'attn_out', 'mlp_up', 'mlp_gate', 'mlp_out'}  # what a remat policy may keep by name
 STREAM = ('batch', 'seq', None)  # the logical axes of the residual stream
 
 
@@ -210,11 +216,11 @@ def remat(fn: Any, policy: str, *, in_loop: bool) -> Any:
   """
   if policy == 'none':
     return fn
-  policies = {
-    'full': jax.checkpoint_policies.nothing_saveable,
-    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-  }
-  saved = policies.get(policy) or jax.checkpoint_policies.save_only_these_names(*policy.split(','))
+  if policy not in REMAT and not SAVEABLE.issuperset(policy.split(',')):
+    raise InputError(
+      f'remat {policy!r}: none, {", ".join(REMAT)}, or some of {", ".join(sorted(SAVEABLE))} with commas'
+    )
+  saved = REMAT.get(policy) or jax.checkpoint_policies.save_only_these_names(*policy.split(','))
   return jax.checkpoint(fn, policy=saved, prevent_cse=not in_loop)
 
 
