@@ -343,8 +343,11 @@ def computed(cfg, mode='scan', remat='none'):
 
 
 def assert_alike(got, expected, rtol=1e-5):
+  largest = max(
+    np.abs(x).max() for x in jax.tree.leaves(expected)
+  )  # some gradients (a key's bias) are nothing but noise
   for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-    np.testing.assert_allclose(mine, theirs, rtol=0, atol=rtol * max(np.abs(theirs).max(), 1e-3))
+    np.testing.assert_allclose(mine, theirs, rtol=0, atol=rtol * max(np.abs(theirs).max(), 0.01 * largest))
 
 
 def test_jit_is_no_jit():
