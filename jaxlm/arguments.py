@@ -48,6 +48,8 @@ class Generate:
   seed: int = 0
 
   def __post_init__(self):
+    if not self.prompt:
+      raise ValueError('prompt needs a text')
     if not 0 <= self.temperature < float('inf'):
       raise ValueError(f'temperature={self.temperature} must be 0 (greedy) or more')
     if self.top_k is not None and self.top_k < 1:

@@ -68,8 +68,9 @@ def devices_line(accelerators: Mapping[str, str] = ACCELERATORS) -> str:
   try:
     devices = jax.devices()
   except (RuntimeError, AssertionError) as e:  # JAX asserts where it knows the platform and no plugin brings it
-    extra = {'gpu': 'cuda'}.get(asked.split(',')[0], asked.split(',')[0])
-    raise InputError(f"JAX has no {asked!r} here: pip install 'jaxlm[{extra}]', or unset JAX_PLATFORMS") from e
+    extra = {'gpu': 'cuda', 'cuda': 'cuda', 'tpu': 'tpu'}.get(asked.split(',')[0])
+    remedy = f"pip install 'jaxlm[{extra}]', or " if extra else ''
+    raise InputError(f'JAX has no {asked!r} here: {remedy}unset JAX_PLATFORMS') from e
   idle = next((path for path in accelerators if Path(path).exists()), None)
   if devices[0].platform == 'cpu' and idle and not asked:
     raise InputError(

@@ -17,7 +17,7 @@ from jaxlm.models.config import ModelConfig
 def at_least(least: int, **values: int) -> None:
   """Raises InputError, naming it, if one of the values is smaller than `least`."""
   for name, value in values.items():
-    if value < least:
+    if isinstance(value, int) and value < least:  # another type is the type check's to name
       raise InputError(f'{name}={value} must be at least {least}')
 
 
@@ -128,14 +128,42 @@ def load(path: str) -> Any:
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)
-  except TypeError as e:
-    raise InputError(f'{path}: {_nearest(e)}') from e
+  except InputError as e:
+    raise InputError(f'{path}: {e}') from e
   except SyntaxError as e:
     raise InputError(f'{path}:{e.lineno}: {e.msg}') from e
+  except TypeError as e:
+    raise InputError(f'{path}: {_nearest(e)}') from e
+  except Exception as e:  # whatever the owner's code raises, with its name
+    raise InputError(f'{path}: {type(e).__name__}: {e}') from e
   config = getattr(module, 'config', None)
   if not dataclasses.is_dataclass(config):
     raise InputError(f'{path}: defines no `config = Pretrain(...)`')
+  _check_types(config, path)
   return config
+
+
+def _check_types(config: Any, where: str) -> None:
+  """Raises InputError, naming the field, if a value is not of the type that its dataclass declares."""
+  for name, hint in typing.get_type_hints(type(config)).items():
+    value = getattr(config, name)
+    if dataclasses.is_dataclass(value) and isinstance(value, hint):
+      _check_types(value, f'{where}: {name}')
+    elif not _fits(value, hint):
+      raise InputError(f'{where}: {name}={value!r} is not {getattr(hint, "__name__", hint)}')
+
+
+def _fits(value: Any, hint: Any) -> bool:
+  origin, args = typing.get_origin(hint), typing.get_args(hint)
+  if origin is Literal:
+    return value in args
+  if origin is tuple:
+    return isinstance(value, tuple) and all(_fits(v, args[0]) for v in value)
+  if args:
+    return any(_fits(value, arg) for arg in args)
+  if isinstance(value, bool) or hint is bool:
+    return isinstance(value, bool) and hint is bool
+  return isinstance(value, (int, float) if hint is float else hint)
 
 
 def to_json(config: Any) -> str:

@@ -105,7 +105,8 @@ def _curves(rows: Rows, baselines: Mapping[str, float]) -> list[str]:
       for i, (name, value) in enumerate(baselines.items()):
         if name != 'this model':
           axes.axhline(value, linestyle='--', linewidth=0.9, color=f'C{i + 3}', label=f'{name} {value:.2f}')
-      axes.set_ylim(top=min(axes.get_ylim()[1], 5))
+      if min(min(values) for _, values in drawn.values()) < 4:  # the first steps would flatten the rest
+        axes.set_ylim(top=min(axes.get_ylim()[1], 5))
     axes.set(title=title, xlabel='step', ylabel=unit, yscale='log' if logarithmic else 'linear')
     axes.spines[['top', 'right']].set_visible(False)
     if len(drawn) > 1 or title == 'Compression':

@@ -176,6 +176,37 @@ def test_configs_that_do_not_hold_together(capsys, tmp_path, prepared):
   assert 'vocab_size=999' in one_line(capsys, 'pretrain', *data, *SIZES, '--model.vocab-size', '999')
 
 
+@pytest.mark.parametrize(
+  'text, message',
+  [
+    ("Pretrain(optim=Optim(name='sgd'))", "optim: name='sgd' is not"),
+    ("Pretrain(steps='100')", "'100'"),
+    ("Pretrain(optim={'lr': 1})", "optim={'lr': 1} is not Optim"),
+    ("Pretrain(optim=Optim(lr='fast'))", "lr='fast' is not float"),
+    ("Pretrain(model=ModelConfig(norm='batchnorm'))", "norm='batchnorm'"),
+    ('Pretrain(steps=True)', 'steps=True is not int'),
+    ('Pretrain(seeds)', "NameError: name 'seeds'"),
+    ('__import__("no_such_module")', 'ModuleNotFoundError'),
+    ('Pretrain(data=Data(seq_len=0))', 'seq_len=0 must be at least 1'),
+  ],
+)
+def test_config_values_of_the_wrong_kind(capsys, tmp_path, text, message):
+  bad = tmp_path / 'bad.py'
+  lines = 'from jaxlm.config import Data, Optim, Pretrain\nfrom jaxlm.models import ModelConfig\n'
+  bad.write_text(f'{lines}config = {text}\n')
+  line = one_line(capsys, 'pretrain', str(bad))
+  assert message in line and 'bad.py' in line
+
+
+def test_no_prompts_means_no_samples_and_the_last_step_is_saved(capsys, tmp_path, prepared):
+  flags = ['--data.path', str(prepared / 'data'), '--run', str(tmp_path / 'run'), *SIZES]
+  code, _, err = run(capsys, 'pretrain', *flags, '--watch.prompts')
+  assert code == 0, err
+  assert (tmp_path / 'run' / 'checkpoints' / '00000003' / 'digest.json').exists()
+  learned = ['--model.positions', 'learned', '--model.max-seq-len', '16', '--watch.sample-tokens', '64']
+  assert 'positions' in one_line(capsys, 'pretrain', *flags, *learned, '--run', str(tmp_path / 'other'))
+
+
 def test_a_run_that_does_not_fit_the_folder_loses_nothing(capsys, tmp_path, prepared, trained):
   before = {p: p.read_bytes() for p in trained.rglob('*') if p.is_file()}
   other = tmp_path / 'other'

@@ -24,7 +24,7 @@ from jaxlm.train import checkpoint, lock, metrics
 
 Say = Callable[[str], None]
 OnStep = Callable[[int, dict[str, float]], None]
-SAMPLING = sample.Sampling(temperature_B=0.7, top_p_B=0.9)
+SAMPLING = sample.Sampling(temperature_B=0.6, top_p_B=0.9)
 
 
 def pretrain(
@@ -64,8 +64,8 @@ def pretrain(
           f'stopped and saved at step {int(state.step)} of {config.steps}; the same command goes on from it'
         )
     finally:
-      checkpoints.close()
       writer.close()
+      checkpoints.close()
   return state
 
 
@@ -173,7 +173,18 @@ def _hooks(config: Pretrain, prepared: Any, built: Any, checkpoints: Any, writer
   if not held_out:
     say(f'{config.data.path} has no held-out documents: nothing is evaluated')
   hooks = ((watch.eval_every, evaluate),) if held_out else ()
-  return (*hooks, (watch.sample_every, show), (watch.save_every, save))
+  if watch.prompts:
+    _check_room(config, tokenizer)
+    hooks = (*hooks, (watch.sample_every, show))
+  return (*hooks, (watch.save_every, save))
+
+
+def _check_room(config: Pretrain, tokenizer: Tokenizer) -> None:
+  """Raises InputError before the first step if the samples would run past a model's learned positions."""
+  longest = max(len(tokenizer.encode(prompt)) + 1 for prompt in config.watch.prompts)
+  needed, there = longest + config.watch.sample_tokens, config.model.max_seq_len
+  if config.model.positions == 'learned' and needed > there:
+    raise InputError(f'watch.sample_tokens={config.watch.sample_tokens}: a sample needs {needed} of {there} positions')
 
 
 def complete(

@@ -105,5 +105,5 @@ class Writer:
 def read_rows(path: Any) -> list[dict[str, Any]]:
   """The rows of a `.jsonl` that a run writes; a last line that a kill cut short is left out."""
   path = epath.Path(path)
-  lines = path.read_text().split('\n') if path.exists() else []
+  lines = path.read_bytes().split(b'\n') if path.exists() else []
   return [json.loads(line) for line in lines[:-1]]
