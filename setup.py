@@ -50,6 +50,7 @@ setup(
     'jaxtyping>=0.3.11',
     'matplotlib>=3.9',
     'numpy>=2.0',
+    'pyarrow>=15',
     'rich>=13',
     'tensorboardX>=2.6',
     'tyro>=1.0.16',

@@ -20,7 +20,7 @@ class Quickstart:
 class Tokenizer:
   """Train a byte-level BPE tokenizer."""
 
-  sources: Positional[tuple[str, ...]]  # text and .jsonl files, folders, globs
+  sources: Positional[tuple[str, ...]]  # text, .jsonl, .parquet, also .gz and .zst: files, folders, globs
   out: str = 'tokenizer.json'
   vocab_size: int = 8192
 
@@ -29,10 +29,11 @@ class Tokenizer:
 class Prepare:
   """Turn text into a prepared data set: documents, tokens, a train and a validation split."""
 
-  sources: Positional[tuple[str, ...]]  # text and .jsonl files, folders, globs
+  sources: Positional[tuple[str, ...]]  # text, .jsonl, .parquet, also .gz and .zst: files, folders, globs
   tokenizer: str
   out: str
   val_fraction: float = 0.05  # share of the documents held out, chosen by the hash of their text
+  max_bad: int = 0  # bad records to leave out, listed in OUT/quarantine.jsonl, before giving up
 
 
 @dataclasses.dataclass(frozen=True)

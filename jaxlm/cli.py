@@ -109,12 +109,14 @@ def _prepare(args: Sequence[str]) -> None:
   from jaxlm.console import reading
   from jaxlm.data import prepare, tokenizer
 
-  loaded, held_out = tokenizer.load(options.tokenizer), options.val_fraction
+  loaded, chosen = tokenizer.load(options.tokenizer), {'val_fraction': options.val_fraction, 'max_bad': options.max_bad}
   with reading() as on_progress:
-    summary = prepare.prepare(options.sources, loaded, options.out, val_fraction=held_out, on_progress=on_progress)
+    summary = prepare.prepare(options.sources, loaded, options.out, **chosen, on_progress=on_progress)
   for split, count in summary.splits.items():
     print(f'{split}: {count.documents:,} documents, {count.tokens:,} tokens, {count.bytes:,} bytes')
   print('dropped: ' + ', '.join(f'{n} {why}' for why, n in summary.dropped.items()))
+  if summary.dropped['bad']:
+    print(f'bad records, with file and line: {options.out}/{prepare.QUARANTINE}')
 
 
 def _pretrain(args: Sequence[str]) -> None:

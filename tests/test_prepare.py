@@ -106,7 +106,7 @@ def test_duplicates_and_empty_documents_are_dropped_and_counted(tmp_path, t):
   a = jsonl(tmp_path / 'a.jsonl', [*TEXTS, TEXTS[3], '', ' \n'])
   b = jsonl(tmp_path / 'b.jsonl', [TEXTS[5], 'new', TEXTS[3] + ' '], source='more')
   summary = prepare([a, b], t, tmp_path / 'out', val_fraction=0)
-  assert summary.dropped == {'duplicate': 2, 'empty': 2}
+  assert summary.dropped == {'duplicate': 2, 'empty': 2, 'bad': 0}
   assert list(load(tmp_path / 'out').texts('train')) == [*TEXTS, 'new', TEXTS[3] + ' ']
 
 

@@ -1,7 +1,8 @@
 """Text to tokens on disk: a TFDS data set in array_record, with an index of offsets beside it.
 
 A prepared folder holds `records/` (the data set: at most 4096 tokens a record), `SPLIT.offsets.npy` and
-`SPLIT.begins.npy`, `tokenizer.json`, and `prepared.json`, written last: without it the folder does not count.
+`SPLIT.begins.npy`, `tokenizer.json`, `quarantine.jsonl` where bad records were left out, and `prepared.json`, written
+last: without it the folder does not count.
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ from jaxlm.errors import InputError
 from jaxlm.files import write_whole
 
 SPLITS = ('train', 'validation')
+QUARANTINE = 'quarantine.jsonl'
 RECORD_TOKENS = 4096  # what reading one token costs at most
 RECORDS_PER_FILE = 1 << 16
 PIECE_CHARS = 1 << 18  # at most 1 MB of UTF-8: the tokenizer takes 160 times a text's size in memory
@@ -41,6 +43,7 @@ def prepare(
   out: epath.PathLike,
   *,
   val_fraction: float = 0.05,
+  max_bad: int = 0,
   on_progress: Progress | None = None,
 ) -> Summary:
   """Tokenize the documents of `specs` (see `sources.documents`) into the folder `out`; returns what is in there.
@@ -49,8 +52,9 @@ def prepare(
   'train' by the hash of its text alone, so adding documents moves none; exact duplicates and empty ones are dropped.
   With few documents 'validation' may stay empty. A folder that was finished with the same files (size and time),
   tokenizer and options is left as it is; anything else is started over. `on_progress(done, total)` gets bytes of the
-  input files. Raises InputError as `sources.documents` does, or if every document falls into validation; a folder
-  that was finished before is then still whole.
+  input files. Up to `max_bad` bad records are left out and listed in `quarantine.jsonl`, with file, line and reason.
+  Raises InputError as `sources.documents` does, at one bad record too many, or if every document falls into
+  validation; a folder that was finished before is then still whole.
   """
   if not 0 <= val_fraction < 1:
     raise InputError(f'prepare: val_fraction must be at least 0 and below 1, not {val_fraction}')
@@ -60,12 +64,14 @@ def prepare(
   if found and (found.version, found.digest, found.inputs) == (VERSION, tokenizer.digest, inputs):
     return found
   if found:  # bad input must not cost what is there already
-    splits = Counter(kept.split for kept in _Choice(val_fraction).kept(_reported(paths, None)))
+    looked_at = _reported(paths, None, _Quarantine(None, max_bad))
+    splits = Counter(kept.split for kept in _Choice(val_fraction).kept(looked_at))
     _need_training(specs, splits['train'], splits['validation'])
   _clear(out)
+  bad = _Quarantine(out / QUARANTINE, max_bad)
   writer = _Writer(out / 'records', np.dtype('<u2' if tokenizer.vocab_size <= 1 << 16 else '<u4'))
   choice = _Choice(val_fraction)
-  kept = choice.kept(_reported(paths, on_progress))
+  kept = choice.kept(_reported(paths, on_progress, bad))
   for group in _grouped(_pieces(kept)):
     writer.add(group, _tokens(group, tokenizer))
   _need_training(specs, writer.counts['train'].documents, writer.counts['validation'].documents)
@@ -78,7 +84,7 @@ def prepare(
     writer.dtype.name,
     writer.counts,
     writer.sources,
-    choice.dropped,
+    choice.dropped | {'bad': bad.count},
     inputs,
   )
   write_whole(out / MARKER, json.dumps(dataclasses.asdict(summary), indent=2, ensure_ascii=False))
@@ -129,6 +135,22 @@ class _Choice:
       else:
         yield _Kept(split_of(digest, self.val_fraction), len(seen), document)
         seen.add(digest[:16])
+
+
+class _Quarantine:
+  """Writes down the bad records that were left out; refuses the one past the limit."""
+
+  def __init__(self, path: epath.Path | None, limit: int):
+    self.path, self.limit, self.count = path, limit, 0
+
+  def __call__(self, error: InputError) -> None:
+    self.count += 1
+    if self.count > self.limit:
+      more = f'{self.count} bad records are more than max_bad={self.limit}; the last is ' if self.limit else ''
+      raise InputError(f'{more}{error}')
+    if self.path:
+      with self.path.open('a') as file:
+        file.write(json.dumps({'why': str(error)}, ensure_ascii=False) + '\n')
 
 
 class _Writer:
@@ -225,13 +247,13 @@ def _grouped(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
     yield group
 
 
-def _reported(paths: list[epath.Path], on_progress: Progress | None) -> Iterator[Document]:
+def _reported(paths: list[epath.Path], on_progress: Progress | None, bad: _Quarantine) -> Iterator[Document]:
   """The documents of the files, telling `on_progress` how many of their bytes were read."""
   sizes = [path.stat().length for path in paths]
   total, before = sum(sizes), 0
   for path, size in zip(paths, sizes, strict=True):
     inside = 0
-    for document in sources.read(path):
+    for document in sources.read(path, bad):
       yield document
       inside = min(inside + len(document.text.encode()), size)  # JSON's own bytes are made up for at the file's end
       if on_progress:
@@ -253,7 +275,7 @@ def _inputs(paths: list[epath.Path], val_fraction: float) -> dict[str, Any]:
 
 def _clear(out: epath.Path) -> None:
   """Remove what an earlier preparation left, the marker first, and nothing that is not ours."""
-  names = [MARKER, *(f'{split}.{kind}.npy' for split in SPLITS for kind in ('offsets', 'begins'))]
+  names = [MARKER, QUARANTINE, *(f'{split}.{kind}.npy' for split in SPLITS for kind in ('offsets', 'begins'))]
   old = [out / name for name in names]
   if (out / 'records').exists():
     old += [

@@ -38,7 +38,7 @@ class Summary:
   dtype: str
   splits: dict[str, Count]
   sources: dict[str, dict[str, Count]]  # by split and source; past 1000 sources the rest is 'other'
-  dropped: dict[str, int]  # documents left out: 'duplicate' of an earlier one, 'empty'
+  dropped: dict[str, int]  # documents left out: 'duplicate' of an earlier one, 'empty', 'bad'
   inputs: dict[str, Any]  # options and the input files' sizes and times: what makes preparing again unnecessary
 
 
