@@ -37,18 +37,24 @@ class Data:
 class Optim:
   """The optimizer and its learning-rate schedule (see `jaxlm.train.optim`)."""
 
-  name: Literal['adamw', 'muon'] = 'adamw'
+  name: Literal['adamw', 'muon', 'lion', 'adafactor'] = 'adamw'
   lr: float = 1e-3
-  schedule: Literal['cosine', 'wsd', 'constant'] = 'cosine'
+  schedule: Literal['cosine', 'linear', 'wsd', 'constant', 'restarts'] = 'cosine'
   warmup_steps: int = 100
   decay_fraction: float = 0.2  # of the steps, at the end of a wsd schedule
   final_ratio: float = 0.1  # last learning rate over the peak
+  cycles: int = 4  # of a restarts schedule
   weight_decay: float = 0.1
   b1: float = 0.9
   b2: float = 0.95
   eps: float = 1e-8
   muon_momentum: float = 0.95
   clip_norm: float | None = 1.0
+  group_lr: tuple[str, ...] = ()  # 'PATTERN=FACTOR': leaves whose path matches learn at a multiple of lr
+
+  def __post_init__(self):
+    at_least(0, warmup_steps=self.warmup_steps)
+    at_least(1, cycles=self.cycles)
 
 
 @dataclasses.dataclass(frozen=True)

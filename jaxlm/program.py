@@ -61,6 +61,7 @@ def build(config: Pretrain, mesh: Mesh, rules: sharding.Rules = sharding.RULES) 
     warmup_steps=o.warmup_steps,
     decay_fraction=o.decay_fraction,
     final_ratio=o.final_ratio,
+    cycles=o.cycles,
   )
   optimizer = optim.make(
     o.name,
@@ -72,6 +73,7 @@ def build(config: Pretrain, mesh: Mesh, rules: sharding.Rules = sharding.RULES) 
     eps=o.eps,
     muon_momentum=o.muon_momentum,
     clip_norm=o.clip_norm,
+    group_lr=o.group_lr,
   )
 
   def create() -> state.State:

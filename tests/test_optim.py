@@ -77,7 +77,7 @@ def test_the_optimizer_of_every_leaf(cfg, expected):
   for leaf, kind in expected.items():
     mine = [p for p in moments if p.endswith(f'/{leaf}')]
     mine = [p for p in mine if max((e for e in expected if p.endswith(f'/{e}')), key=len) == leaf]
-    assert [p.split('/')[2] for p in mine] == (['muon'] if kind == 'matrix' else ['adamw', 'adamw']), leaf
+    assert [p.split('/')[2] for p in mine] == (['matrix'] if kind == 'matrix' else ['rest', 'rest']), leaf
 
 
 @pytest.mark.parametrize(
@@ -88,6 +88,9 @@ def test_the_optimizer_of_every_leaf(cfg, expected):
     # the last fifth, 22 steps, from 88 on: linear
     ('wsd', {0: 0.02, 9: 0.2, 50: 0.2, 88: 0.2, 99: 0.11, 110: 0.02, 500: 0.02}),
     ('constant', {0: 0.02, 9: 0.2, 50: 0.2, 108: 0.2}),
+    ('linear', {0: 0.02, 9: 0.2, 10: 0.2, 60: 0.11, 85: 0.065, 110: 0.02, 500: 0.02}),
+    # four cosines of 25 steps: at 35 the second begins, and its fifth is where 5/25 of a cosine is
+    ('restarts', {0: 0.02, 10: 0.2, 15: 0.182811529494, 35: 0.2, 40: 0.182811529494, 110: 0.02, 500: 0.02}),
   ],
 )
 def test_schedules(name, points):
@@ -143,6 +146,68 @@ def test_adamw_against_numpy(clip_norm):
       expected[k] = expected[k] - float(lr(n)) * step
   for k in PARAMS:
     np.testing.assert_allclose(got[k], expected[k], atol=2e-6)
+
+
+def test_lion_against_numpy():
+  b1, b2, lr, decay = 0.8, 0.95, 0.03, 0.3
+  got = trained(optim.make('lion', lr, weight_decay=decay, b1=b1, b2=b2, clip_norm=None), PARAMS, GRADS)
+  for k, w in PARAMS.items():
+    w, mu = w.astype(np.float64), np.zeros(w.shape)
+    for grads in GRADS:
+      w = w - lr * (np.sign(b1 * mu + (1 - b1) * grads[k]) + decay * w * (k == 'kernel'))
+      mu = b2 * mu + (1 - b2) * grads[k]
+    np.testing.assert_allclose(got[k], w, atol=2e-6)
+
+
+def test_adafactor_against_numpy():
+  """Algorithm 4 of the paper; with equal rows and columns left out, a factored moment is not the whole one."""
+  lr, decay, shape = 0.03, 0.3, (2, 131, 137)  # a stack of two: each layer has its own rows and columns
+  params = {'up': RNG.normal(size=shape), 'scale': RNG.normal(size=(2, 131))}
+  axes = {'up': ('layers', 'embed', 'mlp'), 'scale': ('layers', 'norm')}
+  params = {k: v.astype(np.float32) for k, v in params.items()}
+  grads = [{k: (s * RNG.normal(size=v.shape)).astype(np.float32) for k, v in params.items()} for s in (1, 5, 0.1)]
+  optimizer = optim.make('adafactor', lr, axes=axes, weight_decay=decay, clip_norm=None)
+  got = trained(optimizer, params, grads)
+  assert max(x.size for x in jax.tree.leaves(optimizer.init(params))) == 2 * 137  # no second moment of a matrix
+
+  for k, w in params.items():
+    w, row, column, whole = w.astype(np.float64), 0.0, 0.0, 0.0
+    for t, g in enumerate(grads, 1):
+      beta, square = 1 - t**-0.8, g[k].astype(np.float64) ** 2 + 1e-30
+      if k == 'up':
+        row = beta * row + (1 - beta) * square.mean(2, keepdims=True)
+        column = beta * column + (1 - beta) * square.mean(1, keepdims=True)
+        whole = row * column / row.mean(1, keepdims=True)
+      else:
+        whole = beta * whole + (1 - beta) * square
+      u = g[k] / np.sqrt(whole)
+      u = u / max(1.0, np.sqrt((u**2).mean()))
+      w = w - lr * (u + decay * w * (k == 'up'))
+    np.testing.assert_allclose(got[k], w, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['adamw', 'muon', 'lion', 'adafactor'])
+def test_a_group_learns_at_its_multiple(name):
+  axes = {'embed': ('vocab', 'embed'), 'mlp': {'up': ('embed', 'mlp'), 'down': ('mlp', 'embed')}}
+  params = {'embed': RNG.normal(size=(5, 3)), 'mlp': {'up': RNG.normal(size=(3, 7)), 'down': RNG.normal(size=(7, 3))}}
+  params = jax.tree.map(lambda x: x.astype(np.float32), params)
+  grads = [jax.tree.map(lambda x: RNG.normal(size=x.shape).astype(np.float32), params)]
+  make = lambda groups: optim.make(name, 0.1, axes=axes, group_lr=groups)
+  plain, grouped = (trained(make(groups), params, grads) for groups in ((), ('mlp/up=0', 'mlp/*=3', '*=0.5')))
+  moved = jax.tree.map(lambda new, old, was: (new - was) / (old - was), grouped, plain, params)
+  for path, factor in {'embed': 0.5, 'mlp/up': 0.0, 'mlp/down': 3.0}.items():
+    np.testing.assert_allclose(dict(tree.items(moved))[path], factor, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize('group', ['embed', '=2', 'embed=', 'embed=fast', 'embed=-1', 'embed=inf', 'embed=nan'])
+def test_a_group_that_is_none_is_refused(group):
+  with pytest.raises(InputError, match='is not PATTERN=FACTOR'):
+    optim.make('adamw', 0.1, group_lr=(group,))
+
+
+def test_a_group_without_a_leaf_is_refused():
+  with pytest.raises(InputError, match="'embd' matches no parameter; there are bias, kernel"):
+    optim.make('adamw', 0.1, group_lr=('embd=0.5',)).init(PARAMS)
 
 
 def orthogonalized(m):
@@ -208,6 +273,6 @@ def test_decay_spares_norms_and_biases():
   zero = [jax.tree.map(np.zeros_like, {'up': np.ones((3, 7)), 'scale': np.ones((2, 3)), 'embed': np.ones((5, 3))})]
   params = jax.tree.map(np.ones_like, zero[0])
   axes = {'embed': ('vocab', 'embed'), 'up': ('embed', 'mlp'), 'scale': ('layers', 'norm')}
-  for name in ('adamw', 'muon'):
+  for name in ('adamw', 'muon', 'lion', 'adafactor'):
     got = trained(optim.make(name, 0.1, axes=axes, weight_decay=0.5), params, zero)
     assert {k: float(v[0, 0]) for k, v in got.items()} == pytest.approx({'up': 0.95, 'scale': 1.0, 'embed': 0.95})

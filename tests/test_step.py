@@ -297,8 +297,11 @@ def curve(optimizer_name, sizes, devices):
   return np.array(rows), jax.tree.map(lambda x: x.sharding.spec, now.params)
 
 
+ALIKE = [*((mesh, 'adamw') for mesh in MESHES), *(('data=2 x fsdp=4', name) for name in ('muon', 'adafactor'))]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize('mesh, name', [*((mesh, 'adamw') for mesh in MESHES), ('data=2 x fsdp=4', 'muon')])
+@pytest.mark.parametrize('mesh, name', ALIKE)
 def test_every_mesh_trains_alike(mesh, name):
   alone, _ = curve(name, (('data', 1), ('fsdp', 1)), 1)
   many, specs = curve(name, tuple(MESHES[mesh].items()), 8)

@@ -1,5 +1,7 @@
 """Optimizers and schedules, all from optax; what is ours is which parameter gets which."""
 
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import jax
@@ -14,6 +16,8 @@ STACK_AXES = ('layers', 'experts')  # axes along which a leaf is several weights
 TABLE_AXES = ('vocab', 'positions')  # a lookup table or a head: not a matrix to orthogonalise
 
 Kind = Literal['matrix', 'table', 'vector']
+Name = Literal['adamw', 'muon', 'lion', 'adafactor']
+Schedule = Literal['cosine', 'linear', 'wsd', 'constant', 'restarts']
 
 
 def kinds(params: Any, axes: Any = None) -> Any:
@@ -35,23 +39,26 @@ def kinds(params: Any, axes: Any = None) -> Any:
 
 
 def schedule(
-  name: Literal['cosine', 'wsd', 'constant'],
+  name: Schedule,
   *,
   lr: float,
   steps: int,
   warmup_steps: int = 0,
   decay_fraction: float = 0.2,
   final_ratio: float = 0.1,
+  cycles: int = 4,
 ) -> optax.Schedule:
   """The learning rate by step: linear warm-up from lr / warmup_steps, then one of
 
   - cosine: to `final_ratio * lr` at `steps` (Loshchilov and Hutter 2016, arXiv:1608.03983);
+  - restarts: that `cycles` times, each from `lr` again (the same paper's SGDR, cycles of one length);
+  - linear: straight down to `final_ratio * lr` at `steps`;
   - wsd: constant, and over the last `decay_fraction` of `steps` linearly down (Hu et al. 2024, arXiv:2404.06395);
   - constant.
 
   Raises InputError when the warm-up and the decay do not fit into `steps`.
   """
-  decay_steps = {'cosine': steps - warmup_steps, 'wsd': max(1, round(steps * decay_fraction)), 'constant': 1}[name]
+  decay_steps = {'wsd': max(1, round(steps * decay_fraction)), 'constant': 1}.get(name, steps - warmup_steps)
   if warmup_steps + decay_steps > steps or decay_steps < 1:
     raise InputError(f'optim: warmup_steps={warmup_steps} and the decay do not fit into steps={steps}')
 
@@ -59,14 +66,16 @@ def schedule(
     count = jnp.asarray(count, jnp.float32)
     warm = jnp.minimum(1.0, (count + 1.0) / max(1, warmup_steps))
     done = jnp.clip((count - (steps - decay_steps)) / decay_steps, 0.0, 1.0)
-    fall = {'cosine': 0.5 * (1.0 + jnp.cos(jnp.pi * done)), 'wsd': 1.0 - done, 'constant': 1.0}[name]
+    cycle = jnp.where(done < 1.0, done * cycles % 1.0, 1.0) if name == 'restarts' else done
+    cosine = 0.5 * (1.0 + jnp.cos(jnp.pi * cycle))
+    fall = {'cosine': cosine, 'restarts': cosine, 'constant': 1.0}.get(name, 1.0 - done)
     return lr * warm * (final_ratio + (1.0 - final_ratio) * fall)
 
   return at
 
 
 def make(
-  name: Literal['adamw', 'muon'],
+  name: Name,
   learning_rate: float | optax.Schedule,
   *,
   axes: Any = None,
@@ -76,19 +85,41 @@ def make(
   eps: float = 1e-8,
   muon_momentum: float = 0.95,
   clip_norm: float | None = 1.0,
+  group_lr: Sequence[str] = (),
 ) -> optax.GradientTransformation:
   """An optimizer for a tree of parameters whose logical axis names are `axes` (see `kinds`).
 
   adamw: Loshchilov and Hutter 2017, arXiv:1711.05101, decay on matrices and tables, none on norms and biases.
   muon: Jordan et al. 2024 for matrices, each layer of a stack on its own, its update scaled to AdamW's size
   (0.2 * sqrt(max(fan_in, fan_out)), Liu et al. 2025, arXiv:2502.16982) so that one learning rate serves both; AdamW
-  for the rest. Gradients are first clipped to a global norm of `clip_norm` (None: not).
+  for the rest.
+  lion: Chen et al. 2023, arXiv:2302.06675; a third to a tenth of AdamW's learning rate suits it.
+  adafactor: Shazeer and Stern 2018, arXiv:1804.04235, without momentum, relative steps or parameter scaling: a row and
+  a column of second moments for a matrix of at least 128 x 128, updates clipped to a root mean square of 1 a leaf.
+  All decay matrices and tables by learning rate x `weight_decay`, and neither norms nor biases. Gradients are first
+  clipped to a global norm of `clip_norm` (None: not). `group_lr` are 'PATTERN=FACTOR': leaves whose path matches
+  ('embed', 'layers/mlp/*') learn at that multiple of the learning rate, the first pattern that matches counting.
+  Raises InputError for one that is not of this form and, at `init`, for one that matches no leaf.
   """
 
   def decayed(params: Any) -> Any:
     return jax.tree.map(lambda kind: kind != 'vector', kinds(params, axes))
 
-  rest = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=decayed)
+  def labels(params: Any) -> Any:
+    return jax.tree.map(lambda kind: 'matrix' if kind == 'matrix' else 'rest', kinds(params, axes))
+
+  if name == 'lion':
+    optimizer = optax.lion(learning_rate, b1, b2, weight_decay=weight_decay, mask=decayed)
+  elif name == 'adafactor':
+    factored: Any = {'matrix': optax.scale_by_factored_rms(), 'rest': optax.scale_by_factored_rms(factored=False)}
+    optimizer = optax.chain(
+      optax.partition(factored, labels),
+      optax.clip_by_block_rms(1.0),
+      optax.add_decayed_weights(weight_decay, decayed),
+      optax.scale_by_learning_rate(learning_rate),
+    )
+  else:
+    optimizer = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=decayed)
   if name == 'muon':
     matrices = muon(
       learning_rate,
@@ -97,9 +128,38 @@ def make(
       consistent_rms=0.2,
       muon_weight_dimension_numbers=lambda params: jax.tree.map(_last_two_axes, params),
     )
-    labels = lambda params: jax.tree.map(lambda k: 'muon' if k == 'matrix' else 'adamw', kinds(params, axes))
-    rest = optax.partition({'muon': matrices, 'adamw': rest}, labels)
-  return rest if clip_norm is None else optax.chain(optax.clip_by_global_norm(clip_norm), rest)
+    optimizer = optax.partition({'matrix': matrices, 'rest': optimizer}, labels)
+  first = () if clip_norm is None else (optax.clip_by_global_norm(clip_norm),)
+  last = (scale_by_group(group_lr),) if group_lr else ()
+  return optax.chain(*first, optimizer, *last) if first or last else optimizer
+
+
+def scale_by_group(groups: Sequence[str]) -> optax.GradientTransformation:
+  """Multiplies the updates of the leaves whose path matches, see `group_lr` of `make`; put it last."""
+  table = []
+  for group in groups:
+    pattern, _, factor = group.rpartition('=')
+    try:
+      table.append((pattern.strip(), float(factor)))
+    except ValueError:
+      pattern = ''
+    if not pattern or not 0.0 <= table[-1][1] < float('inf'):
+      raise InputError(f"optim.group_lr: {group!r} is not PATTERN=FACTOR, as 'embed=0.1' is")
+
+  def factor_of(path: str) -> float:
+    return next((factor for pattern, factor in table if fnmatchcase(path, pattern)), 1.0)
+
+  def init(params: Any) -> Any:
+    paths = [path for path, _ in tree.items(params)]
+    for pattern, _ in table:
+      if not any(fnmatchcase(path, pattern) for path in paths):
+        raise InputError(f'optim.group_lr: {pattern!r} matches no parameter; there are {", ".join(paths)}')
+    return optax.EmptyState()
+
+  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    return tree.path_map(lambda path, update: update * factor_of(path), updates), state
+
+  return optax.GradientTransformation(init, update)
 
 
 def _last_two_axes(x: Any) -> MuonDimensionNumbers:
