@@ -27,6 +27,7 @@ class Data:
 
   path: str = ''  # a folder that `jaxlm prepare` wrote
   seq_len: int = 512
+  packing: Literal['concat', 'best_fit'] = 'concat'  # no place wasted, or no document cut that fits into a row
   global_batch: int = 32  # rows in an optimizer step, over all devices and micro-batches
 
   def __post_init__(self):

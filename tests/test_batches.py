@@ -5,6 +5,8 @@ import time
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jaxlm.data import batches as bt
 from jaxlm.data import packing
@@ -81,6 +83,47 @@ def test_each_token_of_the_text_is_predicted_exactly_once(ready, seq_len):
   t = ready.tokenizer
   assert predicted.tolist() == [i for text in TEXTS for i in [*t.encode(text), t.eos_id]]
   assert sum(int(rows[r]['target_bytes'].sum()) for r in range(len(rows))) == ready.split('train').bytes
+
+
+@pytest.mark.parametrize('seq_len', [5, 17, 59, 4096])
+def test_best_fit_predicts_each_token_once_and_cuts_no_document_that_fits(ready, seq_len):
+  rows = packing.rows('best_fit', ready.split('train'), seq_len, ready.tokenizer)
+  t = ready.tokenizer
+  pieces = []
+  for row in rows:
+    assert row['loss_mask'].tolist() == (row['segment_ids'] > 0).tolist()
+    for segment in range(1, row['segment_ids'].max() + 1):
+      here = row['segment_ids'] == segment
+      assert row['positions'][here].tolist() == list(range(here.sum()))
+      pieces.append((row['tokens'][here].tolist(), row['targets'][here].tolist()))
+  expected = []
+  for text in TEXTS:
+    ids = [t.bos_id, *t.encode(text), t.eos_id]
+    cuts = range(0, len(ids) - 1, seq_len)
+    expected += [(ids[:-1][c : c + seq_len], ids[1:][c : c + seq_len]) for c in cuts]
+  assert sorted(pieces) == sorted(expected)
+  assert sum(int(row['target_bytes'].sum()) for row in rows) == ready.split('train').bytes
+  assert rows.fill == pytest.approx(np.mean([(row['segment_ids'] > 0).mean() for row in rows]))
+  concat = packing.rows('concat', ready.split('train'), seq_len, ready.tokenizer)
+  assert {k: (v.shape, v.dtype) for k, v in rows[0].items()} == {k: (v.shape, v.dtype) for k, v in concat[0].items()}
+  assert concat.fill == pytest.approx(np.mean([(row['segment_ids'] > 0).mean() for row in concat]))
+
+
+@given(st.lists(st.integers(1, 31), min_size=1, max_size=61))
+def test_best_fit_overfills_no_row_and_leaves_no_two_that_fit_into_one(lengths):
+  lengths = np.array(lengths)
+  row = packing.best_fit(lengths, 31)
+  full = np.bincount(row, lengths)
+  assert full.max() <= 31 and (full > 0).all()  # no row is empty, none is too full
+  assert np.sort(full)[:2].sum() > 31 or len(full) == 1
+  least = -(-lengths.sum() // 31)
+  assert len(full) <= 11 / 9 * least + 1 or len(full) <= (lengths > 15).sum() + least
+
+
+def test_best_fit_by_hand():
+  """10: 7 goes with 3, 6 with 4 (the fullest row with room), 5 with 5; then 2 opens a row."""
+  assert packing.best_fit(np.array([5, 2, 7, 4, 6, 3, 5]), 10).tolist() == [2, 3, 0, 1, 1, 0, 2]
+  assert packing.best_fit(np.array([3, 6, 7]), 10).tolist() == [0, 1, 0]  # not into the row with more room
 
 
 def test_rows_out_of_range_are_refused(ready):

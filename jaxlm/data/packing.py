@@ -1,4 +1,6 @@
-"""Rows for training out of a stream of tokens: concatenate and split, with segments so that documents stay apart."""
+"""Rows for training out of a stream of tokens: concatenate and split, or best fit; segments keep documents apart."""
+
+from typing import Literal
 
 import numpy as np
 
@@ -6,6 +8,7 @@ from jaxlm.data.prepared import Tokens
 from jaxlm.data.tokenizer import Tokenizer
 
 Row = dict[str, np.ndarray]
+Packing = Literal['concat', 'best_fit']
 
 
 def pack(tokens: np.ndarray, begins: np.ndarray, seq_len: int, pad_id: int, token_bytes: np.ndarray) -> Row:
@@ -44,11 +47,96 @@ class Rows:
   def __len__(self) -> int:
     return max(-(-(len(self.tokens) - 1) // self.seq_len), 0)
 
+  @property
+  def fill(self) -> float:
+    """Share of the rows' places that hold a token to predict from."""
+    return (len(self.tokens) - 1) / (len(self) * self.seq_len) if len(self) else 0.0
+
   def __getitem__(self, row: int) -> Row:
     if not 0 <= row < len(self):
       raise IndexError(f'row {row} of {len(self)}')
     tokens, begins = self.tokens.read(row * self.seq_len, (row + 1) * self.seq_len + 1)
     return pack(tokens, begins, self.seq_len, self.pad_id, self._token_bytes)
+
+
+class BestFitRows:
+  """Rows of whole documents: none is cut but those longer than a row, at its multiples; see `best_fit`."""
+
+  def __init__(self, tokens: Tokens, seq_len: int, tokenizer: Tokenizer):
+    self.tokens, self.seq_len, self.pad_id = tokens, seq_len, tokenizer.pad_id
+    self._token_bytes = tokenizer.token_bytes()
+    self._starts, self._lengths = _pieces(tokens.document_starts(), seq_len)
+    row = best_fit(self._lengths, seq_len)
+    self._order = np.argsort(row, kind='stable')
+    self._bounds = np.searchsorted(row[self._order], np.arange(row.max(initial=-1) + 2))
+
+  def __len__(self) -> int:
+    return len(self._bounds) - 1
+
+  @property
+  def fill(self) -> float:
+    """Share of the rows' places that hold a token to predict from."""
+    return int(self._lengths.sum()) / (len(self) * self.seq_len) if len(self) else 0.0
+
+  def __getitem__(self, row: int) -> Row:
+    if not 0 <= row < len(self):
+      raise IndexError(f'row {row} of {len(self)}')
+    parts = []
+    for i in self._order[self._bounds[row] : self._bounds[row + 1]]:
+      start, length = int(self._starts[i]), int(self._lengths[i])
+      tokens, _ = self.tokens.read(start, start + length + 1)
+      parts.append(pack(tokens, np.zeros(length + 1, np.bool_), length, self.pad_id, self._token_bytes))
+    for number, part in enumerate(parts, 1):
+      part['segment_ids'][:] = number
+    fills = {'tokens': self.pad_id, 'targets': self.pad_id}
+    return {
+      name: _padded(np.concatenate([part[name] for part in parts]), self.seq_len, value.dtype.type, fills.get(name, 0))
+      for name, value in parts[0].items()
+    }
+
+
+def rows(packing: Packing, tokens: Tokens, seq_len: int, tokenizer: Tokenizer) -> Rows | BestFitRows:
+  """The rows of a split: 'concat' wastes no place and cuts documents, 'best_fit' cuts none that fits into a row."""
+  return {'concat': Rows, 'best_fit': BestFitRows}[packing](tokens, seq_len, tokenizer)
+
+
+def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
+  """int64 [pieces]: the row of each piece, longest first into the fullest row with room (best-fit decreasing).
+
+  Ding et al. 2024, arXiv:2404.10830. `lengths` are 1 to `capacity`; equal ones are placed together, one to a row, so
+  that the cost is that of the distinct lengths and not of their pairs. The rows depend on the lengths alone.
+  """
+  row = np.zeros(len(lengths), np.int64)
+  room: dict[int, list[int]] = {}  # free places -> the rows that have so many
+  made = 0
+  by_length = np.argsort(-lengths, kind='stable')
+  values, firsts = np.unique(-lengths[by_length], return_index=True)
+  for length, group in zip(-values, np.split(by_length, firsts[1:]), strict=True):
+    placed = 0
+    while placed < len(group):
+      left = min((free for free, some in room.items() if free >= length and some), default=None)
+      if left is None:
+        left, room[capacity] = capacity, list(range(made, made + -(-(len(group) - placed) // (capacity // length))))
+        made += len(room[capacity])
+      taken = room[left][: len(group) - placed]
+      del room[left][: len(taken)]
+      row[group[placed : placed + len(taken)]] = taken
+      room.setdefault(left - int(length), []).extend(taken)
+      placed += len(taken)
+  return row
+
+
+def _pieces(starts: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+  """Where each piece begins and how many tokens it predicts, of documents that begin at `starts` (the end included).
+
+  A document of n tokens predicts n - 1; a longer one than a row is cut at its multiples, a piece's last target being
+  the next one's first token.
+  """
+  predicted = np.maximum(np.diff(starts) - 1, 0)
+  counts = -(-predicted // seq_len)
+  index = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # the piece's number in its document
+  lengths = np.minimum(np.repeat(predicted, counts) - index * seq_len, seq_len)
+  return np.repeat(starts[:-1], counts) + index * seq_len, lengths
 
 
 def _padded(values: np.ndarray, length: int, dtype: type, fill: int = 0) -> np.ndarray:

@@ -54,7 +54,7 @@ def pretrain(
     try:
       hooks = _hooks(config, prepared, built, checkpoints, writer, say)
       log = _logger(config, built, mesh, writer, on_step)
-      stream = _stream(config, prepared, built, state)
+      stream = _stream(config, prepared, built, state, say)
       timing = {'steps': config.steps, 'log_every': watch.log_every, 'stop': stop}
       state = train.fit(built.step, state, stream, log=log, hooks=hooks, **timing)
       if int(state.step) < config.steps:
@@ -132,9 +132,11 @@ def add_facts(run: epath.Path, facts: dict[str, dict[str, Any]]) -> None:
   write_whole(path, json.dumps(old | facts, indent=1, ensure_ascii=False))
 
 
-def _stream(config: Pretrain, prepared: Any, built: Any, state: Any) -> Any:
+def _stream(config: Pretrain, prepared: Any, built: Any, state: Any, say: Say) -> Any:
   """Batches on the devices from the state's cursor on, made ahead in the background."""
-  rows = packing.Rows(prepared.split('train'), config.data.seq_len, prepared.tokenizer)
+  rows = packing.rows(config.data.packing, prepared.split('train'), config.data.seq_len, prepared.tokenizer)
+  if config.data.packing != 'concat':
+    say(f'{config.data.packing}: {len(rows):,} rows, {rows.fill:.1%} full')
   batches = data_batches.Batches(rows, config.data.global_batch, config.seed)
   start = int(state.cursor)
   stop = start + max(0, config.steps - int(state.step))
