@@ -68,6 +68,13 @@ class Report:
   run: Positional[str]
 
 
+@dataclasses.dataclass(frozen=True)
+class Verify:
+  """Check every file of a run's checkpoints, or of prepared data, against its digest."""
+
+  folder: Positional[str]  # of a run, or of prepared data
+
+
 def parse(cls: Any, args: Sequence[str], verb: str, default: Any = None) -> Any:
   """Arguments into an instance of `cls`; tyro prints what is wrong with them, the nearest flag, and exits with 2."""
   return tyro.cli(cls, prog=f'jaxlm {verb}', args=args, default=default)

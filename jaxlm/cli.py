@@ -16,6 +16,7 @@ usage: jaxlm VERB ...          `jaxlm VERB --help` explains a verb
   pretrain     train a language model: jaxlm pretrain CONFIG.py [--run DIR] [--optim.lr 1e-3 ...]
   generate     let a trained run continue a text
   report       write a run's report.html
+  verify       check every file of a run's checkpoints, or of prepared data, against its digest
 """
 
 
@@ -161,6 +162,29 @@ def _report(args: Sequence[str]) -> None:
   print(report.write(options.run))
 
 
+def _verify(args: Sequence[str]) -> None:
+  from jaxlm import arguments
+
+  options = arguments.parse(arguments.Verify, args, 'verify')
+  from etils import epath
+
+  from jaxlm.data import prepared
+  from jaxlm.train import checkpoint
+
+  folder = epath.Path(options.folder)
+  if (folder / prepared.MARKER).exists():
+    checked = {folder: prepared.verify(folder)}
+  else:
+    checkpoints = checkpoint.Checkpoints(folder / 'checkpoints')
+    checked = {checkpoints.path(step): checkpoint.verify(checkpoints.path(step)) for step in checkpoints.steps()}
+  if not checked:
+    raise InputError(f'{folder}: neither prepared data nor a run with a finished checkpoint')
+  for path, lines in checked.items():
+    print(f'{path}: ' + ('; '.join(lines) or 'sound'))
+  if damaged := sum(map(bool, checked.values())):
+    raise InputError(f'{folder}: {damaged} of {len(checked)} damaged')
+
+
 VERBS: dict[str, Callable[[Sequence[str]], None]] = {
   'quickstart': _quickstart,
   'tokenizer': _tokenizer,
@@ -168,4 +192,5 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
   'pretrain': _pretrain,
   'generate': _generate,
   'report': _report,
+  'verify': _verify,
 }

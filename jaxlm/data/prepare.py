@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from jaxlm import files
 from jaxlm.data import sources
 from jaxlm.data.prepared import MARKER, VERSION, Count, Summary, read_summary
 from jaxlm.data.prepared import load as load
@@ -77,6 +78,11 @@ def prepare(
   _need_training(specs, writer.counts['train'].documents, writer.counts['validation'].documents)
   writer.finish(out)
   tokenizer.save(out / 'tokenizer.json')
+  written = [
+    *(path for path in _ours(out) if path.name != QUARANTINE),
+    out / 'tokenizer.json',
+    out / 'tokenizer_config.json',
+  ]
   summary = Summary(
     VERSION,
     tokenizer.digest,
@@ -85,9 +91,12 @@ def prepare(
     writer.counts,
     writer.sources,
     choice.dropped | {'bad': bad.count},
+    writer.contents(),
+    {str(path.relative_to(out)): files.sha256(path) for path in sorted(written)},
     inputs,
   )
-  write_whole(out / MARKER, json.dumps(dataclasses.asdict(summary), indent=2, ensure_ascii=False))
+  fields = dataclasses.asdict(summary)
+  write_whole(out / MARKER, json.dumps(fields | {'seal': files.seal(fields)}, indent=2, ensure_ascii=False))
   return summary
 
 
@@ -167,6 +176,7 @@ class _Writer:
     self.sources: dict[str, dict[str, Count]] = {split: {} for split in SPLITS}
     self._lengths = {split: array('q') for split in SPLITS}
     self._begins = {split: array('b') for split in SPLITS}
+    self._hashes = {split: hashlib.sha256() for split in SPLITS}
     folder.mkdir(parents=True, exist_ok=True)
     identity = tfds.core.DatasetIdentity(
       name='tokens', version=tfds.core.Version(f'{VERSION}.0.0'), data_dir=os.fspath(folder), module_name=__name__
@@ -186,9 +196,9 @@ class _Writer:
         count.bytes += size
       for start in range(0, len(ids), RECORD_TOKENS):
         part = ids[start : start + RECORD_TOKENS]
-        examples[split].append(
-          {'tokens': part.astype(self.dtype).tobytes(), 'document': number, 'source': document.source}
-        )
+        raw = part.astype(self.dtype).tobytes()
+        self._hashes[split].update(raw)
+        examples[split].append({'tokens': raw, 'document': number, 'source': document.source})
         self._lengths[split].append(len(part))
         self._begins[split].append(piece.first and start == 0)
     self._tfds.add_examples(examples)
@@ -201,6 +211,13 @@ class _Writer:
       begins = np.frombuffer(self._begins[split], np.int8).astype(np.bool_)
       _save(out / f'{split}.offsets.npy', np.concatenate([[0], np.cumsum(lengths)]).astype('<i8'))
       _save(out / f'{split}.begins.npy', begins)
+
+  def contents(self) -> str:
+    """sha256 of the tokens, their type and the index; known once all was added."""
+    whole = hashlib.sha256(self.dtype.name.encode())
+    for split in SPLITS:
+      whole.update(self._hashes[split].digest() + bytes(self._lengths[split]) + bytes(self._begins[split]))
+    return whole.hexdigest()
 
   def _source(self, split: str, name: str) -> Count:
     known = self.sources[split]
@@ -273,15 +290,19 @@ def _inputs(paths: list[epath.Path], val_fraction: float) -> dict[str, Any]:
   return {'val_fraction': val_fraction, 'record_tokens': RECORD_TOKENS, 'files': listed}
 
 
+def _ours(out: epath.Path) -> list[epath.Path]:
+  """The files of a preparation that are there, marker and tokenizer left out."""
+  names = [QUARANTINE, *(f'{split}.{kind}.npy' for split in SPLITS for kind in ('offsets', 'begins'))]
+  found = [out / name for name in names if (out / name).exists()]
+  if (out / 'records').exists():
+    patterns = ('tokens-*', 'dataset_info.json', 'features.json')
+    found += [path for pattern in patterns for path in (out / 'records').glob(pattern)]
+  return found
+
+
 def _clear(out: epath.Path) -> None:
   """Remove what an earlier preparation left, the marker first, and nothing that is not ours."""
-  names = [MARKER, QUARANTINE, *(f'{split}.{kind}.npy' for split in SPLITS for kind in ('offsets', 'begins'))]
-  old = [out / name for name in names]
-  if (out / 'records').exists():
-    old += [
-      path for pattern in ('tokens-*', 'dataset_info.json', 'features.json') for path in (out / 'records').glob(pattern)
-    ]
-  for path in old:
+  for path in [out / MARKER, *_ours(out)]:
     path.unlink(missing_ok=True)
 
 

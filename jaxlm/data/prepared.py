@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from jaxlm import files
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import InputError
 
-VERSION = 1  # of the layout; raise it when a folder prepared before can't be read any more
+VERSION = 2  # of the layout; raise it when a folder prepared before can't be read any more
 MARKER = 'prepared.json'
 
 
@@ -39,15 +40,36 @@ class Summary:
   splits: dict[str, Count]
   sources: dict[str, dict[str, Count]]  # by split and source; past 1000 sources the rest is 'other'
   dropped: dict[str, int]  # documents left out: 'duplicate' of an earlier one, 'empty', 'bad'
+  contents: str  # sha256 of all tokens and of where documents begin: equal ones train alike
+  files: dict[str, str]  # sha256 of every file of the data set, its index and the tokenizer
   inputs: dict[str, Any]  # options and the input files' sizes and times: what makes preparing again unnecessary
 
 
+def verify(path: epath.PathLike) -> list[str]:
+  """What is wrong with a finished folder: one line for each damaged or missing file; empty when all is whole."""
+  path = epath.Path(path)
+  summary = read_summary(path)
+  if summary is None or summary.version != VERSION:
+    return [f'{MARKER} is missing, damaged or of another layout']
+  return _changed(path, summary.files)
+
+
+def _changed(path: epath.Path, expected: dict[str, str]) -> list[str]:
+  found = {name: files.sha256(path / name) for name in expected if (path / name).exists()}
+  return files.changes(expected, found)
+
+
 def load(path: epath.PathLike) -> 'Prepared':
-  """Open a prepared folder. Raises InputError if it is none, was not finished, or holds another tokenizer's ids."""
+  """Open a prepared folder, with a check of its index; `verify` reads everything.
+
+  Raises InputError if it is none, was not finished, was changed, or holds another tokenizer's ids.
+  """
   path = epath.Path(path)
   summary = read_summary(path)
   if summary is None:
     started = (path / 'records').exists()
+    if (path / MARKER).exists():
+      raise InputError(f'{path}: {MARKER} is damaged: run `jaxlm prepare` again')
     raise InputError(
       f'{path}: '
       + (
@@ -64,6 +86,8 @@ def load(path: epath.PathLike) -> 'Prepared':
       f'{path}: its tokenizer.json ({tokenizer.digest[:12]}) is not the one that it was prepared with '
       f'({summary.digest[:12]}): run `jaxlm prepare` again'
     )
+  if damaged := _changed(path, {name: digest for name, digest in summary.files.items() if name.endswith('.npy')}):
+    raise InputError(f'{path}: damaged: {"; ".join(damaged)}: run `jaxlm prepare` again')
   return Prepared(path, summary, tokenizer)
 
 
@@ -100,10 +124,7 @@ class Tokens:
     self._dtype = np.dtype(summary.dtype).newbyteorder('<')
     self._offsets: np.ndarray = np.load(os.fspath(path / f'{split}.offsets.npy'), mmap_mode='r')
     self._begins: np.ndarray = np.load(os.fspath(path / f'{split}.begins.npy'), mmap_mode='r')
-    count = summary.splits[split]
-    self.bytes = count.bytes
-    if len(self) != count.tokens or len(self._begins) + 1 != len(self._offsets):
-      raise InputError(f'{path}: the index of split {split!r} does not fit {MARKER}: run `jaxlm prepare` again')
+    self.bytes = summary.splits[split].bytes
 
   def __len__(self) -> int:
     return int(self._offsets[-1])
@@ -144,11 +165,13 @@ class Tokens:
 
 
 def read_summary(path: epath.Path) -> Summary | None:
-  """What `prepared.json` says; None if it is missing or was cut short."""
+  """What `prepared.json` says; None if it is missing, was cut short or changed."""
   if not (path / MARKER).exists():
     return None
   try:
     raw = json.loads((path / MARKER).read_text())
+    if raw.pop('seal', '') != files.seal(raw) and raw['version'] == VERSION:
+      return None
     splits = {split: Count(**count) for split, count in raw.pop('splits').items()}
     named = {split: {n: Count(**c) for n, c in counts.items()} for split, counts in raw.pop('sources').items()}
     return Summary(splits=splits, sources=named, **raw)

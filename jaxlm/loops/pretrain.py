@@ -48,7 +48,7 @@ def pretrain(
     checkpoints = checkpoint.Checkpoints(
       run / 'checkpoints', keep_last=watch.keep_last, keep_every=watch.keep_every, keep_best=watch.keep_best
     )
-    state = _start(config, prepared.tokenizer, built, checkpoints, say)
+    state = _start(config, prepared, built, checkpoints, say)
     _describe(run, config, prepared, built, mesh)
     writer = metrics.Writer(run, int(state.step))
     try:
@@ -77,14 +77,16 @@ def resolve(config: Pretrain, tokenizer: Tokenizer) -> Pretrain:
   return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size))
 
 
-def _start(config: Pretrain, tokenizer: Tokenizer, built: Any, checkpoints: Any, say: Say) -> Any:
+def _start(config: Pretrain, prepared: Any, built: Any, checkpoints: Any, say: Say) -> Any:
   """A fresh state, or the newest saved one if the folder holds a run that fits."""
   step = checkpoints.newest_sound(say)
   if step is None:
     return built.create()
   meta, where = checkpoints.meta(step), checkpoints.path(step)
-  if meta['tokenizer'] != tokenizer.digest:
+  if meta['tokenizer'] != prepared.tokenizer.digest:
     raise InputError(f'{where}: was trained with another tokenizer than that of {config.data.path}; use another --run')
+  if meta['data'] != prepared.summary.contents:
+    raise InputError(f'{where}: was trained on other data than what is now in {config.data.path}; use another --run')
   old = meta['config'] | {'run': config.run}
   for name, was, now in _differences(old, json.loads(configs.to_json(config))):
     say(f'{name} was {was} in the saved run and is {now} now')
@@ -152,6 +154,7 @@ def _hooks(config: Pretrain, prepared: Any, built: Any, checkpoints: Any, writer
   held_out = [program.put(fixed[i], built.batch) for i in range(min(len(fixed), watch.eval_batches))]
 
   meta = {'config': json.loads(configs.to_json(config)), 'tokenizer': tokenizer.digest}
+  meta['data'] = prepared.summary.contents
   saved: dict[str, Any] = {'step': None, 'scores': {}}
 
   def evaluate(step: int, state: Any) -> None:

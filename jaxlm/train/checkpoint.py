@@ -4,7 +4,6 @@
 interrupted and does not count. Nothing is renamed or locked by us, so the same holds on an object store.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +12,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from jaxlm import tree
+from jaxlm import files, tree
 from jaxlm.errors import InputError
 from jaxlm.files import write_whole
 
@@ -117,7 +116,8 @@ class Checkpoints:
     response.result()
     path = self.path(step)
     write_whole(path / META, json.dumps(meta, indent=1))
-    write_whole(path / DIGEST, json.dumps(_digests(path), indent=1))
+    digests = _digests(path)
+    write_whole(path / DIGEST, json.dumps(digests | {DIGEST: files.seal(digests)}, indent=1))
     scores = {s: self.meta(s).get('score') if self.keep['best'] else None for s in self.steps()}
     for old in scores.keys() - retained(scores, **self.keep):
       (self.path(old) / DIGEST).unlink()  # first: what is half deleted no longer counts
@@ -144,30 +144,13 @@ def verify(path: epath.Path) -> list[str]:
     expected = json.loads((path / DIGEST).read_text())
   except (OSError, ValueError) as e:
     return [f'{DIGEST}: {type(e).__name__}']
-  found = _digests(path)
-  lines = [f'{name} is missing' for name in expected if name not in found]
-  lines += [f'{name} does not belong to it' for name in found if name not in expected]
-  return lines + [f'{name} has changed' for name in expected if name in found and expected[name] != found[name]]
+  if not isinstance(expected, dict) or expected.pop(DIGEST, None) != files.seal(expected):
+    return [f'{DIGEST} has changed']
+  return files.changes(expected, _digests(path))
 
 
 def _digests(path: epath.Path) -> dict[str, str]:
-  """sha256 of every file below the folder but the digest file itself."""
-  names, folders = {}, [path]
-  while folders:
-    for entry in folders.pop().iterdir():
-      if entry.is_dir():
-        folders.append(entry)
-      elif entry.name not in (DIGEST, ASIDE):
-        names[str(entry.relative_to(path))] = _sha256(entry)
-  return dict(sorted(names.items()))
-
-
-def _sha256(path: epath.Path) -> str:
-  digest = hashlib.sha256()
-  with path.open('rb') as f:
-    while block := f.read(1 << 20):
-      digest.update(block)
-  return digest.hexdigest()
+  return files.digests(path, but=(DIGEST, ASIDE))
 
 
 def _is_key(x: Any) -> bool:
