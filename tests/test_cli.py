@@ -216,6 +216,10 @@ def test_a_run_that_does_not_fit_the_folder_loses_nothing(capsys, tmp_path, prep
   capsys.readouterr()
   run_flags = ['--run', str(trained), *SIZES]
   assert 'another tokenizer' in one_line(capsys, 'pretrain', *run_flags, '--data.path', str(other))
+  again = ['prepare', f'{prepared}/text', '--tokenizer', f'{prepared}/tokenizer.json', '--out', str(tmp_path / 'less')]
+  assert cli.main([*again, '--val-fraction', '0.5']) == 0  # the same tokenizer, another split of the same text
+  capsys.readouterr()
+  assert 'on other data' in one_line(capsys, 'pretrain', *run_flags, '--data.path', str(tmp_path / 'less'))
   wide = ['--data.path', str(prepared / 'data'), '--model.d-model', '64']
   assert 'params/embed is (384, 32)' in one_line(capsys, 'pretrain', *run_flags, *wide)
   assert {p: p.read_bytes() for p in trained.rglob('*') if p.is_file()} == before
