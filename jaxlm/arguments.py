@@ -20,20 +20,40 @@ class Quickstart:
 class Tokenizer:
   """Train a byte-level BPE tokenizer."""
 
-  sources: Positional[tuple[str, ...]]  # text, .jsonl, .parquet, also .gz and .zst: files, folders, globs
+  sources: Positional[tuple[str, ...]]  # as for `jaxlm prepare`
   out: str = 'tokenizer.json'
   vocab_size: int = 8192
+  val_fraction: float = 0.05  # leaves out what `jaxlm prepare` holds out with the same fraction
+  text_column: str = 'text'  # the key or column that holds a document
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepare:
-  """Turn text into a prepared data set: documents, tokens, a train and a validation split."""
+  """Turn text into a prepared data set: documents, tokens, a train and a validation split.
 
-  sources: Positional[tuple[str, ...]]  # text, .jsonl, .parquet, also .gz and .zst: files, folders, globs
+  A source is [KIND=]SPEC[*WEIGHT]; SPEC is a file, a folder or a glob of text, .jsonl or .parquet, also .gz and .zst.
+  Weights are shares of the training rows: 'wiki=dump/*.jsonl*0.5 + code*0.3'.
+  """
+
+  sources: Positional[tuple[str, ...]]
   tokenizer: str
   out: str
   val_fraction: float = 0.05  # share of the documents held out, chosen by the hash of their text
   max_bad: int = 0  # bad records to leave out, listed in OUT/quarantine.jsonl, before giving up
+  text_column: str = 'text'  # the key or column that holds a document
+  near_duplicates: float | None = None  # also drop what is that similar (Jaccard, as 0.8) to a document kept before
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+  """Perplexity and bits per byte of a run on held-out text, by kind and by source."""
+
+  run: Positional[str]  # the run's folder
+  data: tuple[str, ...] = ()  # prepared folders; by default what the run was trained on
+  batch: int = 16  # rows at a time
+  seq_len: int | None = None  # tokens in a row; by default the run's
+  baselines: bool = False  # beside xz -9 and a byte 5-gram of the training text, on the same documents
+  out: str | None = None  # a JSON file; by default RUN/eval.json
 
 
 @dataclasses.dataclass(frozen=True)

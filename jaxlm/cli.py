@@ -14,6 +14,7 @@ usage: jaxlm VERB ...          `jaxlm VERB --help` explains a verb
   tokenizer    train a tokenizer on text
   prepare      turn text into a prepared data set
   pretrain     train a language model: jaxlm pretrain CONFIG.py [--run DIR] [--optim.lr 1e-3 ...]
+  eval         perplexity and bits per byte on held-out text, by kind and by source
   generate     let a trained run continue a text
   report       write a run's report.html
   verify       check every file of a run's checkpoints, or of prepared data, against its digest
@@ -95,9 +96,9 @@ def _tokenizer(args: Sequence[str]) -> None:
   from jaxlm import arguments
 
   options = arguments.parse(arguments.Tokenizer, args, 'tokenizer')
-  from jaxlm.data import sources, tokenizer
+  from jaxlm.data import prepare, tokenizer
 
-  texts = (d.text for d in sources.documents(options.sources))
+  texts = prepare.training_texts(options.sources, options.val_fraction, options.text_column)
   trained = tokenizer.train(texts, options.vocab_size)
   trained.save(options.out)
   print(f'{options.out}: {trained.vocab_size} tokens, sha256 {trained.digest[:12]}')
@@ -107,14 +108,25 @@ def _prepare(args: Sequence[str]) -> None:
   from jaxlm import arguments
 
   options = arguments.parse(arguments.Prepare, args, 'prepare')
-  from jaxlm.console import reading
+  from jaxlm.console import reading, table
   from jaxlm.data import prepare, tokenizer
 
-  loaded, chosen = tokenizer.load(options.tokenizer), {'val_fraction': options.val_fraction, 'max_bad': options.max_bad}
+  loaded = tokenizer.load(options.tokenizer)
   with reading() as on_progress:
-    summary = prepare.prepare(options.sources, loaded, options.out, **chosen, on_progress=on_progress)
-  for split, count in summary.splits.items():
-    print(f'{split}: {count.documents:,} documents, {count.tokens:,} tokens, {count.bytes:,} bytes')
+    summary = prepare.prepare(
+      options.sources,
+      loaded,
+      options.out,
+      val_fraction=options.val_fraction,
+      max_bad=options.max_bad,
+      column=options.text_column,
+      near=options.near_duplicates,
+      on_progress=on_progress,
+    )
+  kinds = {split: summary.kinds(split) for split in summary.splits}
+  header = ('kind', *(f'{split} {what}' for split in kinds for what in ('documents', 'tokens', 'bytes')))
+  rows = [(kind, *(n for split in kinds for n in kinds[split][kind].figures)) for kind in kinds['train']]
+  print(table(header, [*rows, ('all', *(n for count in summary.splits.values() for n in count.figures))]))
   print('dropped: ' + ', '.join(f'{n} {why}' for why, n in summary.dropped.items()))
   if summary.dropped['bad']:
     print(f'bad records, with file and line: {options.out}/{prepare.QUARANTINE}')
@@ -138,17 +150,32 @@ def _pretrain(args: Sequence[str]) -> None:
     pretrain.pretrain(options, say=shown.say, on_step=shown.step, stop=stop)
 
 
+def _eval(args: Sequence[str]) -> None:
+  from jaxlm import arguments
+
+  options = arguments.parse(arguments.Eval, args, 'eval')
+  from jaxlm.console import table
+  from jaxlm.evals import perplexity
+
+  print(devices_line(), file=sys.stderr, flush=True)
+  found = perplexity.evaluate(
+    options.run, options.data, batch=options.batch, seq_len=options.seq_len, baselines=options.baselines
+  )
+  print(table(*perplexity.rows(found)))
+  print(perplexity.write(found, options.out or f'{options.run}/eval.json'))
+
+
 def _generate(args: Sequence[str]) -> None:
   from jaxlm import arguments
 
   options = arguments.parse(arguments.Generate, args, 'generate')
-  from jaxlm.loops import pretrain
+  from jaxlm.loops import writing
   from jaxlm.sample import Sampling
 
   print(devices_line(), file=sys.stderr, flush=True)
   sampling = Sampling(options.temperature, options.top_k, options.top_p)
   new = options.max_new_tokens
-  texts = pretrain.continue_texts(options.run, options.prompt, options.seed, new=new, sampling=sampling)
+  texts = writing.continue_texts(options.run, options.prompt, options.seed, new=new, sampling=sampling)
   for prompt, text in zip(options.prompt, texts, strict=True):
     print(prompt + text)
 
@@ -190,6 +217,7 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
   'tokenizer': _tokenizer,
   'prepare': _prepare,
   'pretrain': _pretrain,
+  'eval': _eval,
   'generate': _generate,
   'report': _report,
   'verify': _verify,

@@ -26,9 +26,12 @@ class Data:
   """What is read, and how a batch is cut from it."""
 
   path: str = ''  # a folder that `jaxlm prepare` wrote
+  mix: str = ''  # 'wiki*0.5 + data/code*0.3': shares of the rows by kind or further folder; '': as it was prepared
+  phases: tuple[str, ...] = ()  # 'SHARE: MIX': another mixture after that share of the steps
   seq_len: int = 512
   packing: Literal['concat', 'best_fit'] = 'concat'  # no place wasted, or no document cut that fits into a row
   global_batch: int = 32  # rows in an optimizer step, over all devices and micro-batches
+  batch_warmup: tuple[str, ...] = ()  # 'ROWS=STEP': so many rows before that step, as in '8=200' '16=400'
 
   def __post_init__(self):
     at_least(1, seq_len=self.seq_len, global_batch=self.global_batch)
@@ -38,7 +41,7 @@ class Data:
 class Optim:
   """The optimizer and its learning-rate schedule (see `jaxlm.train.optim`)."""
 
-  name: Literal['adamw', 'muon', 'lion', 'adafactor'] = 'adamw'
+  name: Literal['adamw', 'muon', 'lion', 'adafactor', 'schedule_free'] = 'adamw'
   lr: float = 1e-3
   schedule: Literal['cosine', 'linear', 'wsd', 'constant', 'restarts'] = 'cosine'
   warmup_steps: int = 100
@@ -52,8 +55,13 @@ class Optim:
   muon_momentum: float = 0.95
   clip_norm: float | None = 1.0
   group_lr: tuple[str, ...] = ()  # 'PATTERN=FACTOR': leaves whose path matches learn at a multiple of lr
+  ema_decay: float = 0.0  # above 0, an average of the weights is kept, and evaluated, sampled and exported
 
   def __post_init__(self):
+    if not 0 <= self.ema_decay < 1:
+      raise InputError(f'ema_decay={self.ema_decay} must be at least 0 and below 1')
+    if self.ema_decay and self.name == 'schedule_free':
+      raise InputError('ema_decay: schedule_free keeps an average of its own; leave it 0')
     at_least(0, warmup_steps=self.warmup_steps)
     at_least(1, cycles=self.cycles)
 
@@ -99,6 +107,8 @@ class Watch:
   keep_last: int = 3  # checkpoints: the newest,
   keep_every: int = 0  # those at multiples of so many steps,
   keep_best: int = 0  # and those of the best held-out loss
+  spike: float = 0.0  # go back to the last save where the loss exceeds that many times its recent median; 0: never
+  most_rewinds: int = 5  # and give up after so many
 
   def __post_init__(self):
     at_least(1, log_every=self.log_every, sample_tokens=self.sample_tokens)
@@ -111,6 +121,7 @@ class Pretrain:
   """A pre-training run."""
 
   run: str = 'runs/pretrain'
+  init: str = ''  # a run to take the first weights from; its optimizer, step and data do not matter
   model: ModelConfig = ModelConfig()  # vocab_size 0: the tokenizer's
   data: Data = Data()
   optim: Optim = Optim()
@@ -120,9 +131,18 @@ class Pretrain:
   steps: int = 1000
   z_loss: float = 0.0
   seed: int = 0
+  profile: str = ''  # 'A:B': a trace of these steps into the run's folder, for TensorBoard or Perfetto
 
   def __post_init__(self):
     at_least(1, steps=self.steps)
+    if self.profile and not self.profiled:
+      raise InputError(f"profile={self.profile!r} is not 'A:B', two steps with A below B")
+
+  @property
+  def profiled(self) -> tuple[int, int] | None:
+    """The steps between which a trace is written."""
+    match = re.fullmatch(r'(\d+):(\d+)', self.profile)
+    return (int(match[1]), int(match[2])) if match and int(match[1]) < int(match[2]) else None
 
 
 def load(path: str) -> Any:

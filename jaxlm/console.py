@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +26,21 @@ def clock(seconds: float) -> str:
   minutes, seconds = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
   return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+  """Lines of a Markdown table; numbers to the right, integers with thousands, other ones with three digits."""
+
+  def cell(value: Any) -> str:
+    return f'{value:,}' if isinstance(value, int) else f'{value:.3f}' if isinstance(value, float) else str(value)
+
+  cells = [[cell(value) for value in row] for row in (header, *rows)]
+  widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+  numeric = [all(isinstance(value, int | float) for value in column) for column in zip(*rows, strict=True)]
+  rule = ['-' * (width - 1) + ':' if right else '-' * width for width, right in zip(widths, numeric, strict=True)]
+  align = lambda text, width, right: text.rjust(width) if right else text.ljust(width)
+  lines = [[align(*one) for one in zip(row, widths, numeric, strict=True)] for row in cells]
+  return '\n'.join(f'| {" | ".join(line)} |' for line in (lines[0], rule, *lines[1:]))
 
 
 def figures(row: dict[str, float]) -> str:

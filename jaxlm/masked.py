@@ -10,10 +10,13 @@ from jaxtyping import Array, Float
 
 @struct.dataclass
 class Sum:
-  """A total and the weight it is to be divided by, once, after everything was added. value = total / weight."""
+  """A total and the weight it is to be divided by, once, after everything was added. value = total / weight.
 
-  total: Float[Array, '']
-  weight: Float[Array, '']
+  Both are scalars, or arrays of one shape where several values are kept side by side.
+  """
+
+  total: Float[Array, '*groups']
+  weight: Float[Array, '*groups']
 
 
 @struct.dataclass
@@ -63,13 +66,13 @@ def reduce_stacked(metrics: Any) -> Any:
   return jax.tree.map(one, metrics, is_leaf=lambda x: isinstance(x, Metric))
 
 
-def value(metric: Metric) -> Float[Array, '']:
+def value(metric: Metric) -> Float[Array, '*groups']:
   """The metric as one number; NaN for a Sum of weight zero, which has none."""
   if isinstance(metric, Sum):
     return jnp.where(metric.weight > 0, metric.total / jnp.where(metric.weight > 0, metric.weight, 1.0), jnp.nan)
   return metric.value
 
 
-def values(metrics: dict[str, Metric]) -> dict[str, Float[Array, '']]:
+def values(metrics: dict[str, Metric]) -> dict[str, Float[Array, '*groups']]:
   """`value` for a dictionary of metrics."""
   return {name: value(m) for name, m in metrics.items()}

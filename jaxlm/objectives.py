@@ -1,9 +1,13 @@
 """One short function a stage: apply the model, take a loss, name the metrics. Nothing here closes over an array."""
 
+import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from jaxlm import masked, models
 from jaxlm.losses import lm
@@ -13,30 +17,45 @@ from jaxlm.train.step import LossFn
 
 
 def next_token(cfg: ModelConfig, run: Run, *, z_loss: float = 0.0, chunks: int = 1) -> LossFn:
-  """Pre-training and evaluation: next-token cross entropy over the batch that `data.packing` makes.
+  """Pre-training: next-token cross entropy over the batch that `data.packing` makes.
 
   Metrics: `nll` (nats a token, without the z term) and `bits_per_byte` of the text that the targets stand for.
   """
 
   def loss_fn(params: Any, batch: Any, key: Any) -> tuple[Sum, dict[str, Any]]:
-    out = models.hidden(
-      cfg,
-      params,
-      batch['tokens'],
-      run=run,
-      positions_BT=batch['positions'],
-      segment_ids_BT=batch['segment_ids'],
-      key=key if run.dropout else None,
-    )
-    targets_BT, mask_BT = batch['targets'], batch['loss_mask']
-    if chunks == 1:
-      logp_BT, lse_BT = lm.from_logits(models.unembed(cfg, params, out.x_BTD), targets_BT)
-    else:
-      head_DV = models.head(cfg, params)
-      logp_BT, lse_BT, _ = lm.logprobs(out.x_BTD, head_DV, targets_BT, chunks=chunks, vocab=cfg.vocab_size)
-    nats = masked.total(-logp_BT, mask_BT)
+    logp_BT, lse_BT = _of_targets(cfg, run, params, batch, chunks, key if run.dropout else None)
+    nats = masked.total(-logp_BT, batch['loss_mask'])
     bytes_ = jnp.sum(batch['target_bytes'], dtype=jnp.float32)
     metrics = {'nll': nats, 'bits_per_byte': Sum(nats.total / math.log(2), bytes_)}
-    return masked.total(z_loss * lse_BT**2 - logp_BT, mask_BT), metrics
+    return masked.total(z_loss * lse_BT**2 - logp_BT, batch['loss_mask']), metrics
 
   return loss_fn
+
+
+def by_group(cfg: ModelConfig, run: Run, *, groups: int, chunks: int = 1) -> Callable[[Any, Any], dict[str, Sum]]:
+  """Evaluation: `fn(params, batch)` with the metrics of `next_token`, each a Sum of arrays [groups].
+
+  `batch['group']` says which of them a target counts for. No dropout.
+  """
+  quiet = dataclasses.replace(run, dropout=0.0)
+
+  def fn(params: Any, batch: Any) -> dict[str, Sum]:
+    logp_BT, _ = _of_targets(cfg, quiet, params, batch, chunks, None)
+    mask_BT = batch['loss_mask']
+    add = lambda x_BT: jax.ops.segment_sum(x_BT.reshape(-1), batch['group'].reshape(-1), groups)
+    nats_G = add(jnp.where(mask_BT > 0, -logp_BT * mask_BT, 0.0))
+    bytes_G = add(batch['target_bytes'].astype(jnp.float32))
+    return {'nll': Sum(nats_G, add(mask_BT)), 'bits_per_byte': Sum(nats_G / math.log(2), bytes_G)}
+
+  return fn
+
+
+def _of_targets(cfg: ModelConfig, run: Run, params: Any, batch: Any, chunks: int, key: Any) -> tuple[Array, Array]:
+  """(logp_BT, lse_BT) of the batch's targets."""
+  segments = {'positions_BT': batch['positions'], 'segment_ids_BT': batch['segment_ids']}
+  out = models.hidden(cfg, params, batch['tokens'], run=run, key=key, **segments)
+  if chunks == 1:
+    return lm.from_logits(models.unembed(cfg, params, out.x_BTD), batch['targets'])
+  head_DV = models.head(cfg, params)
+  logp_BT, lse_BT, _ = lm.logprobs(out.x_BTD, head_DV, batch['targets'], chunks=chunks, vocab=cfg.vocab_size)
+  return logp_BT, lse_BT

@@ -1,16 +1,17 @@
 """The program of a run: the very step that `jaxlm pretrain` executes, built from a config and a mesh, with no data."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm import models, objectives, sharding
 from jaxlm.config import Pretrain
+from jaxlm.data.batches import parse_ramp
 from jaxlm.errors import InputError
 from jaxlm.models import Run
 from jaxlm.train import optim, state, step
@@ -30,16 +31,20 @@ class Program(NamedTuple):
 
   create: Callable[[], Any]  # -> a fresh state on the mesh
   step: Callable[[Any, Any], Any]  # (state, batch) -> (state, metrics); the state is donated
-  evaluate: Callable[[Any, Any], Any]  # (params, batch) -> {name: Sum}
+  evaluate: Callable[[Any, Any], Any]  # (params, held-out batch) -> {name: Sum of arrays [groups]}
   abstract: Any  # the state as ShapeDtypeStructs with shardings: what a restore needs
   batch: Any  # the batch as ShapeDtypeStructs with shardings
+  held_out: Any  # the same of a batch to evaluate on, whose targets have groups
   schedule: Callable[[Any], Any]
   run: Run
 
 
-def build(config: Pretrain, mesh: Mesh, rules: sharding.Rules = sharding.RULES) -> Program:
-  """Wires model, loss, optimizer and shardings. Raises InputError for sizes that do not divide."""
-  cfg, compute, o = config.model, config.compute, config.optim
+def build(config: Pretrain, mesh: Mesh, rules: sharding.Rules = sharding.RULES, *, groups: int = 1) -> Program:
+  """Wires model, loss, optimizer and shardings; `groups` is how many the held-out text is counted in.
+
+  Raises InputError for sizes that do not divide.
+  """
+  cfg, compute = config.model, config.compute
   platform = mesh.devices.flat[0].platform
   dtype = {'auto': 'float32' if platform == 'cpu' else 'bfloat16'}.get(compute.dtype, compute.dtype)
   run = Run(jnp.dtype(dtype), compute.remat, compute.unroll, compute.dropout, rules if mesh.size > 1 else None)
@@ -52,29 +57,12 @@ def build(config: Pretrain, mesh: Mesh, rules: sharding.Rules = sharding.RULES) 
       f'compute.loss_chunks={compute.loss_chunks} does not divide the padded vocabulary of {cfg.padded_vocab}'
     )
   ways = mesh.shape['data'] * mesh.shape['fsdp'] * compute.accum
-  if config.data.global_batch % ways:
-    raise InputError(f'data.global_batch={config.data.global_batch} does not divide by data x fsdp x accum = {ways}')
-  lr = optim.schedule(
-    o.schedule,
-    lr=o.lr,
-    steps=config.steps,
-    warmup_steps=o.warmup_steps,
-    decay_fraction=o.decay_fraction,
-    final_ratio=o.final_ratio,
-    cycles=o.cycles,
-  )
-  optimizer = optim.make(
-    o.name,
-    lr,
-    axes=models.axes(cfg),
-    weight_decay=o.weight_decay,
-    b1=o.b1,
-    b2=o.b2,
-    eps=o.eps,
-    muon_momentum=o.muon_momentum,
-    clip_norm=o.clip_norm,
-    group_lr=o.group_lr,
-  )
+  ramp = parse_ramp(config.data.batch_warmup, config.data.global_batch)
+  for rows in (config.data.global_batch, *(rows for _, rows in ramp)):
+    if rows % ways:
+      raise InputError(f'data.global_batch={rows} does not divide by data x fsdp x accum = {ways}')
+  lr = schedule(config)
+  optimizer = make_optimizer(config)
 
   def create() -> state.State:
     params_key, state_key = jax.random.split(jax.random.key(config.seed))
@@ -86,30 +74,60 @@ def build(config: Pretrain, mesh: Mesh, rules: sharding.Rules = sharding.RULES) 
   place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
   abstract = jax.tree.map(place, jax.eval_shape(create), shardings)
   shape = (config.data.global_batch, config.data.seq_len)
-  batch = {name: jax.ShapeDtypeStruct(shape, t) for name, t in BATCH_DTYPES.items()}
-  batch = jax.tree.map(place, batch, sharding.batch_shardings(batch, mesh, rules))
-  batch_shardings = jax.tree.map(lambda x: x.sharding, batch)
+  held_out = {name: jax.ShapeDtypeStruct(shape, t) for name, t in (BATCH_DTYPES | {'group': jnp.int32}).items()}
+  held_out = jax.tree.map(place, held_out, sharding.batch_shardings(held_out, mesh, rules))
+  batch = {name: held_out[name] for name in BATCH_DTYPES}
+  layout = lambda tree_: jax.tree.map(lambda x: x.sharding, tree_)
   whole = NamedSharding(mesh, PartitionSpec())
 
   loss_fn = objectives.next_token(cfg, run, z_loss=config.z_loss, chunks=compute.loss_chunks)
-  quiet = objectives.next_token(cfg, dataclasses.replace(run, dropout=0.0), chunks=compute.loss_chunks)
-
-  def evaluate(params: Any, batch: Any) -> Any:
-    return quiet(params, batch, jax.random.key(0))[1]  # without dropout the key is not read
-
+  evaluate = objectives.by_group(cfg, run, groups=groups, chunks=compute.loss_chunks)
   return Program(
     jax.jit(create, out_shardings=shardings),
     jax.jit(
       step.make_train_step(loss_fn, optimizer, accum=compute.accum),
-      in_shardings=(shardings, batch_shardings),
+      in_shardings=(shardings, layout(batch)),
       out_shardings=(shardings, whole),
       donate_argnums=0,
     ),
-    jax.jit(evaluate, in_shardings=(shardings.params, batch_shardings), out_shardings=whole),
+    jax.jit(evaluate, in_shardings=(shardings.params, layout(held_out)), out_shardings=whole),
     abstract,
     batch,
+    held_out,
     lr,
     run,
+  )
+
+
+def schedule(config: Pretrain) -> optax.Schedule:
+  """The run's learning rate by step."""
+  o = config.optim
+  return optim.schedule(
+    o.schedule,
+    lr=o.lr,
+    steps=config.steps,
+    warmup_steps=o.warmup_steps,
+    decay_fraction=o.decay_fraction,
+    final_ratio=o.final_ratio,
+    cycles=o.cycles,
+  )
+
+
+def make_optimizer(config: Pretrain) -> optax.GradientTransformation:
+  """The run's optimizer."""
+  o = config.optim
+  return optim.make(
+    o.name,
+    schedule(config),
+    axes=models.axes(config.model),
+    weight_decay=o.weight_decay,
+    b1=o.b1,
+    b2=o.b2,
+    eps=o.eps,
+    muon_momentum=o.muon_momentum,
+    clip_norm=o.clip_norm,
+    group_lr=o.group_lr,
+    ema_decay=o.ema_decay,
   )
 
 
@@ -117,6 +135,6 @@ def put(batch: Any, like: Any) -> Any:
   """A host batch as global arrays laid out like `like`; each process hands over only the rows its devices hold."""
 
   def one(x: np.ndarray, spec: jax.ShapeDtypeStruct) -> jax.Array:
-    return jax.make_array_from_callback(spec.shape, spec.sharding, lambda index: x[index])
+    return jax.make_array_from_callback(x.shape, spec.sharding, lambda index: x[index])
 
   return {name: one(batch[name], spec) for name, spec in like.items()}

@@ -1,6 +1,5 @@
 """The life of a language model on a laptop, from shipped text to samples, through the functions behind the verbs."""
 
-import hashlib
 import time
 from pathlib import Path
 
@@ -43,7 +42,7 @@ def quickstart(run: str, *, short: bool = False) -> epath.Path:
   from jaxlm import report
   from jaxlm.data import prepare, sources, tokenizer
   from jaxlm.evals import compression
-  from jaxlm.loops import pretrain
+  from jaxlm.loops import pretrain, writing
 
   began = time.monotonic()
   config = settings(run, short=short)
@@ -55,10 +54,7 @@ def quickstart(run: str, *, short: bool = False) -> epath.Path:
   path = folder / 'data-tokenizer.json'
   texts = [d.text for d in sources.documents(specs)]
   if not path.exists():  # what is held out is held out from the tokenizer too
-    learnt = (
-      text for text in texts if prepare.split_of(hashlib.sha256(text.encode()).digest(), VAL_FRACTION) == 'train'
-    )
-    tokenizer.train(learnt, VOCAB_SIZE).save(path)
+    tokenizer.train(prepare.training_texts(specs, VAL_FRACTION), VOCAB_SIZE).save(path)
   vocabulary = tokenizer.load(path)
   fertility = tokenizer.tokens_per_word(vocabulary, texts)
   per_word = {script: tokens / words for script, (words, tokens) in fertility.items() if words > 500}
@@ -91,7 +87,7 @@ def quickstart(run: str, *, short: bool = False) -> epath.Path:
   )
 
   print('5. it writes')
-  texts = pretrain.continue_texts(run, PROMPTS, 1, new=80, sampling=pretrain.SAMPLING)
+  texts = writing.continue_texts(run, PROMPTS, 1, new=80)
   for prompt, text in zip(PROMPTS, texts, strict=True):
     print(f'   {prompt}{text}'.replace('\n', '\n   '))
   page = report.write(run)

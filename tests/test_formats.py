@@ -39,7 +39,7 @@ def test_every_format_plain_and_packed_gives_the_same_documents(tmp_path, kind, 
   path.write_bytes(PACK[packed](data))
   texts, source = (TEXTS[:1], 'novels') if kind == 'txt' else (TEXTS, 'moby')
   found = list(sources.documents([str(path)]))
-  assert found == [(text, source, f'{path}:{i}') for i, text in enumerate(texts, 1)]
+  assert found == [(text, source, f'{path}:{i}', source) for i, text in enumerate(texts, 1)]
 
 
 def test_parquet_has_a_source_column_and_is_read_over_many_batches(tmp_path):

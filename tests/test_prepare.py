@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from jaxlm.data import prepare as prep
+from jaxlm.data import prepared
 from jaxlm.data import tokenizer as tok
 from jaxlm.data.prepare import prepare
 from jaxlm.data.prepared import load
@@ -110,17 +111,37 @@ def test_duplicates_and_empty_documents_are_dropped_and_counted(tmp_path, t):
   assert list(load(tmp_path / 'out').texts('train')) == [*TEXTS, 'new', TEXTS[3] + ' ']
 
 
-def test_counts_by_split_and_source_add_up(tmp_path, t, monkeypatch):
+def test_counts_by_split_kind_and_source_add_up(tmp_path, t, monkeypatch):
   monkeypatch.setattr(prep, 'MOST_SOURCES', 2)
-  paths = [jsonl(tmp_path / f'{name}.jsonl', [f'{name} {text}' for text in TEXTS]) for name in 'abcd']
-  summary = prepare(paths, t, tmp_path / 'out', val_fraction=0.3)
+  paths = [jsonl(tmp_path / f'{name}.jsonl', [f'{name} {text}' for text in TEXTS], source=name) for name in 'abcd']
+  summary = prepare([*paths[:2], *(f'k={path}' for path in paths[2:])], t, tmp_path / 'out', val_fraction=0.3)
+  assert summary.groups == [('a', 'a'), ('b', 'b'), ('k', 'other')]
   for split, total in summary.splits.items():
-    named = summary.sources[split]
-    assert list(named) == ['a', 'b', 'other']
-    assert sum(c.documents for c in named.values()) == total.documents
-    assert sum(c.tokens for c in named.values()) == total.tokens == len(load(tmp_path / 'out').split(split))
-    assert sum(c.bytes for c in named.values()) == total.bytes
-  assert named['a'].bytes == sum(len(f'a {x}'.encode()) for x in TEXTS if in_validation(f'a {x}', 0.3))
+    for counts in (summary.by_group[split], summary.kinds(split).values()):
+      assert sum(c.documents for c in counts) == total.documents
+      assert sum(c.tokens for c in counts) == total.tokens == len(load(tmp_path / 'out').split(split))
+      assert sum(c.bytes for c in counts) == total.bytes
+  assert summary.kinds('validation')['a'].bytes == sum(
+    len(f'a {x}'.encode()) for x in TEXTS if in_validation(f'a {x}', 0.3)
+  )
+
+
+def test_one_kind_read_alone(tmp_path, t, monkeypatch):
+  monkeypatch.setattr(prep, 'RECORD_TOKENS', 13)
+  texts = {name: [f'{name} {text}' for text in TEXTS] for name in 'abc'}
+  prepare([jsonl(tmp_path / f'{name}.jsonl', texts[name]) for name in 'abc'], t, tmp_path / 'out', val_fraction=0.2)
+  ready = load(tmp_path / 'out')
+  held_out = [text for text in texts['b'] if in_validation(text, 0.2)]
+  assert list(ready.texts('validation', 'b')) == held_out
+  alone, whole = ready.split('train', 'b'), ready.split('train')
+  assert alone.bytes == ready.summary.kinds('train')['b'].bytes
+  groups = whole.groups(0, len(whole))
+  assert len(groups) == len(whole) and set(groups) == {0, 1, 2}
+  np.testing.assert_array_equal(alone.read(0, len(alone))[0], whole.read(0, len(whole))[0][groups == 1])
+  for start, stop in [(0, 5), (12, 30), (len(whole) - 3, len(whole) + 9), (7, 7)]:
+    np.testing.assert_array_equal(whole.groups(start, stop), groups[start:stop])
+  with pytest.raises(InputError, match="no kind 'd': it has a, b, c"):
+    ready.split('train', 'd')
 
 
 def test_adding_documents_moves_none(tmp_path, t):
@@ -249,7 +270,7 @@ def test_what_load_refuses(tmp_path, t):
   with pytest.raises(InputError, match="no split 'test': it has train, validation"):
     load(out).split('test')
   marker = (out / 'prepared.json').read_text()
-  (out / 'prepared.json').write_text(marker.replace('"version": 2', '"version": 0'))
+  (out / 'prepared.json').write_text(marker.replace(f'"version": {prepared.VERSION}', '"version": 0'))
   with pytest.raises(InputError, match='prepared in layout 0'):
     load(out)
   (out / 'prepared.json').write_text(marker)

@@ -25,7 +25,7 @@ def refused(path: Path, content: bytes) -> str:
 def test_text_is_one_document_a_file_byte_for_byte(tmp_path):
   text = 'नमस्ते\r\n\r\n  Ishmael\t\x00\u2028 é\n'
   path = write(tmp_path / 'novels' / 'moby.txt', text)
-  assert list(sources.documents([path])) == [(text, 'novels', f'{path}:1')]
+  assert list(sources.documents([path])) == [(text, 'novels', f'{path}:1', 'novels')]
 
 
 def test_jsonl_is_one_document_a_line(tmp_path):
@@ -33,9 +33,9 @@ def test_jsonl_is_one_document_a_line(tmp_path):
   lines = [json.dumps({'text': 'one\ntwo'}), '', second, '{"text": "é"}']
   path = write(tmp_path / 'mixed.jsonl', '\n'.join(lines))
   assert list(sources.documents([path])) == [
-    ('one\ntwo', 'mixed', f'{path}:1'),
-    ('', 'web', f'{path}:3'),
-    ('é', 'mixed', f'{path}:4'),
+    ('one\ntwo', 'mixed', f'{path}:1', 'mixed'),
+    ('', 'web', f'{path}:3', 'mixed'),
+    ('é', 'mixed', f'{path}:4', 'mixed'),
   ]
 
 
@@ -51,7 +51,7 @@ def test_folders_and_globs(tmp_path):
 
   def found(*specs: str) -> list[str]:
     paths = sources.files([f'{tmp_path}/{spec}' for spec in specs])
-    return [str(path).removeprefix(f'{tmp_path}/') for path in paths]
+    return [str(file.path).removeprefix(f'{tmp_path}/') for file in paths]
 
   assert found('b') == ['b/1.txt', 'b/2.txt', 'b/deep/er/3.md']
   assert found('*/*.txt') == ['a/4.txt', 'b/1.txt', 'b/2.txt']
@@ -62,7 +62,7 @@ def test_folders_and_globs(tmp_path):
 
 def test_a_file_with_glob_characters_in_its_name_is_that_file(tmp_path):
   path = write(tmp_path / 'a[1].txt', 'x')
-  assert [str(p) for p in sources.files([path])] == [path]
+  assert [str(file.path) for file in sources.files([path])] == [path]
 
 
 def test_reading_is_lazy(tmp_path):
@@ -109,3 +109,37 @@ def test_a_spec_without_a_file_is_named(tmp_path, spec):
 @pytest.mark.parametrize(('name', 'content'), [('a.txt', ' \n'), ('a.jsonl', '\n'), ('a.jsonl', '{"text": ""}\n')])
 def test_an_empty_corpus_is_refused(tmp_path, name, content):
   assert 'no text in there' in refused(tmp_path / name, content.encode())
+
+
+def test_terms_of_a_mixture(tmp_path):
+  write(tmp_path / 'a*2', 'x')
+  kinds = [
+    (t.spec, t.kind, t.weight and float(t.weight)) for t in sources.terms(['wiki=d/*.jsonl*0.5 + code*0.3', 'x*1'])
+  ]
+  assert kinds == [('d/*.jsonl', 'wiki', 0.5), ('code', None, 0.3), ('x', None, 1.0)]
+  assert sources.terms([f'{tmp_path}/a*2'])[0] == (f'{tmp_path}/a*2', None, None)  # it exists as it stands
+  assert sources.terms(['a=b + c']) == [('b', 'a', None), ('c', None, None)]
+  for specs, why in [(['a*1 + b'], 'b: has no weight'), (['a*0'], 'a weight must be above 0')]:
+    with pytest.raises(InputError, match=why):
+      sources.terms(specs)
+
+
+def test_kinds_and_their_weights(tmp_path):
+  for name in ('web/c4-00000-of-00002.jsonl', 'web/c4-00001-of-00002.jsonl', 'books/b.txt', 'x.jsonl'):
+    write(tmp_path / name, '{"text": "x"}')
+  kinds = lambda *specs: [file.kind for file in sources.files([f'{tmp_path}/{spec}' for spec in specs])]
+  assert kinds('web', 'books', 'x.jsonl') == ['c4', 'c4', 'books', 'x']
+  assert {d.kind for d in sources.documents([f'crawl={tmp_path}/**'])} == {'crawl'}
+  assert sources.weights([f'{tmp_path}/web*0.7 + novel={tmp_path}/books*0.3']) == {'c4': 0.7, 'novel': 0.3}
+  assert sources.weights([f'{tmp_path}/web']) == {}
+  with pytest.raises(InputError, match='a weight is for one kind, and this holds books, c4, x'):
+    sources.weights([f'{tmp_path}/**/*.**1'])
+  with pytest.raises(InputError, match="'c4' has a weight already"):
+    sources.weights([f'{tmp_path}/web*1 + c4={tmp_path}/books*2'])
+
+
+def test_another_column(tmp_path):
+  path = write(tmp_path / 'a.jsonl', '{"content": "x", "text": 1}\n')
+  assert [d.text for f in sources.files([path], 'content') for d in sources.read(f)] == ['x']
+  with pytest.raises(InputError, match='a.jsonl:1: no string "body"; its keys are content, text'):
+    list(sources.read(sources.files([path], 'body')[0]))

@@ -1,5 +1,6 @@
 """Rows for training out of a stream of tokens: concatenate and split, or best fit; segments keep documents apart."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -38,11 +39,16 @@ def pack(tokens: np.ndarray, begins: np.ndarray, seq_len: int, pad_id: int, toke
 
 
 class Rows:
-  """The rows of a split: row r covers stream[r * T : (r + 1) * T + 1]; each text token is a target exactly once."""
+  """The rows of a split: row r covers stream[r * T : (r + 1) * T + 1]; each text token is a target exactly once.
 
-  def __init__(self, tokens: Tokens, seq_len: int, tokenizer: Tokenizer):
+  With `groups`, which says under what number each group of the split is to be counted, rows have `group` int32 [T]:
+  that number for each target.
+  """
+
+  def __init__(self, tokens: Tokens, seq_len: int, tokenizer: Tokenizer, groups: Sequence[int] | None = None):
     self.tokens, self.seq_len, self.pad_id = tokens, seq_len, tokenizer.pad_id
     self._token_bytes = tokenizer.token_bytes()
+    self._groups = None if groups is None else np.asarray(groups, np.int32)
 
   def __len__(self) -> int:
     return max(-(-(len(self.tokens) - 1) // self.seq_len), 0)
@@ -55,8 +61,11 @@ class Rows:
   def __getitem__(self, row: int) -> Row:
     if not 0 <= row < len(self):
       raise IndexError(f'row {row} of {len(self)}')
-    tokens, begins = self.tokens.read(row * self.seq_len, (row + 1) * self.seq_len + 1)
-    return pack(tokens, begins, self.seq_len, self.pad_id, self._token_bytes)
+    start, stop = row * self.seq_len, (row + 1) * self.seq_len + 1
+    packed = pack(*self.tokens.read(start, stop), self.seq_len, self.pad_id, self._token_bytes)
+    if self._groups is not None:
+      packed['group'] = _padded(self._groups[self.tokens.groups(start + 1, stop)], self.seq_len, np.int32)
+    return packed
 
 
 class BestFitRows:

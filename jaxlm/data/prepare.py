@@ -1,8 +1,8 @@
 """Text to tokens on disk: a TFDS data set in array_record, with an index of offsets beside it.
 
-A prepared folder holds `records/` (the data set: at most 4096 tokens a record), `SPLIT.offsets.npy` and
-`SPLIT.begins.npy`, `tokenizer.json`, `quarantine.jsonl` where bad records were left out, and `prepared.json`, written
-last: without it the folder does not count.
+A prepared folder holds `records/` (the data set: at most 4096 tokens a record), `SPLIT.offsets.npy`,
+`SPLIT.begins.npy` and `SPLIT.groups.npy` (each record's kind and source), `tokenizer.json`, `quarantine.jsonl` where
+bad records were left out, and `prepared.json`, written last: without it the folder does not count.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from jaxlm import files
 from jaxlm.data import sources
 from jaxlm.data.prepared import MARKER, VERSION, Count, Summary, read_summary
 from jaxlm.data.prepared import load as load
-from jaxlm.data.sources import Document
+from jaxlm.data.sources import Document, File
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import InputError
 from jaxlm.files import write_whole
@@ -34,6 +34,8 @@ RECORDS_PER_FILE = 1 << 16
 PIECE_CHARS = 1 << 18  # at most 1 MB of UTF-8: the tokenizer takes 160 times a text's size in memory
 GROUP_CHARS = 1 << 20
 MOST_SOURCES = 1000  # sources counted by name; one URL a document would fill the memory
+OTHER = 'other'  # what the sources past them are called
+INDEX = {'offsets': '<i8', 'begins': '?', 'groups': '<u2'}  # the arrays beside the data set
 
 Progress = Callable[[int, int], None]
 
@@ -45,12 +47,16 @@ def prepare(
   *,
   val_fraction: float = 0.05,
   max_bad: int = 0,
+  column: str = 'text',
+  near: float | None = None,
   on_progress: Progress | None = None,
 ) -> Summary:
-  """Tokenize the documents of `specs` (see `sources.documents`) into the folder `out`; returns what is in there.
+  """Tokenize the documents of `specs` (see `sources.terms`) into the folder `out`; returns what is in there.
 
   Each document becomes BOS + tokens + EOS (a tokenizer without BOS: EOS at both ends). It goes to 'validation' or
-  'train' by the hash of its text alone, so adding documents moves none; exact duplicates and empty ones are dropped.
+  'train' by the hash of its text alone, so adding documents moves none; exact duplicates and empty ones are dropped,
+  and with `near` those whose Jaccard similarity to a kept one is at least that (see `neardup`). Weights that `specs`
+  give are kept as the mixture that training draws unless told otherwise; nothing is left out for them.
   With few documents 'validation' may stay empty. A folder that was finished with the same files (size and time),
   tokenizer and options is left as it is; anything else is started over. `on_progress(done, total)` gets bytes of the
   input files. Up to `max_bad` bad records are left out and listed in `quarantine.jsonl`, with file, line and reason.
@@ -59,20 +65,20 @@ def prepare(
   """
   if not 0 <= val_fraction < 1:
     raise InputError(f'prepare: val_fraction must be at least 0 and below 1, not {val_fraction}')
-  out, paths = epath.Path(out), sources.files(specs)
-  inputs = _inputs(paths, val_fraction)
+  out, found_files, weights = epath.Path(out), sources.files(specs, column), sources.weights(specs)
+  inputs = _inputs(found_files, {'val_fraction': val_fraction, 'near': near, 'weights': weights})
   found = read_summary(out)
   if found and (found.version, found.digest, found.inputs) == (VERSION, tokenizer.digest, inputs):
     return found
   if found:  # bad input must not cost what is there already
-    looked_at = _reported(paths, None, _Quarantine(None, max_bad))
+    looked_at = _reported(found_files, None, _Quarantine(None, max_bad))
     splits = Counter(kept.split for kept in _Choice(val_fraction).kept(looked_at))
     _need_training(specs, splits['train'], splits['validation'])
   _clear(out)
   bad = _Quarantine(out / QUARANTINE, max_bad)
   writer = _Writer(out / 'records', np.dtype('<u2' if tokenizer.vocab_size <= 1 << 16 else '<u4'))
-  choice = _Choice(val_fraction)
-  kept = choice.kept(_reported(paths, on_progress, bad))
+  choice = _Choice(val_fraction, near)
+  kept = choice.kept(_reported(found_files, on_progress, bad))
   for group in _grouped(_pieces(kept)):
     writer.add(group, _tokens(group, tokenizer))
   _need_training(specs, writer.counts['train'].documents, writer.counts['validation'].documents)
@@ -89,7 +95,9 @@ def prepare(
     tokenizer.vocab_size,
     writer.dtype.name,
     writer.counts,
-    writer.sources,
+    list(writer.groups),
+    writer.by_group,
+    weights,
     choice.dropped | {'bad': bad.count},
     writer.contents(),
     {str(path.relative_to(out)): files.sha256(path) for path in sorted(written)},
@@ -98,6 +106,14 @@ def prepare(
   fields = dataclasses.asdict(summary)
   write_whole(out / MARKER, json.dumps(fields | {'seal': files.seal(fields)}, indent=2, ensure_ascii=False))
   return summary
+
+
+def training_texts(specs: Sequence[str], val_fraction: float, column: str = 'text') -> Iterator[str]:
+  """The texts of `specs` without those that `prepare` holds out: what a tokenizer may learn from."""
+  for file in sources.files(specs, column):
+    for document in sources.read(file):
+      if split_of(hashlib.sha256(document.text.encode()).digest(), val_fraction) == 'train':
+        yield document.text
 
 
 def split_of(digest: bytes, val_fraction: float) -> str:
@@ -110,7 +126,8 @@ def features() -> Any:
   import tensorflow_datasets as tfds
 
   raw = tfds.features.Tensor(shape=(), dtype=np.bytes_)
-  return tfds.features.FeaturesDict({'tokens': raw, 'document': np.int64, 'source': tfds.features.Text()})
+  text = tfds.features.Text()
+  return tfds.features.FeaturesDict({'tokens': raw, 'document': np.int64, 'kind': text, 'source': text})
 
 
 class _Kept(NamedTuple):
@@ -129,9 +146,14 @@ class _Piece(NamedTuple):
 class _Choice:
   """Which documents are kept, and in which split."""
 
-  def __init__(self, val_fraction: float):
+  def __init__(self, val_fraction: float, near: float | None = None):
     self.val_fraction = val_fraction
     self.dropped = {'duplicate': 0, 'empty': 0}
+    self.similar: Callable[[str], bool] | None = None
+    if near is not None:
+      from jaxlm.data import neardup
+
+      self.similar, self.dropped['near-duplicate'] = neardup.NearDuplicates(near).seen, 0
 
   def kept(self, documents: Iterable[Document]) -> Iterator[_Kept]:
     seen: set[bytes] = set()
@@ -141,6 +163,8 @@ class _Choice:
         self.dropped['empty'] += 1
       elif digest[:16] in seen:
         self.dropped['duplicate'] += 1
+      elif self.similar and self.similar(document.text):
+        self.dropped['near-duplicate'] += 1
       else:
         yield _Kept(split_of(digest, self.val_fraction), len(seen), document)
         seen.add(digest[:16])
@@ -173,9 +197,11 @@ class _Writer:
 
     self.dtype = dtype
     self.counts = {split: Count() for split in SPLITS}
-    self.sources: dict[str, dict[str, Count]] = {split: {} for split in SPLITS}
+    self.groups: dict[tuple[str, str], int] = {}  # (kind, source) -> its number
+    self.by_group: dict[str, list[Count]] = {split: [] for split in SPLITS}
     self._lengths = {split: array('q') for split in SPLITS}
     self._begins = {split: array('b') for split in SPLITS}
+    self._groups = {split: array('H') for split in SPLITS}
     self._hashes = {split: hashlib.sha256() for split in SPLITS}
     folder.mkdir(parents=True, exist_ok=True)
     identity = tfds.core.DatasetIdentity(
@@ -189,8 +215,8 @@ class _Writer:
     examples: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     for piece, ids in zip(group, tokens, strict=True):
       split, number, document = piece.kept
-      size = len(piece.text.encode())
-      for count in (self.counts[split], self._source(split, document.source)):
+      size, group_id = len(piece.text.encode()), self._group(document)
+      for count in (self.counts[split], self.by_group[split][group_id]):
         count.documents += piece.first
         count.tokens += len(ids)
         count.bytes += size
@@ -198,8 +224,10 @@ class _Writer:
         part = ids[start : start + RECORD_TOKENS]
         raw = part.astype(self.dtype).tobytes()
         self._hashes[split].update(raw)
-        examples[split].append({'tokens': raw, 'document': number, 'source': document.source})
+        named = {'kind': document.kind, 'source': document.source}
+        examples[split].append({'tokens': raw, 'document': number, **named})
         self._lengths[split].append(len(part))
+        self._groups[split].append(group_id)
         self._begins[split].append(piece.first and start == 0)
     self._tfds.add_examples(examples)
 
@@ -208,20 +236,31 @@ class _Writer:
     self._tfds.close_all()
     for split in SPLITS:
       lengths = np.frombuffer(self._lengths[split], np.int64)
-      begins = np.frombuffer(self._begins[split], np.int8).astype(np.bool_)
-      _save(out / f'{split}.offsets.npy', np.concatenate([[0], np.cumsum(lengths)]).astype('<i8'))
-      _save(out / f'{split}.begins.npy', begins)
+      offsets = np.concatenate([[0], np.cumsum(lengths)])
+      arrays = {'offsets': offsets, 'begins': self._begins[split], 'groups': self._groups[split]}
+      for name, dtype in INDEX.items():
+        _save(out / f'{split}.{name}.npy', np.asarray(arrays[name]).astype(dtype))
 
   def contents(self) -> str:
-    """sha256 of the tokens, their type and the index; known once all was added."""
-    whole = hashlib.sha256(self.dtype.name.encode())
+    """sha256 of the tokens, their type, the index and the groups' names; known once all was added."""
+    whole = hashlib.sha256(f'{self.dtype.name} {json.dumps(list(self.groups))}'.encode())
     for split in SPLITS:
-      whole.update(self._hashes[split].digest() + bytes(self._lengths[split]) + bytes(self._begins[split]))
+      whole.update(self._hashes[split].digest())
+      for values in (self._lengths, self._begins, self._groups):
+        whole.update(bytes(values[split]))
     return whole.hexdigest()
 
-  def _source(self, split: str, name: str) -> Count:
-    known = self.sources[split]
-    return known.setdefault(name if name in known or len(known) < MOST_SOURCES else 'other', Count())
+  def _group(self, document: Document) -> int:
+    key = document.kind, document.source
+    if key not in self.groups and len(self.groups) >= MOST_SOURCES:
+      key = document.kind, OTHER
+    if key not in self.groups:
+      if len(self.groups) > np.iinfo('u2').max:
+        raise InputError(f'{document.where}: more than {len(self.groups)} kinds: give one with KIND=SPEC')
+      self.groups[key] = len(self.groups)
+      for counts in self.by_group.values():
+        counts.append(Count())
+    return self.groups[key]
 
 
 def _tokens(group: list[_Piece], tokenizer: Tokenizer) -> list[np.ndarray]:
@@ -264,13 +303,13 @@ def _grouped(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
     yield group
 
 
-def _reported(paths: list[epath.Path], on_progress: Progress | None, bad: _Quarantine) -> Iterator[Document]:
+def _reported(found: list[File], on_progress: Progress | None, bad: _Quarantine) -> Iterator[Document]:
   """The documents of the files, telling `on_progress` how many of their bytes were read."""
-  sizes = [path.stat().length for path in paths]
+  sizes = [file.path.stat().length for file in found]
   total, before = sum(sizes), 0
-  for path, size in zip(paths, sizes, strict=True):
+  for file, size in zip(found, sizes, strict=True):
     inside = 0
-    for document in sources.read(path, bad):
+    for document in sources.read(file, bad):
       yield document
       inside = min(inside + len(document.text.encode()), size)  # JSON's own bytes are made up for at the file's end
       if on_progress:
@@ -280,19 +319,20 @@ def _reported(paths: list[epath.Path], on_progress: Progress | None, bad: _Quara
     on_progress(total, total)
 
 
-def _inputs(paths: list[epath.Path], val_fraction: float) -> dict[str, Any]:
+def _inputs(found: list[File], options: dict[str, Any]) -> dict[str, Any]:
   now = int(time.time())
   listed: list[list[Any]] = []
-  for path in paths:
+  for path, kind, column in found:
     stat = path.stat()
     # Times are whole seconds: a file of this very second may still change unseen, so it never counts as unchanged.
-    listed.append([os.fspath(path), stat.length, stat.mtime if stat.mtime < now else f'after {time.time()}'])
-  return {'val_fraction': val_fraction, 'record_tokens': RECORD_TOKENS, 'files': listed}
+    changed = stat.mtime if stat.mtime < now else f'after {time.time()}'
+    listed.append([os.fspath(path), stat.length, changed, kind, column])
+  return options | {'record_tokens': RECORD_TOKENS, 'files': listed}
 
 
 def _ours(out: epath.Path) -> list[epath.Path]:
   """The files of a preparation that are there, marker and tokenizer left out."""
-  names = [QUARANTINE, *(f'{split}.{kind}.npy' for split in SPLITS for kind in ('offsets', 'begins'))]
+  names = [QUARANTINE, *(f'{split}.{kind}.npy' for split in SPLITS for kind in INDEX)]
   found = [out / name for name in names if (out / name).exists()]
   if (out / 'records').exists():
     patterns = ('tokens-*', 'dataset_info.json', 'features.json')

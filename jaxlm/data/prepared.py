@@ -16,7 +16,7 @@ from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import InputError
 
-VERSION = 2  # of the layout; raise it when a folder prepared before can't be read any more
+VERSION = 3  # of the layout; raise it when a folder prepared before can't be read any more
 MARKER = 'prepared.json'
 
 
@@ -28,6 +28,10 @@ class Count:
   tokens: int = 0
   bytes: int = 0
 
+  @property
+  def figures(self) -> tuple[int, int, int]:
+    return self.documents, self.tokens, self.bytes
+
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
@@ -38,11 +42,22 @@ class Summary:
   vocab_size: int
   dtype: str
   splits: dict[str, Count]
-  sources: dict[str, dict[str, Count]]  # by split and source; past 1000 sources the rest is 'other'
+  groups: list[tuple[str, str]]  # (kind, source) by group number; past 1000 sources a kind's rest is 'other'
+  by_group: dict[str, list[Count]]  # by split, in the order of groups
+  weights: dict[str, float]  # share of the training rows by kind, where the sources were given as a mixture
   dropped: dict[str, int]  # documents left out: 'duplicate' of an earlier one, 'empty', 'bad'
   contents: str  # sha256 of all tokens and of where documents begin: equal ones train alike
   files: dict[str, str]  # sha256 of every file of the data set, its index and the tokenizer
   inputs: dict[str, Any]  # options and the input files' sizes and times: what makes preparing again unnecessary
+
+  def kinds(self, split: str) -> dict[str, Count]:
+    """What a split holds of each kind, in the order in which the kinds were met."""
+    found: dict[str, Count] = {}
+    for (kind, _), count in zip(self.groups, self.by_group[split], strict=True):
+      one = found.setdefault(kind, Count())
+      one.documents, one.tokens = one.documents + count.documents, one.tokens + count.tokens
+      one.bytes += count.bytes
+    return found
 
 
 def verify(path: epath.PathLike) -> list[str]:
@@ -99,32 +114,42 @@ class Prepared:
   summary: Summary
   tokenizer: Tokenizer
 
-  def split(self, name: str) -> 'Tokens':
-    """The token stream of 'train' or 'validation'. Raises InputError for another name."""
+  def split(self, name: str, kind: str | None = None) -> 'Tokens':
+    """The token stream of 'train' or 'validation', or what it has of one kind. Raises InputError for another name."""
     if name not in self.summary.splits:
       raise InputError(f'{self.path}: no split {name!r}: it has {", ".join(self.summary.splits)}')
-    return Tokens(self.path, name, self.summary)
+    if kind is not None and kind not in (kinds := self.summary.kinds(name)):
+      raise InputError(f'{self.path}: no kind {kind!r}: it has {", ".join(kinds)}')
+    return Tokens(self.path, name, self.summary, kind)
 
-  def texts(self, name: str) -> Iterator[str]:
+  def texts(self, name: str, kind: str | None = None) -> Iterator[str]:
     """The split's documents as text, in their order, decoded from the tokens (exact with a byte-level tokenizer)."""
-    tokens = self.split(name)
+    tokens = self.split(name, kind)
     for start, stop in itertools.pairwise(tokens.document_starts()):
       yield self.tokenizer.decode(tokens.read(start, stop)[0].tolist())
 
-  def document_bytes(self, name: str) -> bytes:
+  def document_bytes(self, name: str, kind: str | None = None) -> bytes:
     """All text of a split in UTF-8, documents joined with nothing between: what compressors are measured on."""
-    return b''.join(text.encode() for text in self.texts(name))
+    return b''.join(text.encode() for text in self.texts(name, kind))
 
 
 class Tokens:
-  """The tokens of a split as one long sequence, read by position; nothing is held but the memory-mapped index."""
+  """The tokens of a split, or of one kind in it, as one long sequence read by position; the index is memory-mapped."""
 
-  def __init__(self, path: epath.Path, split: str, summary: Summary):
+  def __init__(self, path: epath.Path, split: str, summary: Summary, kind: str | None = None):
     self._path, self._split = path, split
     self._dtype = np.dtype(summary.dtype).newbyteorder('<')
-    self._offsets: np.ndarray = np.load(os.fspath(path / f'{split}.offsets.npy'), mmap_mode='r')
-    self._begins: np.ndarray = np.load(os.fspath(path / f'{split}.begins.npy'), mmap_mode='r')
+    self._offsets, self._begins, self._groups = (
+      np.load(os.fspath(path / f'{split}.{name}.npy'), mmap_mode='r') for name in ('offsets', 'begins', 'groups')
+    )
+    self._numbers: np.ndarray | None = None  # of the records, where they are not all
     self.bytes = summary.splits[split].bytes
+    if kind is not None:
+      wanted = [number for number, group in enumerate(summary.groups) if group[0] == kind]
+      self._numbers = np.flatnonzero(np.isin(self._groups, wanted))
+      self._begins, self._groups = self._begins[self._numbers], self._groups[self._numbers]
+      self._offsets = np.concatenate([[0], np.cumsum(np.diff(self._offsets)[self._numbers])])
+      self.bytes = summary.kinds(split)[kind].bytes
 
   def __len__(self) -> int:
     return int(self._offsets[-1])
@@ -134,14 +159,26 @@ class Tokens:
     start, stop = max(start, 0), min(stop, len(self))
     if start >= stop:
       return np.zeros(0, np.int32), np.zeros(0, np.bool_)
-    first = int(np.searchsorted(self._offsets, start, 'right')) - 1
-    last = int(np.searchsorted(self._offsets, stop, 'left'))
-    offsets = np.asarray(self._offsets[first : last + 1])
+    first, last, offsets = self._span(start, stop)
     tokens = np.concatenate([self._record(i, n) for i, n in enumerate(np.diff(offsets), first)])
     begins = np.zeros(len(tokens), np.bool_)
     begins[offsets[:-1] - offsets[0]] = self._begins[first:last]
     window = slice(start - offsets[0], stop - offsets[0])
     return tokens[window].astype(np.int32), begins[window]
+
+  def groups(self, start: int, stop: int) -> np.ndarray:
+    """int32: the group (kind and source, see `Summary.groups`) of each token at [start, stop), cut at the end."""
+    start, stop = max(start, 0), min(stop, len(self))
+    if start >= stop:
+      return np.zeros(0, np.int32)
+    first, last, offsets = self._span(start, stop)
+    return np.repeat(self._groups[first:last].astype(np.int32), np.diff(np.clip(offsets, start, stop)))
+
+  def _span(self, start: int, stop: int) -> tuple[int, int, np.ndarray]:
+    """The records [first, last) that cover the tokens [start, stop), and their offsets, the end included."""
+    first = int(np.searchsorted(self._offsets, start, 'right')) - 1
+    last = int(np.searchsorted(self._offsets, stop, 'left'))
+    return first, last, np.asarray(self._offsets[first : last + 1])
 
   def document_starts(self) -> np.ndarray:
     """int64 [documents + 1]: where each document begins, and the length of the stream."""
@@ -155,6 +192,7 @@ class Tokens:
     return builder.as_data_source(split=self._split)
 
   def _record(self, index: int, length: int) -> np.ndarray:
+    index = index if self._numbers is None else int(self._numbers[index])
     tokens = np.frombuffer(self._records[index]['tokens'], self._dtype)
     if len(tokens) != length:
       raise InputError(
@@ -173,7 +211,8 @@ def read_summary(path: epath.Path) -> Summary | None:
     if raw.pop('seal', '') != files.seal(raw) and raw['version'] == VERSION:
       return None
     splits = {split: Count(**count) for split, count in raw.pop('splits').items()}
-    named = {split: {n: Count(**c) for n, c in counts.items()} for split, counts in raw.pop('sources').items()}
-    return Summary(splits=splits, sources=named, **raw)
+    by_group = {split: [Count(**count) for count in counts] for split, counts in raw.pop('by_group').items()}
+    groups = [tuple(group) for group in raw.pop('groups')]
+    return Summary(splits=splits, groups=groups, by_group=by_group, **raw)
   except (ValueError, KeyError, TypeError, AttributeError):
     return None

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from fractions import Fraction
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -20,31 +21,74 @@ BOM = '\ufeff'
 PART_BYTES = 32 << 20  # a longer text file is several documents: no memory holds them all
 IN_MEMORY = 64 << 20  # an unpacked Parquet file beyond it goes to a temporary file
 
+TERM = re.compile(r'(?:(?P<kind>[\w.-]+)=)?(?P<spec>.+?)(?:\*(?P<weight>\d+(?:\.\d+)?))?')
+SHARD = re.compile(r'-\d+-of-\d+$')  # of 'c4-00003-of-01024.jsonl.gz'
+
 OnBad = Callable[[InputError], None]
 
 
 class Document(NamedTuple):
-  """One text, the kind of text it is counted under, and where it stands ('file:line')."""
+  """One text, where it came from, where it stands ('file:line') and the kind of text that it is mixed and scored as."""
 
   text: str
   source: str
   where: str
+  kind: str
+
+
+class Term(NamedTuple):
+  """One part of a mixture as it was written: `[KIND=]SPEC[*WEIGHT]`."""
+
+  spec: str
+  kind: str | None
+  weight: Fraction | None
+
+
+class File(NamedTuple):
+  """One file to read: its documents' kind, and the column or key that holds their text."""
+
+  path: epath.Path
+  kind: str
+  column: str = 'text'
+
+
+def terms(specs: Sequence[str]) -> list[Term]:
+  """The parts of `specs`, each `[KIND=]SPEC[*WEIGHT]`, alone or joined by ' + '.
+
+  'wiki=dumps/*.jsonl*0.5 + code*0.3' is a mixture of two. A path that exists as it stands is that path. Raises
+  InputError where only some have a weight.
+  """
+  found = []
+  for written in (part.strip() for spec in _listed(specs) for part in spec.split(' + ')):
+    match = TERM.fullmatch(written)
+    if not match or ('://' not in written and epath.Path(written).expanduser().exists()):
+      found.append(Term(written, None, None))
+    else:
+      weight = match['weight']
+      found.append(Term(match['spec'], match['kind'], None if weight is None else Fraction(weight)))
+  bare = [term.spec for term in found if term.weight is None]
+  if bare and len(bare) < len(found):
+    raise InputError(f'{bare[0]}: has no weight, as others of this mixture have: write {bare[0]}*WEIGHT')
+  if any(term.weight is not None and term.weight <= 0 for term in found):
+    raise InputError(f'{" + ".join(_listed(specs))}: a weight must be above 0')
+  return found
 
 
 def documents(specs: Sequence[str]) -> Iterator[Document]:
-  """All documents of `specs`, one after another: the specs in their order, the files of each sorted.
+  """All documents of `specs` (see `terms`), one after another: the specs in their order, the files of each sorted.
 
   A spec is a file, a folder (its files at any depth, without hidden ones) or a glob (`**` too). `.jsonl` holds one
-  object a line with a string `text` and, if wanted, a string `source` (else the file's name without ending); blank
-  lines are skipped. `.parquet` has the same as columns. Anything else is UTF-8 text, one document a file (one for
-  every 32 MB, cut at line breaks), whose source is the name of its folder. All may end in `.gz` or `.zst` too.
+  object a line with a string `text` and, if wanted, a string `source` (else its kind); blank lines are skipped.
+  `.parquet` has the same as columns. Anything else is UTF-8 text, one document a file (one for every 32 MB, cut at
+  line breaks). All may end in `.gz` or `.zst` too. Where no kind is given it is the name of a `.jsonl` or `.parquet`
+  file without its ending and shard number, and the name of a text file's folder.
 
   Raises InputError, naming file and line (in Parquet: row): no file matches, invalid UTF-8, a line or row of the wrong
   shape, a packed file that is damaged, no text.
   """
   empty = True
-  for path in files(specs):
-    for document in read(path):
+  for file in files(specs):
+    for document in read(file):
       empty = empty and not document.text.strip()
       yield document
   if empty:
@@ -56,15 +100,40 @@ def no_text(specs: Sequence[str]) -> InputError:
   return InputError(f'{" ".join(_listed(specs))}: no text in there: every document is empty')
 
 
-def files(specs: Sequence[str]) -> list[epath.Path]:
+def files(specs: Sequence[str], column: str = 'text') -> list[File]:
   """The files that `specs` stand for, each once. Raises InputError for a spec that matches none."""
-  found: dict[str, epath.Path] = {}
-  for spec in _listed(specs):
-    matched = sorted(_matches(spec))
-    if not matched:
-      raise InputError(f'{spec}: no such file, and no file matches: give a file, a folder or a quoted glob')
-    found.update((str(path), path) for path in matched)
-  return list(found.values())
+  return list({str(file.path): file for term in terms(specs) for file in _of(term, column)}.values())
+
+
+def weights(specs: Sequence[str]) -> dict[str, float]:
+  """What share of the training rows each kind is to be, as `specs` say it; empty where they give no weights.
+
+  Raises InputError for a weight on a spec of several kinds, and for two weights of one kind.
+  """
+  found: dict[str, float] = {}
+  for term in terms(specs):
+    if term.weight is not None:
+      kinds = {file.kind for file in _of(term, 'text')}
+      if len(kinds) > 1 or kinds & found.keys():
+        why = f'holds {", ".join(sorted(kinds))}' if len(kinds) > 1 else f'{kinds.pop()!r} has a weight already'
+        raise InputError(
+          f'{term.spec}*{float(term.weight):g}: a weight is for one kind, and this {why}: write KIND=SPEC'
+        )
+      found[kinds.pop()] = float(term.weight)
+  return found
+
+
+def _of(term: Term, column: str) -> list[File]:
+  found = [File(path, term.kind or _kind(path), column) for path in sorted(_matches(term.spec))]
+  if not found:
+    raise InputError(f'{term.spec}: no such file, and no file matches: give a file, a folder or a quoted glob')
+  return found
+
+
+def _kind(path: epath.Path) -> str:
+  name = _without_packing(path)
+  stem = SHARD.sub('', name.stem) if name.suffix in READERS else path.absolute().parent.name
+  return stem or name.stem
 
 
 def refuse(error: InputError) -> None:
@@ -72,17 +141,20 @@ def refuse(error: InputError) -> None:
   raise error
 
 
-def read(path: epath.Path, on_bad: OnBad = refuse) -> Iterator[Document]:
+def read(file: File, on_bad: OnBad = refuse) -> Iterator[Document]:
   """The documents of one file (see `documents`); `on_bad` gets the error of each bad record, which is then left out."""
-  name = PurePosixPath(path.name.removesuffix('.gz').removesuffix('.zst'))
-  readers = {'.jsonl': _read_jsonl, '.parquet': _read_parquet}
+  reader = READERS.get(_without_packing(file.path).suffix, _read_text)
   try:
-    with _unpacked(path) as file:
-      yield from readers.get(name.suffix, _read_text)(file, path, name.stem, on_bad)
+    with _unpacked(file.path) as stream:
+      yield from reader(stream, file, on_bad)
   except (EOFError, zlib.error, OSError) as error:
     if isinstance(error, OSError) and error.errno is not None:
       raise  # the file system's, not the format's
-    raise InputError(f'{path}: damaged or cut short: {error}') from error
+    raise InputError(f'{file.path}: damaged or cut short: {error}') from error
+
+
+def _without_packing(path: epath.Path) -> PurePosixPath:
+  return PurePosixPath(path.name.removesuffix('.gz').removesuffix('.zst'))
 
 
 @contextmanager
@@ -136,23 +208,23 @@ def _expand(folder: epath.Path, pattern: list[str]) -> Iterator[epath.Path]:
       yield child
 
 
-def _read_text(file: Any, path: epath.Path, stem: str, on_bad: OnBad) -> Iterator[Document]:
-  line, carried, empty = 1, b'', True
-  while raw := file.read(PART_BYTES):
+def _read_text(stream: Any, file: File, on_bad: OnBad) -> Iterator[Document]:
+  path, line, carried, empty = file.path, 1, b'', True
+  while raw := stream.read(PART_BYTES):
     empty = False
     if len(raw) == PART_BYTES:
-      raw += file.readline(PART_BYTES)
+      raw += stream.readline(PART_BYTES)
     raw, carried = _whole_characters(carried + raw)
     try:
       text = _decode(raw, path, line)
-      yield Document(text.removeprefix(BOM) if line == 1 else text, path.absolute().parent.name, f'{path}:{line}')
+      yield Document(text.removeprefix(BOM) if line == 1 else text, file.kind, f'{path}:{line}', file.kind)
     except InputError as error:
       on_bad(error)
     line += raw.count(b'\n')
   if carried:
     on_bad(InputError(f'{path}:{line}: not UTF-8: the file ends within a character: convert the file to UTF-8'))
   elif empty:
-    yield Document('', path.absolute().parent.name, f'{path}:1')
+    yield Document('', file.kind, f'{path}:1', file.kind)
 
 
 def _whole_characters(raw: bytes) -> tuple[bytes, bytes]:
@@ -167,11 +239,11 @@ def _whole_characters(raw: bytes) -> tuple[bytes, bytes]:
   return raw, b''
 
 
-def _read_jsonl(file: Any, path: epath.Path, stem: str, on_bad: OnBad) -> Iterator[Document]:
-  for number, raw in enumerate(file, 1):
+def _read_jsonl(stream: Any, file: File, on_bad: OnBad) -> Iterator[Document]:
+  for number, raw in enumerate(stream, 1):
     try:
-      line = _decode(raw, path, number).removeprefix(BOM if number == 1 else '')
-      document = _from_json(line, path, number, stem) if line.strip() else None
+      line = _decode(raw, file.path, number).removeprefix(BOM if number == 1 else '')
+      document = _from_json(line, file, number) if line.strip() else None
     except InputError as error:
       on_bad(error)
     else:
@@ -179,25 +251,26 @@ def _read_jsonl(file: Any, path: epath.Path, stem: str, on_bad: OnBad) -> Iterat
         yield document
 
 
-def _read_parquet(file: Any, path: epath.Path, stem: str, on_bad: OnBad) -> Iterator[Document]:
+def _read_parquet(stream: Any, file: File, on_bad: OnBad) -> Iterator[Document]:
   import pyarrow
   import pyarrow.parquet
 
+  path = file.path
   with tempfile.SpooledTemporaryFile(IN_MEMORY) as whole:
     if path.suffix != '.parquet':  # Parquet is read from its end
-      shutil.copyfileobj(file, whole)
+      shutil.copyfileobj(stream, whole)
       whole.seek(0)
-      file = whole
+      stream = whole
     try:
-      table = pyarrow.parquet.ParquetFile(file)
+      table = pyarrow.parquet.ParquetFile(stream)
       there = table.schema_arrow.names
-      if 'text' not in there:
-        raise InputError(f'{path}: no column "text"; its columns are {", ".join(there)}')
-      batches = table.iter_batches(256, columns=[name for name in ('text', 'source') if name in there])
+      if file.column not in there:
+        raise InputError(f'{path}: no column "{file.column}"; its columns are {", ".join(there)}')
+      batches = table.iter_batches(256, columns=[name for name in (file.column, 'source') if name in there])
       rows = (row for batch in batches for row in batch.to_pylist())
       for number, row in enumerate(rows, 1):
         try:
-          document = _from_row({k: v for k, v in row.items() if v is not None}, path, number, stem)
+          document = _from_row({k: v for k, v in row.items() if v is not None}, file, number)
         except InputError as error:
           on_bad(error)
         else:
@@ -206,26 +279,28 @@ def _read_parquet(file: Any, path: epath.Path, stem: str, on_bad: OnBad) -> Iter
       raise InputError(f'{path}: not a Parquet file, or a damaged one: {str(error).splitlines()[0]}') from error
 
 
-def _from_json(line: str, path: epath.Path, number: int, stem: str) -> Document:
-  where = f'{path}:{number}'
+def _from_json(line: str, file: File, number: int) -> Document:
+  where = f'{file.path}:{number}'
   try:
     row = json.loads(line)
   except (ValueError, RecursionError) as error:
     raise InputError(f'{where}: not JSON: {error}') from error
   if not isinstance(row, dict):
-    raise InputError(f'{where}: expected a JSON object with a string "text", found {type(row).__name__}')
-  return _from_row(row, path, number, stem)
+    raise InputError(f'{where}: expected a JSON object with a string "{file.column}", found {type(row).__name__}')
+  return _from_row(row, file, number)
 
 
-def _from_row(row: dict[str, Any], path: epath.Path, number: int, stem: str) -> Document:
-  where = f'{path}:{number}'
-  if not isinstance(text := row.get('text'), str):
-    raise InputError(f'{where}: no string "text"; its keys are {", ".join(row) or "none"}')
-  if not isinstance(source := row.get('source', stem), str):
+def _from_row(row: dict[str, Any], file: File, number: int) -> Document:
+  where = f'{file.path}:{number}'
+  if not isinstance(text := row.get(file.column), str):
+    raise InputError(f'{where}: no string "{file.column}"; its keys are {", ".join(row) or "none"}')
+  if not isinstance(source := row.get('source', file.kind), str):
     raise InputError(f'{where}: "source" must be a string, found {source!r}')
   if found := re.search('[\ud800-\udfff]', text):
-    raise InputError(f'{where}: "text" has half of a surrogate pair at character {found.start()}, which is no text')
-  return Document(text, source, where)
+    raise InputError(
+      f'{where}: "{file.column}" has half of a surrogate pair at character {found.start()}, which is no text'
+    )
+  return Document(text, source, where, file.kind)
 
 
 def _decode(raw: bytes, path: epath.Path, line: int) -> str:
@@ -239,3 +314,6 @@ def _decode(raw: bytes, path: epath.Path, line: int) -> str:
     raise InputError(
       f'{path}:{line}: not UTF-8: byte {column} of the line is 0x{raw[error.start]:02x}: convert the file to UTF-8'
     ) from error
+
+
+READERS = {'.jsonl': _read_jsonl, '.parquet': _read_parquet}

@@ -3,28 +3,41 @@
 import dataclasses
 import json
 import platform
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from etils import epath
 
 from jaxlm import config as configs
-from jaxlm import models, program, sample, sharding, tree
+from jaxlm import program, sharding, tree
 from jaxlm.config import Pretrain
 from jaxlm.data import batches as data_batches
-from jaxlm.data import packing, prepare
-from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import InputError, Stopped
 from jaxlm.files import write_whole
-from jaxlm.loops import train
-from jaxlm.train import checkpoint, lock, metrics
+from jaxlm.loops import corpus, rewind, train, writing
+from jaxlm.loops.corpus import Corpus
+from jaxlm.program import Program
+from jaxlm.train import lock, metrics, optim
+from jaxlm.train.checkpoint import Checkpoints
 
 Say = Callable[[str], None]
 OnStep = Callable[[int, dict[str, float]], None]
-SAMPLING = sample.Sampling(temperature_B=0.6, top_p_B=0.9)
+
+
+class Wired(NamedTuple):
+  """A run's parts, put together."""
+
+  config: Pretrain
+  corpus: Corpus
+  built: Program
+  groups: list[corpus.Group]
+  training: corpus.Training
+  checkpoints: Checkpoints
+  rewinds: rewind.Rewinds
+  say: Say
 
 
 def pretrain(
@@ -39,34 +52,31 @@ def pretrain(
   Once `stop()` is true the step that is running is saved and Stopped raised. Raises InputError when data, config and
   what the folder already holds do not belong together, or when another process writes to it.
   """
-  prepared = prepare.load(config.data.path)
-  config = resolve(config, prepared.tokenizer)
+  opened = corpus.load(config.data.path, config.data.mix, config.data.phases)
+  config = resolve(config, opened.tokenizer)
   mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
   run, watch = epath.Path(config.run), config.watch
   with lock.hold(run), jax.set_mesh(mesh):
-    built = program.build(config, mesh)
-    checkpoints = checkpoint.Checkpoints(
-      run / 'checkpoints', keep_last=watch.keep_last, keep_every=watch.keep_every, keep_best=watch.keep_best
-    )
-    state = _start(config, prepared, built, checkpoints, say)
-    _describe(run, config, prepared, built, mesh)
-    writer = metrics.Writer(run, int(state.step))
+    rows, groups = corpus.held_out(list(opened.folders.values()), config.data.seq_len)
+    built = program.build(config, mesh, groups=len(groups))
+    keep = {'keep_last': watch.keep_last, 'keep_every': watch.keep_every, 'keep_best': watch.keep_best}
+    checkpoints = Checkpoints(run / 'checkpoints', **keep)
+    rewinds = rewind.Rewinds(run, watch.spike, watch.most_rewinds)
+    training = corpus.training(opened, config)
+    wired = Wired(config, opened, built, groups, training, checkpoints, rewinds, say)
+    fixed = data_batches.in_order(rows, config.data.global_batch, watch.eval_batches * config.data.global_batch)
+    held_out = [program.put(fixed[i], built.held_out) for i in range(len(fixed))]
     try:
-      hooks = _hooks(config, prepared, built, checkpoints, writer, say)
-      log = _logger(config, built, mesh, writer, on_step)
-      stream = _stream(config, prepared, built, state, say)
-      timing = {'steps': config.steps, 'log_every': watch.log_every, 'stop': stop}
-      state = train.fit(built.step, state, stream, log=log, hooks=hooks, **timing)
-      if int(state.step) < config.steps:
-        hooks[-1][1](int(state.step), state)
-        checkpoints.wait()
-        raise Stopped(
-          f'stopped and saved at step {int(state.step)} of {config.steps}; the same command goes on from it'
-        )
+      state = _start(wired)
+      _describe(wired, mesh)
+      while True:
+        offset = int(state.cursor) - int(state.step)
+        try:
+          return _train(wired, state, held_out, mesh, on_step, stop)
+        except rewind.Spike as spike:
+          state = _rewound(wired, spike, spike.step + offset)
     finally:
-      writer.close()
       checkpoints.close()
-  return state
 
 
 def resolve(config: Pretrain, tokenizer: Tokenizer) -> Pretrain:
@@ -77,22 +87,85 @@ def resolve(config: Pretrain, tokenizer: Tokenizer) -> Pretrain:
   return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size))
 
 
-def _start(config: Pretrain, prepared: Any, built: Any, checkpoints: Any, say: Say) -> Any:
+def _train(wired: Wired, state: Any, held_out: list[Any], mesh: Any, on_step: OnStep, stop: Any) -> Any:
+  """From `state` to the end of the run, or to the SIGTERM or the spike that ends it before."""
+  config, checkpoints = wired.config, wired.checkpoints
+  writer = metrics.Writer(epath.Path(config.run), int(state.step))
+  try:
+    hooks = _hooks(wired, held_out, writer)
+    log = _logger(wired, mesh, writer, on_step, int(state.cursor) - int(state.step))
+    timing = {'steps': config.steps, 'log_every': config.watch.log_every, 'stop': stop}
+    profile = _profiling(config, int(state.step))
+    state = train.fit(wired.built.step, state, _stream(wired, state), log=log, hooks=hooks, profile=profile, **timing)
+    if int(state.step) < config.steps:
+      hooks[-1][1](int(state.step), state)
+      checkpoints.wait()
+      raise Stopped(f'stopped and saved at step {int(state.step)} of {config.steps}; the same command goes on from it')
+    checkpoints.wait()
+    return state
+  finally:
+    writer.close()
+
+
+def _start(wired: Wired) -> Any:
   """A fresh state, or the newest saved one if the folder holds a run that fits."""
-  step = checkpoints.newest_sound(say)
+  config, built, checkpoints = wired.config, wired.built, wired.checkpoints
+  step = checkpoints.newest_sound(wired.say)
   if step is None:
-    return built.create()
+    return _initial(wired)
   meta, where = checkpoints.meta(step), checkpoints.path(step)
-  if meta['tokenizer'] != prepared.tokenizer.digest:
+  if meta['tokenizer'] != wired.corpus.tokenizer.digest:
     raise InputError(f'{where}: was trained with another tokenizer than that of {config.data.path}; use another --run')
-  if meta['data'] != prepared.summary.contents:
+  if meta['data'] != wired.corpus.contents:
     raise InputError(f'{where}: was trained on other data than what is now in {config.data.path}; use another --run')
   old = meta['config'] | {'run': config.run}
   for name, was, now in _differences(old, json.loads(configs.to_json(config))):
-    say(f'{name} was {was} in the saved run and is {now} now')
+    wired.say(f'{name} was {was} in the saved run and is {now} now')
   state = checkpoints.restore(step, built.abstract, verified=True)
-  say(f'continues from step {step} of {config.steps} ({where})')
-  return state
+  wired.say(f'continues from step {step} of {config.steps} ({where})')
+  return _at_cursor(state, wired.rewinds.begin(step))
+
+
+def _initial(wired: Wired) -> Any:
+  """The state before the first step: fresh, or with the weights of the run that `init` names."""
+  config, built = wired.config, wired.built
+  state = built.create()
+  if config.init:
+    found, params, tokenizer, step = writing.load(
+      config.init, jax.tree.map(lambda x: x.sharding, built.abstract.params)
+    )
+    if tokenizer.digest != wired.corpus.tokenizer.digest:
+      raise InputError(
+        f'{config.init}: has another tokenizer than the data in {config.data.path}: prepare that with it'
+      )
+    if found.model != config.model:
+      lines = _differences(dataclasses.asdict(found.model), dataclasses.asdict(config.model), 'model')
+      raise InputError(f'{config.init}: is another model: ' + '; '.join(f'{n} is {a}, not {b}' for n, a, b in lines))
+    opt_state = jax.jit(program.make_optimizer(config).init, out_shardings=_layout(built.abstract.opt_state))(params)
+    state = dataclasses.replace(state, params=params, opt_state=opt_state)
+    wired.say(f'begins with the weights of {config.init}, step {step}')
+  return _at_cursor(state, wired.rewinds.begin(0))
+
+
+def _layout(abstract: Any) -> Any:
+  return jax.tree.map(lambda x: x.sharding, abstract)
+
+
+def _rewound(wired: Wired, spike: rewind.Spike, cursor: int) -> Any:
+  """The last saved state, to go on from the batch `cursor`, behind the one that spiked."""
+  wired.checkpoints.wait()
+  step = wired.checkpoints.newest_sound(wired.say)
+  wired.rewinds.add(step or 0, spike.step, cursor)
+  wired.say(f'{spike}; back to step {step or 0}, and on with batch {cursor}')
+  if step is None:
+    return _initial(wired)
+  return _at_cursor(wired.checkpoints.restore(step, wired.built.abstract, verified=True), wired.rewinds.begin(step))
+
+
+def _at_cursor(state: Any, cursor: int | None) -> Any:
+  if cursor is None:
+    return state
+  return dataclasses.replace(state, cursor=jax.device_put(np.int32(cursor), state.cursor.sharding))
 
 
 def _differences(old: Any, new: Any, prefix: str = '') -> list[tuple[str, Any, Any]]:
@@ -102,19 +175,21 @@ def _differences(old: Any, new: Any, prefix: str = '') -> list[tuple[str, Any, A
   return [d for n in names for d in _differences(old.get(n), new.get(n), f'{prefix}.{n}' if prefix else n)]
 
 
-def _describe(run: epath.Path, config: Pretrain, prepared: Any, built: Any, mesh: Any) -> None:
+def _describe(wired: Wired, mesh: Any) -> None:
   """Writes what a reader of the run's folder needs: config, tokenizer, and the facts that the report shows."""
+  config, built, run = wired.config, wired.built, epath.Path(wired.config.run)
   run.mkdir(parents=True, exist_ok=True)
   write_whole(run / 'config.json', configs.to_json(config))
-  prepared.tokenizer.save(run / 'tokenizer.json')
+  wired.corpus.tokenizer.save(run / 'tokenizer.json')
   devices = mesh.devices.flat
+  summaries = [one.summary for one in wired.corpus.folders.values()]
   facts = {
     'model': {
       'parameters': tree.size(built.abstract.params),
       'training FLOPs a token': metrics.flops_per_token(config.model, config.data.seq_len),
       'tokens a step': config.data.global_batch * config.data.seq_len,
     },
-    'data': {s: len(prepared.split(s)) for s in ('train', 'validation')},
+    'data': {s: sum(summary.splits[s].tokens for summary in summaries) for s in ('train', 'validation')},
     'environment': {
       'devices': f'{len(devices)} x {devices[0].device_kind}',
       'mesh': ', '.join(f'{k}={v}' for k, v in mesh.shape.items()),
@@ -124,7 +199,7 @@ def _describe(run: epath.Path, config: Pretrain, prepared: Any, built: Any, mesh
       'system': platform.platform(),
     },
   }
-  add_facts(run, facts)
+  add_facts(run, facts | ({'lineage': {'first weights': config.init}} if config.init else {}))
 
 
 def add_facts(run: epath.Path, facts: dict[str, dict[str, Any]]) -> None:
@@ -134,45 +209,47 @@ def add_facts(run: epath.Path, facts: dict[str, dict[str, Any]]) -> None:
   write_whole(path, json.dumps(old | facts, indent=1, ensure_ascii=False))
 
 
-def _stream(config: Pretrain, prepared: Any, built: Any, state: Any, say: Say) -> Any:
+def _stream(wired: Wired, state: Any) -> Iterator[Any]:
   """Batches on the devices from the state's cursor on, made ahead in the background."""
-  rows = packing.rows(config.data.packing, prepared.split('train'), config.data.seq_len, prepared.tokenizer)
-  if config.data.packing != 'concat':
-    say(f'{config.data.packing}: {len(rows):,} rows, {rows.fill:.1%} full')
-  batches = data_batches.Batches(rows, config.data.global_batch, config.seed)
+  config, built, training = wired.config, wired.built, wired.training
+  wired.say(f'{config.data.packing}: {training.rows:,} rows, {training.fill:.1%} full')
   start = int(state.cursor)
   stop = start + max(0, config.steps - int(state.step))
-  ready = data_batches.prefetch(lambda cursor: program.put(batches(cursor), built.batch), start, stop)
-  return (batch for _, batch in ready)
+  make = lambda cursor: program.put(training.batches(cursor), built.batch)
+  return (batch for _, batch in data_batches.prefetch(make, start, stop))
 
 
-def _hooks(config: Pretrain, prepared: Any, built: Any, checkpoints: Any, writer: Any, say: Say) -> tuple:
+def _hooks(wired: Wired, held_out: list[Any], writer: metrics.Writer) -> tuple:
   """Evaluation, samples and saving, in this order: what a save acknowledges was written before it began."""
-  watch, tokenizer = config.watch, prepared.tokenizer
-  rows = packing.Rows(prepared.split('validation'), config.data.seq_len, tokenizer)
-  fixed = data_batches.in_order(rows, config.data.global_batch)
-  held_out = [program.put(fixed[i], built.batch) for i in range(min(len(fixed), watch.eval_batches))]
-
-  meta = {'config': json.loads(configs.to_json(config)), 'tokenizer': tokenizer.digest}
-  meta['data'] = prepared.summary.contents
+  config, built, say, tokenizer = wired.config, wired.built, wired.say, wired.corpus.tokenizer
+  watch = config.watch
+  meta = {'config': json.loads(configs.to_json(config)), 'tokenizer': tokenizer.digest, 'data': wired.corpus.contents}
   saved: dict[str, Any] = {'step': None, 'scores': {}}
 
   def evaluate(step: int, state: Any) -> None:
-    values = train.evaluate(built.evaluate, state.params, held_out)
-    writer.row(step, {f'eval/{k}': v for k, v in (values | {'loss': values['nll']}).items() if k != 'nll'})
-    saved['scores'] = {step: values['nll']}
-    say(f'step {step}: held-out {values["nll"]:.3f} nats a token, {values["bits_per_byte"]:.3f} bits per byte')
+    params = optim.eval_params(state.opt_state, state.params)
+    totals = train.evaluate(built.evaluate, params, held_out)
+    whole = corpus.scores(totals, [''] * len(wired.groups))['']
+    kinds = corpus.scores(totals, [kind for kind, _ in wired.groups])
+    row = {'eval/loss': whole.nll, 'eval/bits_per_byte': whole.bits_per_byte}
+    if len(kinds) > 1:
+      row |= {f'eval/{kind}/bits_per_byte': score.bits_per_byte for kind, score in kinds.items()}
+    writer.row(step, row)
+    saved['scores'] = {step: whole.nll}
+    say(f'step {step}: held-out {whole.nll:.3f} nats a token, {whole.bits_per_byte:.3f} bits per byte')
 
   def show(step: int, state: Any) -> None:
     key = jax.random.fold_in(jax.random.key(config.seed), step)
-    texts = complete(config, state.params, tokenizer, watch.prompts, key, new=watch.sample_tokens, run=built.run)
+    params = optim.eval_params(state.opt_state, state.params)
+    new, run = watch.sample_tokens, built.run
+    texts = writing.complete(config.model, params, tokenizer, watch.prompts, key, new=new, run=run)
     for prompt, text in zip(watch.prompts, texts, strict=True):
       writer.sample(step, prompt, text)
       say(f'step {step}: {prompt}{text}')
 
   def save(step: int, state: Any) -> None:
     if step != saved['step']:
-      checkpoints.save(step, state, meta | {'score': saved['scores'].get(step)})
+      wired.checkpoints.save(step, state, meta | {'score': saved['scores'].get(step)})
       saved['step'] = step
 
   if not held_out:
@@ -192,57 +269,43 @@ def _check_room(config: Pretrain, tokenizer: Tokenizer) -> None:
     raise InputError(f'watch.sample_tokens={config.watch.sample_tokens}: a sample needs {needed} of {there} positions')
 
 
-def complete(
-  config: Pretrain,
-  params: Any,
-  tokenizer: Tokenizer,
-  prompts: Any,
-  key: Any,
-  *,
-  new: int,
-  run: Any,
-  sampling: sample.Sampling = SAMPLING,
-) -> list[str]:
-  """What the model writes after each prompt, as text, stopping where it ends a document."""
-  start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-  ids = [start + tokenizer.encode(p) for p in prompts]
-  stop = (tokenizer.eos_id,)
-  out = sample.generate(config.model, params, ids, key, max_new_tokens=new, sampling=sampling, stop_ids=stop, run=run)
-  tokens_BN, lengths_B = np.asarray(out.tokens_BN), np.asarray(out.lengths_B)
-  return [tokenizer.decode(row[:n].tolist()) for row, n in zip(tokens_BN, lengths_B, strict=True)]
+def _profiling(config: Pretrain, start: int) -> Callable[[int], None]:
+  """What the loop calls before each step to trace those that `profile` names."""
+  first, last = config.profiled or (-1, -1)
+
+  def act(step: int) -> None:
+    if step == max(first, start) and start < last:
+      jax.profiler.start_trace(f'{config.run}/profile')
+    elif step == last and start < last:
+      jax.profiler.stop_trace()
+
+  return act
 
 
-def continue_texts(run: Any, prompts: Any, seed: int, *, new: int, sampling: sample.Sampling) -> list[str]:
-  """What the newest checkpoint of a run writes after each prompt. Raises InputError if the run has none."""
-  run = epath.Path(run)
-  checkpoints = checkpoint.Checkpoints(run / 'checkpoints')
-  steps = checkpoints.steps()
-  if not steps:
-    raise InputError(f'{run}: holds no finished checkpoint; train one with `jaxlm pretrain ... --run {run}`')
-  config = configs.from_json(Pretrain, (run / 'config.json').read_text())
-  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  like = jax.eval_shape(lambda: models.init(config.model, jax.random.key(0)))
-  like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
-  params = checkpoints.restore(steps[-1], {'params': like}, partial=True)['params']
-  vocabulary = tokenizers.load(run / 'tokenizer.json')
-  key = jax.random.key(seed)
-  return complete(config, params, vocabulary, prompts, key, new=new, run=models.Run(), sampling=sampling)
-
-
-def _logger(config: Pretrain, built: Any, mesh: Any, writer: Any, on_step: OnStep) -> OnStep:
-  """Turns a step's metrics into a row: names of the ecosystem, throughput, utilisation."""
-  tokens = config.data.global_batch * config.data.seq_len
-  flops = tokens * metrics.flops_per_token(config.model, config.data.seq_len)
+def _logger(wired: Wired, mesh: Any, writer: metrics.Writer, on_step: OnStep, offset: int) -> OnStep:
+  """Turns a step's metrics into a row: names of the ecosystem, throughput, utilisation, epochs; looks for spikes."""
+  config, built, batches, names = wired.config, wired.built, wired.training.batches, wired.training.names
+  flops = metrics.flops_per_token(config.model, config.data.seq_len)
   peak = metrics.peak_flops(mesh.devices.flat)
 
   def log(step: int, values: dict[str, float]) -> None:
     seconds = values.pop('step_time')
     wait = values.pop('data_wait')
+    wired.rewinds.check(step, values['loss'])
+    tokens = batches.size(step - 1 + offset) * config.data.seq_len
     row = {f'train/{k}': v for k, v in values.items()}
     row['train/lr'] = float(built.schedule(max(0, step - 1 - values['skipped'])))
+    epochs = batches.epochs(step + offset)
+    row |= (
+      {f'data/{name}/epochs': n for name, n in zip(names, epochs, strict=True)} if names else {'data/epochs': epochs[0]}
+    )
+    if config.data.batch_warmup:
+      row['train/global_batch'] = batches.size(step - 1 + offset)
+    if wired.rewinds.entries:
+      row['train/rewinds'] = len(wired.rewinds.entries)
     row |= {'perf/tokens_per_s': tokens / seconds, 'perf/data_wait': wait / seconds, 'perf/step_s': seconds}
     if peak:
-      row['perf/mfu'] = flops / seconds / peak
+      row['perf/mfu'] = tokens * flops / seconds / peak
     writer.row(step, row)
     on_step(step, row)
 

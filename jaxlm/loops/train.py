@@ -21,6 +21,7 @@ def fit(
   log_every: int = 1,
   hooks: tuple[Hook, ...] = (),
   stop: Callable[[], bool] = lambda: False,
+  profile: Callable[[int], None] = lambda step: None,
 ) -> Any:
   """Runs `step` until `state.step` is `steps` and returns the last state.
 
@@ -28,7 +29,7 @@ def fit(
   device never waits for the host, with `step_time` and `data_wait`: seconds a step took, and of these waited for its
   batch, on average since the row before. Hooks run in order at their multiples (0: never) and at the end, after all up
   to that step was logged; their time is not the steps'. `stop()` is asked after every step and ends the loop early,
-  hooks at their multiples being done.
+  hooks at their multiples being done. `profile(steps done)` is called before each step and at the end.
   """
   done = int(state.step)
   since, waited, unread = (time.perf_counter(), done), 0.0, None
@@ -44,6 +45,7 @@ def fit(
     since, waited, unread = (now, number), 0.0, None
 
   while done < steps:
+    profile(done)
     asked = time.perf_counter()
     batch = next(batches)
     waited += time.perf_counter() - asked
@@ -61,13 +63,14 @@ def fit(
     if stop():
       break
   read()
+  profile(done)
   return state
 
 
-def evaluate(fn: Callable[[Any, Any], dict[str, masked.Metric]], params: Any, batches: Any) -> dict[str, float]:
-  """`fn(params, batch)` merged over all batches and divided once."""
+def evaluate(fn: Callable[[Any, Any], dict[str, masked.Metric]], params: Any, batches: Any) -> dict[str, masked.Metric]:
+  """`fn(params, batch)` merged over all batches, still undivided, on the host; {} without a batch."""
   merged: Any = None
   for batch in batches:
     metrics = fn(params, batch)
     merged = metrics if merged is None else masked.merge(merged, metrics)
-  return {name: float(x) for name, x in masked.values(merged).items()} if merged else {}
+  return jax.device_get(merged) if merged else {}

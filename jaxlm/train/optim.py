@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from optax.contrib import MuonDimensionNumbers, muon
 
 from jaxlm import tree
@@ -16,7 +17,7 @@ STACK_AXES = ('layers', 'experts')  # axes along which a leaf is several weights
 TABLE_AXES = ('vocab', 'positions')  # a lookup table or a head: not a matrix to orthogonalise
 
 Kind = Literal['matrix', 'table', 'vector']
-Name = Literal['adamw', 'muon', 'lion', 'adafactor']
+Name = Literal['adamw', 'muon', 'lion', 'adafactor', 'schedule_free']
 Schedule = Literal['cosine', 'linear', 'wsd', 'constant', 'restarts']
 
 
@@ -86,6 +87,7 @@ def make(
   muon_momentum: float = 0.95,
   clip_norm: float | None = 1.0,
   group_lr: Sequence[str] = (),
+  ema_decay: float = 0.0,
 ) -> optax.GradientTransformation:
   """An optimizer for a tree of parameters whose logical axis names are `axes` (see `kinds`).
 
@@ -96,10 +98,13 @@ def make(
   lion: Chen et al. 2023, arXiv:2302.06675; a third to a tenth of AdamW's learning rate suits it.
   adafactor: Shazeer and Stern 2018, arXiv:1804.04235, without momentum, relative steps or parameter scaling: a row and
   a column of second moments for a matrix of at least 128 x 128, updates clipped to a root mean square of 1 a leaf.
+  schedule_free: Defazio et al. 2024, arXiv:2405.15682, over AdamW, with b1 as its interpolation; it wants a warm-up and
+  the constant schedule.
   All decay matrices and tables by learning rate x `weight_decay`, and neither norms nor biases. Gradients are first
   clipped to a global norm of `clip_norm` (None: not). `group_lr` are 'PATTERN=FACTOR': leaves whose path matches
   ('embed', 'layers/mlp/*') learn at that multiple of the learning rate, the first pattern that matches counting.
   Raises InputError for one that is not of this form and, at `init`, for one that matches no leaf.
+  `ema_decay` above 0 keeps an average of the weights (see `averaged`), for `eval_params`.
   """
 
   def decayed(params: Any) -> Any:
@@ -118,6 +123,9 @@ def make(
       optax.add_decayed_weights(weight_decay, decayed),
       optax.scale_by_learning_rate(learning_rate),
     )
+  elif name == 'schedule_free':
+    base = optax.adamw(learning_rate, 0.0, b2, eps, weight_decay=weight_decay, mask=decayed)
+    optimizer = optax.contrib.schedule_free(base, learning_rate, b1)
   else:
     optimizer = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=decayed)
   if name == 'muon':
@@ -130,8 +138,45 @@ def make(
     )
     optimizer = optax.partition({'matrix': matrices, 'rest': optimizer}, labels)
   first = () if clip_norm is None else (optax.clip_by_global_norm(clip_norm),)
-  last = (scale_by_group(group_lr),) if group_lr else ()
+  last = ((scale_by_group(group_lr),) if group_lr else ()) + ((averaged(ema_decay),) if ema_decay else ())
   return optax.chain(*first, optimizer, *last) if first or last else optimizer
+
+
+class Averaged(NamedTuple):
+  """The state of `averaged`."""
+
+  count: jax.Array
+  mean: Any
+
+
+def averaged(decay: float) -> optax.GradientTransformation:
+  """Keeps mean <- d * mean + (1 - d) * weights, d = min(decay, (1 + t) / (10 + t)) at step t; put it last.
+
+  Polyak averaging with TensorFlow's warm-up of the decay. It changes no update.
+  """
+
+  def init(params: Any) -> Averaged:
+    return Averaged(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params))
+
+  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    t = state.count.astype(jnp.float32)
+    d = jnp.minimum(decay, (1.0 + t) / (10.0 + t))
+    mean = lambda m, p: (d * m + (1.0 - d) * p).astype(m.dtype)
+    moved = jax.tree.map(mean, state.mean, optax.apply_updates(params, updates))
+    return updates, Averaged(state.count + 1, moved)
+
+  return optax.GradientTransformation(init, update)
+
+
+def eval_params(opt_state: Any, params: Any) -> Any:
+  """The weights to evaluate, sample and export: the average, where the optimizer keeps one, else `params`."""
+  kept = (Averaged, optax.contrib.ScheduleFreeState)
+  for state in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kept)):
+    if isinstance(state, Averaged):
+      return state.mean
+    if isinstance(state, optax.contrib.ScheduleFreeState):
+      return optax.contrib.schedule_free_eval_params(state, params)
+  return params
 
 
 def scale_by_group(groups: Sequence[str]) -> optax.GradientTransformation:

@@ -1,0 +1,99 @@
+"""A run's perplexity and bits per byte on held-out text: by kind, by source, and beside compressors."""
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+from etils import epath
+
+from jaxlm import models, objectives
+from jaxlm.data import batches, prepare
+from jaxlm.data.prepared import Prepared
+from jaxlm.errors import InputError
+from jaxlm.evals import compression
+from jaxlm.files import write_whole
+from jaxlm.loops import corpus, train, writing
+from jaxlm.loops.corpus import Score
+
+ORDER = 5  # of the byte n-gram
+
+
+class Evaluation(NamedTuple):
+  """What a run's newest checkpoint makes of all held-out documents of some prepared folders."""
+
+  run: str
+  step: int
+  whole: Score
+  kinds: dict[str, Score]
+  sources: dict[tuple[str, str], Score]
+  baselines: dict[str, dict[str, float]]  # kind -> name of a compressor -> bits per byte
+
+
+def evaluate(
+  run: str, data: Sequence[str] = (), *, batch: int = 16, seq_len: int | None = None, baselines: bool = False
+) -> Evaluation:
+  """Scores every held-out token of `data` (default: what the run was trained on) once, on one device, in float32.
+
+  Raises InputError for a run without a checkpoint, data of another tokenizer, and data without held-out documents.
+  """
+  config, params, tokenizer, step = writing.load(run)
+  folders = _folders(config, data)
+  for path, one in folders.items():
+    if one.tokenizer.digest != tokenizer.digest:
+      raise InputError(f'{path}: was prepared with another tokenizer than that of {run}: prepare it with that one')
+  rows, groups = corpus.held_out(list(folders.values()), seq_len or config.data.seq_len)
+  if not len(rows):
+    raise InputError(f'{", ".join(folders)}: no held-out documents: prepare with a val_fraction above 0')
+  fn = jax.jit(objectives.by_group(config.model, models.Run(), groups=len(groups), chunks=config.compute.loss_chunks))
+  totals = train.evaluate(fn, params, batches.in_order(rows, batch))
+  kinds = corpus.scores(totals, [kind for kind, _ in groups])
+  compared = {kind: _baselines(list(folders.values()), kind) for kind in kinds} if baselines else {}
+  return Evaluation(
+    run, step, corpus.scores(totals, [''] * len(groups))[''], kinds, corpus.scores(totals, groups), compared
+  )
+
+
+def rows(found: Evaluation) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
+  """Header and rows of a table: each kind, each source of kinds that have several, and the whole."""
+  extra = list(next(iter(found.baselines.values()), {}))
+  header = ('text', 'bytes', 'tokens', 'perplexity', 'bits per byte', *extra)
+
+  def line(name: str, score: Score, compared: dict[str, float]) -> tuple[Any, ...]:
+    figures = (score.bytes, score.tokens, math.exp(score.nll), score.bits_per_byte)
+    return name, *figures, *(compared.get(column, '') for column in extra)
+
+  lines = []
+  for kind, score in found.kinds.items():
+    lines.append(line(kind, score, found.baselines.get(kind, {})))
+    inside = {source: one for (of, source), one in found.sources.items() if of == kind}
+    if len(inside) > 1:
+      lines += [line(f'- {source}', one, {}) for source, one in inside.items()]
+  return header, [*lines, line('all', found.whole, {})]
+
+
+def write(found: Evaluation, path: str) -> epath.Path:
+  """The figures as JSON; returns the path."""
+  named = lambda scores: {name: score._asdict() for name, score in scores.items()}
+  sources = {f'{kind}/{source}': score._asdict() for (kind, source), score in found.sources.items()}
+  values = {'run': found.run, 'step': found.step, 'all': found.whole._asdict(), 'kinds': named(found.kinds)}
+  write_whole(path, json.dumps(values | {'sources': sources, 'baselines': found.baselines}, indent=1))
+  return epath.Path(path)
+
+
+def _folders(config: Any, data: Sequence[str]) -> dict[str, Prepared]:
+  if data:
+    return {path: prepare.load(path) for path in data}
+  return corpus.load(config.data.path, config.data.mix, config.data.phases).folders
+
+
+def _baselines(folders: Sequence[Prepared], kind: str) -> dict[str, float]:
+  """xz alone on the kind's held-out text, and the n-gram after all training text of that kind."""
+  of = [one for one in folders if kind in one.summary.kinds('validation')]
+  held_out = b''.join(one.document_bytes('validation', kind) for one in of)
+  learnt = b''.join(one.document_bytes('train', kind) for one in of)
+  return {
+    'xz -9': compression.xz_bits_per_byte(held_out),
+    f'{ORDER}-gram': compression.ngram_bits_per_byte(learnt, held_out, ORDER),
+  }

@@ -1,0 +1,128 @@
+"""The data of a run, opened: its sources mixed for training, and its held-out text counted by kind and source."""
+
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxlm.config import Pretrain
+from jaxlm.data import batches, mixture, packing, prepare
+from jaxlm.data.prepared import Prepared
+from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.errors import InputError
+
+Group = tuple[str, str]  # (kind, source)
+
+
+class Corpus(NamedTuple):
+  """Prepared folders of one tokenizer; the first is `data.path`, the others are named in the mixture."""
+
+  folders: dict[str, Prepared]
+  weights: list[dict[str, Fraction]]  # of each phase; empty where rows are drawn as they come
+  begins: list[float]  # the share of the steps after which each phase begins
+
+  @property
+  def tokenizer(self) -> Tokenizer:
+    return next(iter(self.folders.values())).tokenizer
+
+  @property
+  def contents(self) -> str:
+    """The digests of all tokens; runs on equal ones see equal rows."""
+    return ' '.join(one.summary.contents for one in self.folders.values())
+
+
+def load(path: str, mix: str = '', phases: Sequence[str] = ()) -> Corpus:
+  """Opens `path` and every other folder that the mixture names.
+
+  Raises InputError for what is no prepared folder, a name that is neither a kind of `path` nor a folder, and folders
+  of different tokenizers.
+  """
+  first = prepare.load(path)
+  prepared_with = {kind: Fraction(str(weight)) for kind, weight in first.summary.weights.items()}
+  later = sorted(map(mixture.parse_phase, phases), key=lambda phase: phase[0])
+  opening = mixture.parse(mix) if mix else prepared_with
+  if later and not opening:
+    raise InputError('data.phases: needs a data.mix to begin with')
+  weights = [opening, *(weights for _, weights in later)] if opening else []
+  folders = {path: first}
+  for name in dict.fromkeys(name for one in weights for name in one):
+    if name not in first.summary.kinds('train'):
+      try:
+        folders[name] = prepare.load(name)
+      except InputError as error:
+        kinds = ', '.join(first.summary.kinds('train'))
+        raise InputError(f'data.mix: {name!r} is no kind of {path} ({kinds}), and as a folder: {error}') from error
+      if folders[name].tokenizer.digest != first.tokenizer.digest:
+        raise InputError(f'{name}: was prepared with another tokenizer than {path}: prepare it again with that one')
+  return Corpus(folders, weights, [0.0, *(begins for begins, _ in later)])
+
+
+class Training(NamedTuple):
+  """The stream of training batches, the names of its sources ('' where nothing is mixed), how full their rows are."""
+
+  batches: batches.Batches
+  names: list[str]
+  rows: int
+  fill: float
+
+
+def training(corpus: Corpus, config: Pretrain) -> Training:
+  """The batches of a run as a function of the cursor."""
+  data = config.data
+  make = lambda tokens: packing.rows(data.packing, tokens, data.seq_len, corpus.tokenizer)
+  first = next(iter(corpus.folders.values()))
+  ramp = batches.parse_ramp(data.batch_warmup, data.global_batch)
+  if not corpus.weights:
+    rows = make(first.split('train'))
+    return Training(batches.Batches(rows, data.global_batch, config.seed, ramp=ramp), [''], len(rows), rows.fill)
+  names = list(dict.fromkeys(name for weights in corpus.weights for name in weights))
+  of = lambda name: corpus.folders[name].split('train') if name in corpus.folders else first.split('train', name)
+  parts = [make(of(name)) for name in names]
+  for name, part in zip(names, parts, strict=True):
+    if not len(part):
+      raise InputError(f'data.mix: {name!r} has no training row: give more of it, or leave it out')
+  size = batches.Batches(parts[0], data.global_batch, 0, ramp=ramp)  # where a batch begins is not the mixture's
+  phases = [
+    (size.first(round(begins * config.steps)), [weights.get(name, Fraction(0)) for name in names])
+    for begins, weights in zip(corpus.begins, corpus.weights, strict=True)
+  ]
+  joined, mixed = batches.Joined(parts), mixture.Mixture(phases)
+  stream, count = batches.Batches(joined, data.global_batch, config.seed, mixture=mixed, ramp=ramp), len(joined)
+  return Training(stream, names, count, sum(part.fill * len(part) for part in parts) / count)
+
+
+def held_out(folders: Sequence[Prepared], seq_len: int) -> tuple[batches.Joined, list[Group]]:
+  """All held-out rows, their targets counted by group, and what each group is."""
+  groups = list(dict.fromkeys(group for one in folders for group in one.summary.groups))
+  number = {group: i for i, group in enumerate(groups)}
+  rows = [
+    packing.Rows(one.split('validation'), seq_len, one.tokenizer, [number[group] for group in one.summary.groups])
+    for one in folders
+  ]
+  return batches.Joined(rows), groups
+
+
+class Score(NamedTuple):
+  """What a model makes of some held-out text."""
+
+  nll: float  # nats a token
+  bits_per_byte: float
+  tokens: int
+  bytes: int
+
+
+def scores(totals: dict[str, Any], names: Sequence[Any]) -> dict[Any, Score]:
+  """The score of each name from the totals by group ('nll' and 'bits_per_byte', see `objectives.by_group`).
+
+  `names` says what each group is to be counted as; a name without a token is left out.
+  """
+  nll, bits = totals['nll'], totals['bits_per_byte']
+  arrays = [np.asarray(x, np.float64) for x in (nll.total, nll.weight, bits.total, bits.weight)]
+  found = {}
+  for name in dict.fromkeys(names):
+    picked = np.array([other == name for other in names])
+    nats, tokens, bits, bytes_ = (float(values[picked].sum()) for values in arrays)
+    if tokens:
+      found[name] = Score(nats / tokens, bits / bytes_ if bytes_ else float('nan'), int(tokens), int(bytes_))
+  return found

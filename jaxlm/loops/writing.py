@@ -1,0 +1,72 @@
+"""What a model writes: texts completed by parameters at hand, or by those of a saved run."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from jaxlm import config as configs
+from jaxlm import models, program, sample
+from jaxlm.config import Pretrain
+from jaxlm.data import tokenizer as tokenizers
+from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.errors import InputError
+from jaxlm.models import ModelConfig
+from jaxlm.train import checkpoint, optim
+
+SAMPLING = sample.Sampling(temperature_B=0.6, top_p_B=0.9)
+
+
+def complete(
+  cfg: ModelConfig,
+  params: Any,
+  tokenizer: Tokenizer,
+  prompts: Sequence[str],
+  key: Any,
+  *,
+  new: int,
+  run: models.Run,
+  sampling: sample.Sampling = SAMPLING,
+) -> list[str]:
+  """What the model writes after each prompt, as text, stopping where it ends a document."""
+  start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+  ids = [start + tokenizer.encode(p) for p in prompts]
+  stop = (tokenizer.eos_id,)
+  out = sample.generate(cfg, params, ids, key, max_new_tokens=new, sampling=sampling, stop_ids=stop, run=run)
+  tokens_BN, lengths_B = np.asarray(out.tokens_BN), np.asarray(out.lengths_B)
+  return [tokenizer.decode(row[:n].tolist()) for row, n in zip(tokens_BN, lengths_B, strict=True)]
+
+
+def load(run: Any, layout: Any = None) -> tuple[Pretrain, Any, Tokenizer, int]:
+  """(config, parameters, tokenizer, step) of a run's newest checkpoint: its average, where the optimizer keeps one.
+
+  `layout` gives the sharding of each parameter (a tree like them); without it all are on the first device. The
+  optimizer's state is read only where the average is in it. Raises InputError if the run has no checkpoint.
+  """
+  run = epath.Path(run)
+  checkpoints = checkpoint.Checkpoints(run / 'checkpoints')
+  steps = checkpoints.steps()
+  if not steps:
+    raise InputError(f'{run}: holds no finished checkpoint; train one with `jaxlm pretrain ... --run {run}`')
+  config = configs.from_json(Pretrain, (run / 'config.json').read_text())
+  params = jax.eval_shape(lambda: models.init(config.model, jax.random.key(0)))
+  like = {'params': params}
+  if config.optim.ema_decay or config.optim.name == 'schedule_free':
+    like['opt_state'] = jax.eval_shape(program.make_optimizer(config).init, params)
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
+  found = checkpoints.restore(steps[-1], like, partial=True)
+  params = optim.eval_params(found.get('opt_state'), found['params'])
+  params = params if layout is None else jax.device_put(params, layout)
+  return config, params, tokenizers.load(run / 'tokenizer.json'), steps[-1]
+
+
+def continue_texts(
+  run: Any, prompts: Sequence[str], seed: int, *, new: int, sampling: sample.Sampling = SAMPLING
+) -> list[str]:
+  """What the newest checkpoint of a run writes after each prompt. Raises InputError if the run has none."""
+  config, params, vocabulary, _ = load(run)
+  key = jax.random.key(seed)
+  return complete(config.model, params, vocabulary, prompts, key, new=new, run=models.Run(), sampling=sampling)
