@@ -276,3 +276,53 @@ def test_decay_spares_norms_and_biases():
   for name in ('adamw', 'muon', 'lion', 'adafactor'):
     got = trained(optim.make(name, 0.1, axes=axes, weight_decay=0.5), params, zero)
     assert {k: float(v[0, 0]) for k, v in got.items()} == pytest.approx({'up': 0.95, 'scale': 1.0, 'embed': 0.95})
+
+
+def test_schedule_free_against_numpy():
+  b1, b2, eps, decay, lr = 0.8, 0.9, 1e-3, 0.3, 0.05
+  make = {'weight_decay': decay, 'b1': b1, 'b2': b2, 'eps': eps, 'clip_norm': None}
+  optimizer = optim.make('schedule_free', lr, **make)
+  params = jax.tree.map(jnp.asarray, PARAMS)
+  state = optimizer.init(params)
+  y = {k: v.astype(np.float64) for k, v in PARAMS.items()}  # where gradients are taken
+  z, x = dict(y), dict(y)  # the fast iterate, and the average that is evaluated
+  second = {k: np.zeros(v.shape) for k, v in PARAMS.items()}
+  for t, g in enumerate(GRADS, 1):
+    updates, state = optimizer.update(jax.tree.map(jnp.asarray, g), state, params)
+    params = optax.apply_updates(params, updates)
+    for k in y:
+      second[k] = b2 * second[k] + (1 - b2) * g[k].astype(np.float64) ** 2
+      step = g[k] / (np.sqrt(second[k] / (1 - b2**t)) + eps) + (decay * y[k] if k == 'kernel' else 0)
+      z[k] = z[k] - lr * step
+      x[k] = (1 - 1 / t) * x[k] + z[k] / t
+      y[k] = b1 * x[k] + (1 - b1) * z[k]
+  for k in y:
+    np.testing.assert_allclose(params[k], y[k], rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose(optim.eval_params(state, params)[k], x[k], rtol=2e-5, atol=1e-6)
+    assert np.abs(x[k] - y[k]).max() > 1e-3
+
+
+@pytest.mark.parametrize('name', ['adamw', 'muon'])
+def test_the_average_of_the_weights_against_numpy(name):
+  decay, lr = 0.3, 0.1
+  optimizer = optim.make(name, lr, group_lr=('bias=0.5',), ema_decay=decay)
+  params = jax.tree.map(jnp.asarray, PARAMS)
+  state = optimizer.init(params)
+  jax.tree.map(np.testing.assert_array_equal, optim.eval_params(state, params), params)
+  mean = {k: v.astype(np.float64) for k, v in PARAMS.items()}
+  for t, g in enumerate(GRADS):
+    updates, state = optimizer.update(jax.tree.map(jnp.asarray, g), state, params)
+    params = optax.apply_updates(params, updates)
+    d = min(decay, (1 + t) / (10 + t))
+    mean = {k: d * mean[k] + (1 - d) * np.asarray(params[k], np.float64) for k in mean}
+  averaged = optim.eval_params(state, params)
+  for k in mean:
+    np.testing.assert_allclose(averaged[k], mean[k], rtol=1e-5)
+    assert np.abs(mean[k] - params[k]).max() > 1e-3
+  plain = trained(optim.make(name, lr, group_lr=('bias=0.5',)), PARAMS, GRADS)
+  jax.tree.map(np.testing.assert_array_equal, params, plain)
+
+
+def test_without_an_average_the_weights_are_evaluated():
+  optimizer = optim.make('adamw', 0.1)
+  assert optim.eval_params(optimizer.init(PARAMS), PARAMS) is PARAMS
