@@ -4,6 +4,7 @@ import html
 import io
 import json
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 from etils import epath
@@ -13,12 +14,14 @@ from jaxlm.train.metrics import read_rows
 
 Rows = Sequence[Mapping[str, Any]]
 
-# (title, y label, the metrics drawn, logarithmic y)
+# (title, y label, patterns of the metrics drawn, logarithmic y)
 CURVES = (
   ('Loss', 'nats a token', ('train/loss', 'eval/loss'), False),
   ('Compression', 'bits per byte', ('train/bits_per_byte', 'eval/bits_per_byte'), False),
+  ('By kind of text', 'held-out bits per byte', ('eval/*/bits_per_byte',), False),
   ('Gradient norm', 'before clipping', ('train/grad_norm',), True),
   ('Learning rate', '', ('train/lr',), False),
+  ('Epochs', 'times read', ('data/epochs', 'data/*/epochs'), False),
   ('Throughput', 'tokens a second', ('perf/tokens_per_s',), False),
   ('Waiting for data', 'share of the step', ('perf/data_wait',), False),
 )
@@ -52,6 +55,7 @@ def write(run: Any) -> epath.Path:
     f'<h1>{html.escape(run.name)}</h1>',
     _figures(rows, facts),
     '<h2>Curves</h2><div class="curves">' + ''.join(_curves(rows, facts.get('held-out bits per byte', {}))) + '</div>',
+    _rewinds(run / 'rewinds.json'),
     '<h2>Samples</h2>' + _samples(read_rows(run / 'samples.jsonl')),
     '<h2>Facts</h2><div class="tables">' + ''.join(_table(name, values) for name, values in facts.items()) + '</div>',
     _config(run / 'config.json'),
@@ -93,14 +97,18 @@ def _curves(rows: Rows, baselines: Mapping[str, float]) -> list[str]:
   from matplotlib.figure import Figure
 
   pictures = []
-  for title, unit, names, logarithmic in CURVES:
+  there = list(dict.fromkeys(name for row in rows for name in row))
+  for title, unit, patterns, logarithmic in CURVES:
+    names = dict.fromkeys(name for pattern in patterns for name in there if fnmatchcase(name, pattern))
     drawn = {name: series(rows, name) for name in names if series(rows, name)[0]}
     if not drawn:
       continue
     figure = Figure(figsize=(5.4, 2.9), layout='constrained')
     axes = figure.subplots()
     for name, (steps, values) in drawn.items():
-      axes.plot(steps, values, label=name, linewidth=1.0, marker='o' if name.startswith('eval') else '', markersize=3)
+      marker = 'o' if name.startswith('eval') else ''
+      label = name.split('/')[1] if name.count('/') == 2 else name  # a kind's own name
+      axes.plot(steps, values, label=label, linewidth=1.0, marker=marker, markersize=3)
     if title == 'Compression':
       for i, (name, value) in enumerate(baselines.items()):
         if name != 'this model':
@@ -110,7 +118,7 @@ def _curves(rows: Rows, baselines: Mapping[str, float]) -> list[str]:
     axes.set(title=title, xlabel='step', ylabel=unit, yscale='log' if logarithmic else 'linear')
     axes.spines[['top', 'right']].set_visible(False)
     if len(drawn) > 1 or title == 'Compression':
-      axes.legend(frameon=False, fontsize=8)
+      axes.legend(frameon=False, fontsize=8, ncols=1 + len(drawn) // 6)
     out = io.StringIO()
     figure.savefig(out, format='svg', metadata={'Date': None})
     pictures.append(out.getvalue()[out.getvalue().index('<svg') :])
@@ -133,6 +141,16 @@ def _table(title: str, values: Mapping[str, Any]) -> str:
 
   body = ''.join(f'<tr><td>{html.escape(k)}</td>{cell(v)}</tr>' for k, v in values.items())
   return f'<div><h3>{html.escape(title)}</h3><table>{body}</table></div>'
+
+
+def _rewinds(path: epath.Path) -> str:
+  if not path.exists():
+    return ''
+  lines = ''.join(
+    f'<li>loss spike at step {r["spike"]}: back to step {r["step"]}, on with batch {r["cursor"]}</li>'
+    for r in json.loads(path.read_text())
+  )
+  return f'<h2>Rewinds</h2><ul>{lines}</ul>'
 
 
 def _config(path: epath.Path) -> str:
