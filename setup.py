@@ -7,8 +7,9 @@ from setuptools import find_packages, setup
 EXTRAS = {
   'tpu': ['jax[tpu]'],
   'cuda': ['jax[cuda13]'],
-  'hub': [],  # empty ones are filled when what needs them is there
-  'serve': [],
+  'hub': ['huggingface_hub>=2.4'],
+  'dedup': ['datasketch>=2.0'],
+  'serve': [],  # empty ones are filled when what needs them is there
   'eval': [],
   'quant': [],
   'parity': ['torch==2.13.0', 'transformers>=5.0'],
@@ -23,6 +24,8 @@ EXTRAS = {
     'jupytext>=1.16',
     'ipykernel>=6',
     'beartype>=0.19',
+    'datasketch>=2.0',
+    'huggingface_hub>=2.4',
   ],
 }
 
@@ -44,6 +47,8 @@ setup(
     'chex>=0.1.92',
     'tensorflow-datasets>=4.9.10',
     'array-record>=0.8.6',
+    'google-crc32c>=1.9',
+    'importlib_resources>=6',  # tensorflow-datasets needs it to download and does not say so
     'grain>=0.2.18',
     'tokenizers>=0.23',
     'etils[epath]>=1.12',
