@@ -31,7 +31,8 @@ class Tokenizer:
 class Prepare:
   """Turn text into a prepared data set: documents, tokens, a train and a validation split.
 
-  A source is [KIND=]SPEC[*WEIGHT]; SPEC is a file, a folder or a glob of text, .jsonl or .parquet, also .gz and .zst.
+  A source is [KIND=]SPEC[*WEIGHT]; SPEC is a file, a folder or a glob of text, .jsonl or .parquet, also .gz and .zst,
+  or tfds:NAME[:split[:column]], or hf://datasets/ORG/NAME[/GLOB].
   Weights are shares of the training rows: 'wiki=dump/*.jsonl*0.5 + code*0.3'.
   """
 

@@ -15,7 +15,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 import jaxlm
-from jaxlm.data import datasets
+from jaxlm.data import datasets, sources
 from jaxlm.errors import InputError
 
 SAMPLE = Path(jaxlm.__file__).parent / 'assets' / 'sample'
@@ -382,7 +382,7 @@ def hub_cache(root, repo, files, complete=True):
 
 HUB_CODE = """
 import json, sys
-from jaxlm.data import datasets
+from jaxlm.data import datasets, sources
 from jaxlm.errors import InputError
 said = {}
 for spec in sys.argv[1:]:
@@ -443,3 +443,14 @@ def test_without_the_library_the_hub_names_the_extra(monkeypatch):
   monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
   with pytest.raises(InputError, match=r"pip install 'jaxlm\[hub\]'"):
     datasets.hub_files('hf://datasets/org/set')
+
+
+def test_data_sets_are_sources_among_others(root, tmp_path):
+  (tmp_path / 'more.jsonl').write_text('{"text": "more"}\n')
+  for form in ('array_record', 'parquet', 'tfrecord'):
+    spec = f'tfds:{root}/{form}/prose/1.0.0'
+    found = list(sources.documents([f'{spec}*0.5 + {tmp_path}/more.jsonl*0.5']))
+    assert sorted(d.text for d in found[:-1]) == sorted(TEXTS) and found[-1].text == 'more'
+    assert {d.kind for d in found} == {'prose', 'more'}
+    assert sources.weights([f'{spec}*0.5 + {tmp_path}/more.jsonl*0.5']) == {'prose': 0.5, 'more': 0.5}
+    assert {d.kind for d in sources.documents([f'wiki={spec}:train'])} == {'wiki'}

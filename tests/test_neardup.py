@@ -75,7 +75,7 @@ def test_decisions_agree_with_the_exact_similarity(threshold):
       sure[said] += 1
     if not said:
       kept.append(runs)
-  assert sure[True] > 80 and sure[False] > 130
+  assert sure[True] > 20 and sure[False] > 130
   assert wrong <= 0.01 * sum(sure)
 
 

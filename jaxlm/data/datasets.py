@@ -36,6 +36,18 @@ class Tfds(NamedTuple):
   column: str | None
 
 
+class Hub(NamedTuple):
+  """A parsed `hf://` spec."""
+
+  repo: str
+  revision: str | None
+  glob: str
+
+  @property
+  def name(self) -> str:
+    return self.repo.split('/')[1]
+
+
 class _Shard(NamedTuple):
   path: epath.Path
   form: str  # 'array_record', 'parquet', 'tfrecord'
@@ -59,6 +71,17 @@ def parse_tfds(spec: str) -> Tfds:
   if not found:
     raise InputError(f'{spec}: expected tfds:NAME[:split[:column]], as in tfds:wikipedia/20230601.en:train:text')
   return Tfds(found['name'], found['split'] or 'train', found['column'])
+
+
+def parse_hub(spec: str) -> Hub:
+  """The parts of `hf://datasets/ORG/NAME[@REVISION][/GLOB]`."""
+  found = _HUB_SPEC.fullmatch(spec.removeprefix(HUB))
+  if not found:
+    raise InputError(
+      f'{spec}: expected hf://datasets/ORG/NAME[@REVISION][/GLOB], as in hf://datasets/ORG/NAME/en/*.jsonl'
+    )
+  revision = found['revision'] and urllib.parse.unquote(found['revision'])
+  return Hub(found['repo'], revision, (found['glob'] or '').strip('/'))
 
 
 def shards(spec: str) -> list[epath.Path]:
@@ -132,19 +155,11 @@ def hub_files(spec: str) -> list[epath.Path]:
     from huggingface_hub.utils import filter_repo_objects
   except ImportError as error:
     raise InputError(f"{spec}: reading from the hub needs huggingface_hub: pip install 'jaxlm[hub]'") from error
-  found = _HUB_SPEC.fullmatch(spec.removeprefix(HUB))
-  if not found:
-    raise InputError(
-      f'{spec}: expected hf://datasets/ORG/NAME[@REVISION][/GLOB], as in hf://datasets/ORG/NAME/en/*.jsonl'
-    )
-  glob = (found['glob'] or '').strip('/')
+  repo, revision, glob = parse_hub(spec)
   below = f'{glob}/' if glob else ''
   patterns = [glob] * bool(glob) + [f'{below}*{ending}' for ending in ENDINGS]
-  revision = found['revision'] and urllib.parse.unquote(found['revision'])
   try:
-    folder = huggingface_hub.snapshot_download(
-      found['repo'], repo_type='dataset', revision=revision, allow_patterns=patterns
-    )
+    folder = huggingface_hub.snapshot_download(repo, repo_type='dataset', revision=revision, allow_patterns=patterns)
   except Exception as error:  # of the hub, of its HTTP library, of the file system
     raise InputError(
       f'{spec}: not to be had: {_line(error)}: check name, revision, access and network (HF_HUB_OFFLINE=1: the cache)'

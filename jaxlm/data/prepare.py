@@ -322,11 +322,11 @@ def _reported(found: list[File], on_progress: Progress | None, bad: _Quarantine)
 def _inputs(found: list[File], options: dict[str, Any]) -> dict[str, Any]:
   now = int(time.time())
   listed: list[list[Any]] = []
-  for path, kind, column in found:
-    stat = path.stat()
+  for file in found:
+    stat = file.path.stat()
     # Times are whole seconds: a file of this very second may still change unseen, so it never counts as unchanged.
     changed = stat.mtime if stat.mtime < now else f'after {time.time()}'
-    listed.append([os.fspath(path), stat.length, changed, kind, column])
+    listed.append([os.fspath(file.path), stat.length, changed, file.kind, file.column])
   return options | {'record_tokens': RECORD_TOKENS, 'files': listed}
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from jaxlm.data import datasets
 from jaxlm.errors import InputError
 
 BOM = '\ufeff'
@@ -49,7 +50,8 @@ class File(NamedTuple):
 
   path: epath.Path
   kind: str
-  column: str = 'text'
+  column: str | None = 'text'
+  tfds: bool = False  # a shard of a TFDS data set, whatever its ending
 
 
 def terms(specs: Sequence[str]) -> list[Term]:
@@ -80,8 +82,10 @@ def documents(specs: Sequence[str]) -> Iterator[Document]:
   A spec is a file, a folder (its files at any depth, without hidden ones) or a glob (`**` too). `.jsonl` holds one
   object a line with a string `text` and, if wanted, a string `source` (else its kind); blank lines are skipped.
   `.parquet` has the same as columns. Anything else is UTF-8 text, one document a file (one for every 32 MB, cut at
-  line breaks). All may end in `.gz` or `.zst` too. Where no kind is given it is the name of a `.jsonl` or `.parquet`
-  file without its ending and shard number, and the name of a text file's folder.
+  line breaks). All may end in `.gz` or `.zst` too. `tfds:NAME[:split[:column]]` is a TFDS data set and
+  `hf://datasets/ORG/NAME[/GLOB]` one of the Hugging Face hub, both of the kind NAME (see `datasets`). Elsewhere, where
+  no kind is given, it is the name of a `.jsonl` or `.parquet` file without its ending and shard number, and the name
+  of a text file's folder.
 
   Raises InputError, naming file and line (in Parquet: row): no file matches, invalid UTF-8, a line or row of the wrong
   shape, a packed file that is damaged, no text.
@@ -124,6 +128,12 @@ def weights(specs: Sequence[str]) -> dict[str, float]:
 
 
 def _of(term: Term, column: str) -> list[File]:
+  if term.spec.startswith(datasets.TFDS):
+    wanted, shards = datasets.parse_tfds(term.spec), datasets.shards(term.spec)
+    return [File(path, term.kind or path.name.split('-')[0], wanted.column, tfds=True) for path in shards]
+  if term.spec.startswith(datasets.HUB):
+    kind = term.kind or datasets.parse_hub(term.spec).name
+    return [File(path, kind, column) for path in datasets.hub_files(term.spec)]
   found = [File(path, term.kind or _kind(path), column) for path in sorted(_matches(term.spec))]
   if not found:
     raise InputError(f'{term.spec}: no such file, and no file matches: give a file, a folder or a quoted glob')
@@ -143,6 +153,10 @@ def refuse(error: InputError) -> None:
 
 def read(file: File, on_bad: OnBad = refuse) -> Iterator[Document]:
   """The documents of one file (see `documents`); `on_bad` gets the error of each bad record, which is then left out."""
+  if file.tfds:
+    for text, where in datasets.read_shard(file.path, file.column, on_bad):
+      yield Document(text, file.kind, where, file.kind)
+    return
   reader = READERS.get(_without_packing(file.path).suffix, _read_text)
   try:
     with _unpacked(file.path) as stream:
