@@ -52,6 +52,7 @@ class Optim:
   muon_momentum: float = 0.95
   clip_norm: float | None = 1.0
   group_lr: tuple[str, ...] = ()  # 'PATTERN=FACTOR': leaves whose path matches learn at a multiple of lr
+  group_decay: tuple[str, ...] = ()  # the same for weight_decay
 
   def __post_init__(self):
     at_least(0, warmup_steps=self.warmup_steps)

@@ -33,7 +33,8 @@ def next_token(cfg: ModelConfig, run: Run, *, z_loss: float = 0.0, chunks: int =
       logp_BT, lse_BT = lm.from_logits(models.unembed(cfg, params, out.x_BTD), targets_BT)
     else:
       head_DV = models.head(cfg, params)
-      logp_BT, lse_BT, _ = lm.logprobs(out.x_BTD, head_DV, targets_BT, chunks=chunks, vocab=cfg.vocab_size)
+      how = {'temperature': cfg.logits_scaling, 'chunks': chunks, 'vocab': cfg.vocab_size}
+      logp_BT, lse_BT, _ = lm.logprobs(out.x_BTD, head_DV, targets_BT, **how)
     nats = masked.total(-logp_BT, mask_BT)
     bytes_ = jnp.sum(batch['target_bytes'], dtype=jnp.float32)
     metrics = {'nll': nats, 'bits_per_byte': Sum(nats.total / math.log(2), bytes_)}

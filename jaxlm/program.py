@@ -74,6 +74,7 @@ def build(config: Pretrain, mesh: Mesh, rules: sharding.Rules = sharding.RULES) 
     muon_momentum=o.muon_momentum,
     clip_norm=o.clip_norm,
     group_lr=o.group_lr,
+    group_decay=o.group_decay,
   )
 
   def create() -> state.State:
