@@ -133,7 +133,7 @@ def _prepare(args: Sequence[str]) -> None:
 
 
 def _pretrain(args: Sequence[str]) -> None:
-  from jaxlm import arguments, config
+  from jaxlm import arguments, config, scale
 
   if args and not args[0].startswith('-'):
     default, args = config.load(args[0]), args[1:]
@@ -141,7 +141,15 @@ def _pretrain(args: Sequence[str]) -> None:
     default = config.Pretrain()
   if not isinstance(default, config.Pretrain):
     raise InputError(f'this config is a {type(default).__name__}, not a Pretrain')
-  options = arguments.parse(config.Pretrain, args, 'pretrain', default)
+  options = arguments.parse(scale.Dialled, args, 'pretrain', scale.dialled(default))
+  if options.depth is not None:
+    base = scale.base_of(options, default)
+    chosen = scale.at_depth(base, options.depth, tokens_per_parameter=options.tokens_per_parameter)
+    options = arguments.parse(scale.Dialled, args, 'pretrain', scale.dialled(chosen))  # again: what is named wins
+    print(scale.describe(options, base), flush=True)
+  elif options.tokens_per_parameter is not None:
+    raise InputError('--tokens-per-parameter needs --depth')
+  options = scale.undialled(options)
   from jaxlm.console import Training, terminable
   from jaxlm.loops import pretrain
 

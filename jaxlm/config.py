@@ -56,6 +56,7 @@ class Optim:
   clip_norm: float | None = 1.0
   group_lr: tuple[str, ...] = ()  # 'PATTERN=FACTOR': leaves whose path matches learn at a multiple of lr
   ema_decay: float = 0.0  # above 0, an average of the weights is kept, and evaluated, sampled and exported
+  group_decay: tuple[str, ...] = ()  # the same for weight_decay
 
   def __post_init__(self):
     if not 0 <= self.ema_decay < 1:

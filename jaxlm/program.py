@@ -127,6 +127,7 @@ def make_optimizer(config: Pretrain) -> optax.GradientTransformation:
     muon_momentum=o.muon_momentum,
     clip_norm=o.clip_norm,
     group_lr=o.group_lr,
+    group_decay=o.group_decay,
     ema_decay=o.ema_decay,
   )
 

@@ -16,7 +16,7 @@ LAYERS = (
   ('quickstart',),
   ('report', 'evals', 'console', 'arguments', 'plan', 'inspector', 'serve'),
   ('loops',),
-  ('objectives', 'config', 'program'),
+  ('objectives', 'config', 'program', 'scale'),
   ('train', 'sample', 'rl', 'lora', 'interop'),
   ('models', 'losses', 'data'),
   ('tree', 'masked', 'sharding', 'errors', 'files'),

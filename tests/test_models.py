@@ -19,7 +19,7 @@ from jaxlm.errors import InputError
 from jaxlm.models import LowRank, ModelConfig, Run
 from jaxlm.models.attention import attend, causal_mask, rope_angles, rotate
 from jaxlm.models.linear import dense
-from jaxlm.models.transformer import Block, _context
+from jaxlm.models.transformer import Block, Norm, _context
 
 pytestmark = pytest.mark.usefixtures('strict')
 B, T = 2, 7
@@ -75,7 +75,7 @@ def attention64(cfg, p, xs, positions, segments):
     seen = [s for s in range(t + 1) if segments[s] == segments[t]]
     heads = []
     for h in range(cfg.n_heads):
-      scores = np.array([q[t][h] @ k[s][h // share] for s in seen]) / math.sqrt(N)
+      scores = np.array([q[t][h] @ k[s][h // share] for s in seen]) * (cfg.attention_multiplier or 1 / math.sqrt(N))
       weights = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
       heads.append(sum(w * v[s][h // share] for w, s in zip(weights, seen, strict=True)))
     out.append(np.concatenate(heads) @ p['o'] + bias('o'))
@@ -96,16 +96,23 @@ def forward64(cfg, params, row, positions=None, segments=None):
   xs = [p['embed'][t] for t in row]
   if cfg.positions == 'learned':
     xs = [x + p['positions'][i] for x, i in zip(xs, positions, strict=True)]
+  xs, add = [x * cfg.embedding_multiplier for x in xs], cfg.residual_multiplier
   for n in range(cfg.n_layers):
     layer = jax.tree.map(lambda x, n=n: x[n], p['layers'])
     normed = [norm64(cfg, layer['attn_norm'], x) for x in xs]
     added = attention64(cfg, layer['attn'], normed, positions, segments)
-    xs = [x + y for x, y in zip(xs, added, strict=True)]
-    xs = [x + mlp64(cfg, layer['mlp'], norm64(cfg, layer['mlp_norm'], x)) for x in xs]
+    xs = [x + add * y for x, y in zip(xs, added, strict=True)]
+    xs = [x + add * mlp64(cfg, layer['mlp'], norm64(cfg, layer['mlp_norm'], x)) for x in xs]
   head = p['embed'].T if cfg.tie_embeddings else p['head']
-  return np.stack([norm64(cfg, p['final_norm'], x) @ head for x in xs])[:, : cfg.vocab_size]
+  return np.stack([norm64(cfg, p['final_norm'], x) @ head for x in xs])[:, : cfg.vocab_size] / cfg.logits_scaling
 
 
+MULTIPLIERS = {
+  'embedding_multiplier': 2.3,
+  'residual_multiplier': 0.37,
+  'attention_multiplier': 0.19,
+  'logits_scaling': 1.7,
+}
 VARIANTS = {
   'llama': LLAMA,
   'gpt2': GPT2,
@@ -115,6 +122,8 @@ VARIANTS = {
   'gpt2, untied, exact gelu, one kv head': dataclasses.replace(
     GPT2, tie_embeddings=False, activation='gelu', n_kv_heads=1, norm_eps=0.03
   ),
+  'llama with multipliers': dataclasses.replace(LLAMA, **MULTIPLIERS),
+  'gpt2 with multipliers': dataclasses.replace(GPT2, **MULTIPLIERS),
 }
 
 
@@ -150,6 +159,8 @@ def test_bfloat16_stays_near_and_keeps_float32_logits(cfg, params):
     ({'d_model': 10, 'n_heads': 3}, 'd_model=10 is not a multiple of n_heads=3'),
     ({'n_heads': 4, 'n_kv_heads': 3}, 'n_heads=4 is not a multiple of n_kv_heads=3'),
     ({'head_dim': 5}, 'head_dim=5 must be even'),
+    ({'logits_scaling': 0.0}, 'logits_scaling=0.0 must be above 0'),
+    ({'attention_multiplier': float('nan')}, 'attention_multiplier=nan must be above 0'),
   ],
 )
 def test_an_architecture_that_cannot_be_is_refused(fields, message):
@@ -179,6 +190,37 @@ def test_layers_start_apart_and_at_the_right_scale():
   assert np.all(np.asarray(layers['attn_norm']['scale']) == 1)
   for n in range(1, cfg.n_layers):
     assert not np.any(np.asarray(layers['attn']['q'][0] == layers['attn']['q'][n]))
+
+
+def test_without_multipliers_nothing_is_multiplied(cfg, params):
+  """Bitwise, operation by operation: the stream is the embedding plus what the sub-layers give, logits a product."""
+  ids, ctx = tokens(cfg), _context(cfg, jnp.arange(T, dtype=jnp.int32)[None], None, None)
+  x = params['embed'][ids] + (params['positions'][None, :T] if cfg.positions == 'learned' else 0.0)
+  looped = {**params, 'layers': models.unstack(params['layers'], cfg.n_layers)}
+  for weights in looped['layers']:
+    keep = {'capture_intermediates': True, 'mutable': 'intermediates'}
+    (_, _), found = Block(cfg, Run()).apply({'params': weights}, x, ctx, None, None, **keep)
+    x = x + found['intermediates']['attn']['__call__'][0][0]
+    x = x + found['intermediates']['mlp']['__call__'][0]
+  normed = Norm(cfg).apply({'params': params['final_norm']}, x)
+  np.testing.assert_array_equal(models.hidden(cfg, looped, ids).x_BTD, normed)
+  product = jnp.matmul(normed, models.head(cfg, params))[..., : cfg.vocab_size]
+  np.testing.assert_array_equal(models.unembed(cfg, params, normed), product)
+  explicit = dataclasses.replace(cfg, attention_multiplier=cfg.head_size**-0.5)
+  np.testing.assert_array_equal(jitted(explicit)(params, ids), jitted(cfg)(params, ids))
+
+
+def test_the_start_keeps_what_the_layers_add_in_all():
+  """A residual multiplier of 1/9 starts outputs 3 times as large: (2L)^-1/2 of nine layers is that of one."""
+  cfg = dataclasses.replace(LLAMA, d_model=101, d_ff=103, n_heads=2, n_kv_heads=2, head_dim=50, logits_scaling=4.0)
+  params = jax.jit(models.init, static_argnums=0)(
+    dataclasses.replace(cfg, residual_multiplier=1 / 9), jax.random.key(0)
+  )
+  std = lambda x: float(jnp.std(x))
+  assert std(params['layers']['attn']['o']) == pytest.approx(3 * (100 * 2 * cfg.n_layers) ** -0.5, rel=0.05)
+  assert std(params['layers']['mlp']['down']) == pytest.approx(3 * (103 * 2 * cfg.n_layers) ** -0.5, rel=0.05)
+  assert std(params['layers']['mlp']['up']) == pytest.approx(101**-0.5, rel=0.05)
+  assert std(params['head']) == pytest.approx((4 / 101) ** 0.5, rel=0.05)
 
 
 # --- trap 2: packing
@@ -495,8 +537,9 @@ def test_the_padded_vocabulary_is_never_predicted(cfg):
 
 
 @pytest.mark.parametrize('style, chunks', [('llama', 1), ('llama', 2), ('gpt2', 2)])
-def test_the_padded_vocabulary_is_never_trained(style, chunks):
-  cfg = STYLES[style]
+@pytest.mark.parametrize('multipliers', [{}, MULTIPLIERS], ids=['plain', 'multipliers'])
+def test_the_padded_vocabulary_is_never_trained(style, chunks, multipliers):
+  cfg = dataclasses.replace(STYLES[style], **multipliers)
   ids = tokens(cfg)
   batch = {
     'tokens': ids,

@@ -199,15 +199,35 @@ def test_a_group_learns_at_its_multiple(name):
     np.testing.assert_allclose(dict(tree.items(moved))[path], factor, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize('name', ['adamw', 'muon', 'lion', 'adafactor'])
+def test_a_group_decays_at_its_multiple(name):
+  """What decay adds to an update is multiplied, the rest of it is not; a group's learning rate comes on top."""
+  axes = {'embed': ('vocab', 'embed'), 'mlp': {'up': ('embed', 'mlp'), 'down': ('mlp', 'embed')}}
+  params = {'embed': RNG.normal(size=(5, 3)), 'mlp': {'up': RNG.normal(size=(3, 7)), 'down': RNG.normal(size=(7, 3))}}
+  params = jax.tree.map(lambda x: x.astype(np.float32), params)
+  grads = [jax.tree.map(lambda x: RNG.normal(size=x.shape).astype(np.float32), params)]
+  make = lambda **how: optim.make(name, 0.1, axes=axes, group_lr=('embed=0.5',), **how)
+  free, plain = trained(make(weight_decay=0.0), params, grads), trained(make(weight_decay=0.5), params, grads)
+  grouped = trained(make(weight_decay=0.5, group_decay=('mlp/up=0', 'mlp/*=3')), params, grads)
+  decayed = jax.tree.map(lambda new, old, was: (new - was) / (old - was), grouped, plain, free)
+  for path, factor in {'embed': 1.0, 'mlp/up': 0.0, 'mlp/down': 3.0}.items():
+    np.testing.assert_allclose(dict(tree.items(decayed))[path], factor, rtol=1e-2, atol=1e-6)
+  np.testing.assert_allclose((plain['embed'] - free['embed']) / params['embed'], -0.5 * 0.1 * 0.5, rtol=1e-2)
+
+
 @pytest.mark.parametrize('group', ['embed', '=2', 'embed=', 'embed=fast', 'embed=-1', 'embed=inf', 'embed=nan'])
 def test_a_group_that_is_none_is_refused(group):
   with pytest.raises(InputError, match='is not PATTERN=FACTOR'):
     optim.make('adamw', 0.1, group_lr=(group,))
+  with pytest.raises(InputError, match='optim.group_decay: .* is not PATTERN=FACTOR'):
+    optim.make('adamw', 0.1, group_decay=(group,))
 
 
 def test_a_group_without_a_leaf_is_refused():
   with pytest.raises(InputError, match="'embd' matches no parameter; there are bias, kernel"):
     optim.make('adamw', 0.1, group_lr=('embd=0.5',)).init(PARAMS)
+  with pytest.raises(InputError, match="optim.group_decay: 'embd' matches no parameter"):
+    optim.make('adamw', 0.1, group_decay=('embd=0.5',)).init(PARAMS)
 
 
 def orthogonalized(m):

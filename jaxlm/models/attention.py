@@ -55,12 +55,16 @@ def causal_mask(
 
 
 def attend(
-  q: Float[Array, 'B T H N'], k: Float[Array, 'B S K N'], v: Float[Array, 'B S K N'], mask: Bool[Array, 'R T S']
+  q: Float[Array, 'B T H N'],
+  k: Float[Array, 'B S K N'],
+  v: Float[Array, 'B S K N'],
+  mask: Bool[Array, 'R T S'],
+  scale: float | None = None,
 ) -> Float[Array, 'B T H N']:
-  """softmax(q k^T / sqrt(N)) v with each kv head shared by H/K query heads; scores and softmax in float32."""
+  """softmax(q k^T * scale) v, each kv head shared by H/K query heads, scale 1/sqrt(N); scores and softmax float32."""
   B, T, H, N = q.shape
   K = k.shape[2]
-  q_BTKGN = q.reshape(B, T, K, H // K, N) * (N**-0.5)
+  q_BTKGN = q.reshape(B, T, K, H // K, N) * (N**-0.5 if scale is None else scale)
   scores = jnp.einsum('BTKGN,BSKN->BKGTS', q_BTKGN, k.astype(q.dtype), preferred_element_type=jnp.float32)
   scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
   probs = jax.nn.softmax(scores, axis=-1).astype(q.dtype)

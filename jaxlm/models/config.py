@@ -31,6 +31,10 @@ class ModelConfig:
   rope_theta: float = 10000.0
   bias: bool = False
   tie_embeddings: bool = True
+  embedding_multiplier: float = 1.0  # times what enters the first layer
+  residual_multiplier: float = 1.0  # times what each sub-layer adds
+  attention_multiplier: float | None = None  # times q k^T; None: 1 / sqrt(head_dim)
+  logits_scaling: float = 1.0  # logits are divided by it
 
   def __post_init__(self):
     if self.head_dim is None and self.d_model % self.n_heads:
@@ -39,6 +43,10 @@ class ModelConfig:
       raise InputError(f'model: n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}')
     if self.positions == 'rope' and self.head_size % 2:
       raise InputError(f'model: RoPE turns pairs, so head_dim={self.head_size} must be even')
+    for name in ('embedding_multiplier', 'residual_multiplier', 'attention_multiplier', 'logits_scaling'):
+      value = getattr(self, name)
+      if isinstance(value, float) and not 0.0 < value < float('inf'):  # another type is the type check's to name
+        raise InputError(f'model: {name}={value} must be above 0 and finite')
 
   @property
   def kv_heads(self) -> int:

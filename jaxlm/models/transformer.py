@@ -57,6 +57,14 @@ def fan_in(scale: float = 1.0) -> Any:
   return lambda key, shape, dtype: jax.random.normal(key, shape, dtype) * (scale / shape[0] ** 0.5)
 
 
+def branch_scale(cfg: ModelConfig) -> float:
+  """How small a sub-layer's output starts: (2L)^-0.5 (GPT-2), of which a residual multiplier has already done its part.
+
+  Under the depth rule (`jaxlm.scale`) the multiplier falls as 1/L: the start is then the one of the base depth.
+  """
+  return (2 * cfg.n_layers * cfg.residual_multiplier) ** -0.5
+
+
 class Norm(nn.Module):
   """RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467) or LayerNorm (Ba et al. 2016, arXiv:1607.06450), in float32."""
 
@@ -101,9 +109,9 @@ class Attention(nn.Module):
       cache = cache.write(k_BTKN, v_BTKN, ctx.positions)
       k_BTKN, v_BTKN = cache.k, cache.v
     q_BTHN = constrain(q_BTHN, ('batch', 'seq', 'act_heads', None), rules)
-    out_BTHN = checkpoint_name(attend(q_BTHN, k_BTKN, v_BTKN, ctx.mask), 'attn_values')
+    out_BTHN = checkpoint_name(attend(q_BTHN, k_BTKN, v_BTKN, ctx.mask, cfg.attention_multiplier), 'attn_values')
     out_BTE = out_BTHN.reshape(B, T, H * N)
-    return project('o', out_BTE, H * N, D, ('heads', 'embed'), (2 * cfg.n_layers) ** -0.5), cache
+    return project('o', out_BTE, H * N, D, ('heads', 'embed'), branch_scale(cfg)), cache
 
 
 class MLP(nn.Module):
@@ -128,7 +136,7 @@ class MLP(nn.Module):
     else:
       h_BTF = act(h_BTF)
     h_BTF = constrain(h_BTF, ('batch', 'seq', 'act_mlp'), self.run.rules)
-    return project('down', h_BTF, (F, D), ('mlp', 'embed'), (2 * cfg.n_layers) ** -0.5)
+    return project('down', h_BTF, (F, D), ('mlp', 'embed'), branch_scale(cfg))
 
 
 class Block(nn.Module):
@@ -145,7 +153,7 @@ class Block(nn.Module):
       if rate and key is not None:
         keep = jax.random.bernoulli(jax.random.fold_in(key, site), 1.0 - rate, y.shape)
         y = jnp.where(keep, y / (1.0 - rate), 0.0).astype(y.dtype)
-      return constrain(x + y, STREAM, self.run.rules)
+      return constrain(x + y * self.cfg.residual_multiplier, STREAM, self.run.rules)
 
     attn, cache = Attention(self.cfg, self.run, name='attn')(Norm(self.cfg, name='attn_norm')(x_BTD), ctx, cache)
     x_BTD = add(x_BTD, checkpoint_name(attn, 'attn_out'), 0)
@@ -165,7 +173,7 @@ class Outside(nn.Module):
     if cfg.positions == 'learned':
       declare(self, 'positions', (cfg.max_seq_len, cfg.d_model), ('positions', 'embed'), normal)
     if not cfg.tie_embeddings:
-      declare(self, 'head', (cfg.d_model, cfg.padded_vocab), ('embed', 'vocab'), fan_in())
+      declare(self, 'head', (cfg.d_model, cfg.padded_vocab), ('embed', 'vocab'), fan_in(cfg.logits_scaling**0.5))
     Norm(cfg, name='final_norm')(jnp.zeros((1, 1, cfg.d_model)))
 
 
@@ -247,7 +255,7 @@ def hidden(
   x_BTD = jnp.take(params['embed'], tokens_BT, axis=0).astype(run.dtype)
   if cfg.positions == 'learned':
     x_BTD += jnp.take(params['positions'], positions_BT, axis=0).astype(run.dtype)
-  x_BTD = constrain(x_BTD, STREAM, run.rules)
+  x_BTD = constrain(x_BTD * cfg.embedding_multiplier, STREAM, run.rules)
   layers, block = params['layers'], Block(cfg, run)
   looped = isinstance(layers, tuple)
   slots = None if cache is None else (cache[0] if looped else cache).k.shape[-3]
@@ -279,7 +287,7 @@ def head(cfg: ModelConfig, params: Params) -> Float[Array, 'D V']:
 def unembed(cfg: ModelConfig, params: Params, x_BTD: Float[Array, 'B T D']) -> Float[Array, 'B T V']:
   """Float32 logits over the true vocabulary."""
   w_DV = head(cfg, params).astype(x_BTD.dtype)
-  return jnp.matmul(x_BTD, w_DV, preferred_element_type=jnp.float32)[..., : cfg.vocab_size]
+  return jnp.matmul(x_BTD, w_DV, preferred_element_type=jnp.float32)[..., : cfg.vocab_size] / cfg.logits_scaling
 
 
 def forward(cfg: ModelConfig, params: Params, tokens_BT: Int[Array, 'B T'], **as_hidden: Any) -> tuple[Array, Any]:

@@ -88,6 +88,7 @@ def make(
   clip_norm: float | None = 1.0,
   group_lr: Sequence[str] = (),
   ema_decay: float = 0.0,
+  group_decay: Sequence[str] = (),
 ) -> optax.GradientTransformation:
   """An optimizer for a tree of parameters whose logical axis names are `axes` (see `kinds`).
 
@@ -102,7 +103,8 @@ def make(
   the constant schedule.
   All decay matrices and tables by learning rate x `weight_decay`, and neither norms nor biases. Gradients are first
   clipped to a global norm of `clip_norm` (None: not). `group_lr` are 'PATTERN=FACTOR': leaves whose path matches
-  ('embed', 'layers/mlp/*') learn at that multiple of the learning rate, the first pattern that matches counting.
+  ('embed', 'layers/mlp/*') learn at that multiple of the learning rate, the first pattern that matches counting;
+  `group_decay` multiplies `weight_decay` in the same way.
   Raises InputError for one that is not of this form and, at `init`, for one that matches no leaf.
   `ema_decay` above 0 keeps an average of the weights (see `averaged`), for `eval_params`.
   """
@@ -124,6 +126,8 @@ def make(
       optax.scale_by_learning_rate(learning_rate),
     )
   elif name == 'schedule_free':
+    if group_lr or group_decay:
+      raise InputError('optim: schedule_free keeps two sets of weights and takes no group_lr and no group_decay')
     base = optax.adamw(learning_rate, 0.0, b2, eps, weight_decay=weight_decay, mask=decayed)
     optimizer = optax.contrib.schedule_free(base, learning_rate, b1)
   else:
@@ -137,6 +141,8 @@ def make(
       muon_weight_dimension_numbers=lambda params: jax.tree.map(_last_two_axes, params),
     )
     optimizer = optax.partition({'matrix': matrices, 'rest': optimizer}, labels)
+  if group_decay:
+    optimizer = decay_by_group(optimizer, group_decay)
   first = () if clip_norm is None else (optax.clip_by_global_norm(clip_norm),)
   last = ((scale_by_group(group_lr),) if group_lr else ()) + ((averaged(ema_decay),) if ema_decay else ())
   return optax.chain(*first, optimizer, *last) if first or last else optimizer
@@ -181,6 +187,38 @@ def eval_params(opt_state: Any, params: Any) -> Any:
 
 def scale_by_group(groups: Sequence[str]) -> optax.GradientTransformation:
   """Multiplies the updates of the leaves whose path matches, see `group_lr` of `make`; put it last."""
+  table = read_groups(groups, 'group_lr')
+
+  def init(params: Any) -> Any:
+    _check_groups(table, params, 'group_lr')
+    return optax.EmptyState()
+
+  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    return tree.path_map(lambda path, update: update * group_factor(table, path), updates), state
+
+  return optax.GradientTransformation(init, update)
+
+
+def decay_by_group(optimizer: optax.GradientTransformation, groups: Sequence[str]) -> optax.GradientTransformation:
+  """Multiplies the weight decay of the leaves whose path matches, see `group_decay` of `make`.
+
+  For an optimizer that reads parameters for their decay alone: it is shown multiples of them.
+  """
+  table = read_groups(groups, 'group_decay')
+
+  def init(params: Any) -> Any:
+    _check_groups(table, params, 'group_decay')
+    return optimizer.init(params)
+
+  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    shown = tree.path_map(lambda path, x: x * group_factor(table, path), params)
+    return optimizer.update(updates, state, shown)
+
+  return optax.GradientTransformation(init, update)
+
+
+def read_groups(groups: Sequence[str], field: str) -> list[tuple[str, float]]:
+  """[(pattern, factor)] of 'PATTERN=FACTOR'. Raises InputError, naming the field, for one that is not of this form."""
   table = []
   for group in groups:
     pattern, _, factor = group.rpartition('=')
@@ -189,22 +227,20 @@ def scale_by_group(groups: Sequence[str]) -> optax.GradientTransformation:
     except ValueError:
       pattern = ''
     if not pattern or not 0.0 <= table[-1][1] < float('inf'):
-      raise InputError(f"optim.group_lr: {group!r} is not PATTERN=FACTOR, as 'embed=0.1' is")
+      raise InputError(f"optim.{field}: {group!r} is not PATTERN=FACTOR, as 'embed=0.1' is")
+  return table
 
-  def factor_of(path: str) -> float:
-    return next((factor for pattern, factor in table if fnmatchcase(path, pattern)), 1.0)
 
-  def init(params: Any) -> Any:
-    paths = [path for path, _ in tree.items(params)]
-    for pattern, _ in table:
-      if not any(fnmatchcase(path, pattern) for path in paths):
-        raise InputError(f'optim.group_lr: {pattern!r} matches no parameter; there are {", ".join(paths)}')
-    return optax.EmptyState()
+def group_factor(table: Sequence[tuple[str, float]], path: str) -> float:
+  """The factor of the first pattern that matches the path, or 1."""
+  return next((factor for pattern, factor in table if fnmatchcase(path, pattern)), 1.0)
 
-  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-    return tree.path_map(lambda path, update: update * factor_of(path), updates), state
 
-  return optax.GradientTransformation(init, update)
+def _check_groups(table: Sequence[tuple[str, float]], params: Any, field: str) -> None:
+  paths = [path for path, _ in tree.items(params)]
+  for pattern, _ in table:
+    if not any(fnmatchcase(path, pattern) for path in paths):
+      raise InputError(f'optim.{field}: {pattern!r} matches no parameter; there are {", ".join(paths)}')
 
 
 def _last_two_axes(x: Any) -> MuonDimensionNumbers:

@@ -1,0 +1,187 @@
+"""Does one dial do? The coordinate check and the transfer of a learning rate, on the shipped text, in Markdown tables.
+
+python benchmarks/scale.py coordinates [--optimizer muon]
+python benchmarks/scale.py transfer [--optimizer muon] [--steps 200]
+
+B batch, T sequence, D model, L layers.
+"""
+
+import argparse
+import dataclasses
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm import models, program, quickstart, scale, sharding
+from jaxlm.config import Data, Optim, Pretrain
+from jaxlm.data import batches, packing, prepare, sources, tokenizer
+from jaxlm.models import ModelConfig, Run
+from jaxlm.models.transformer import Block, _context, branch_scale
+
+BOUND = 0.05  # of a slope
+WIDTHS, DEPTHS = (1, 2, 4, 8), (1, 2, 4)  # multiples of the base
+PEAK = {'adamw': 1e-3, 'muon': 1e-2}  # learning rates of the coordinate check
+Rule = Callable[[Pretrain, ModelConfig], Pretrain]
+
+
+def base(optimizer: str, **model: Any) -> Pretrain:
+  """A small run; embeddings enter with a root mean square of 2, well above what the layers add at the start."""
+  sizes = {'vocab_size': 1024, 'd_model': 64, 'n_layers': 4, 'n_heads': 4, 'n_kv_heads': 2, 'd_ff': 192}
+  return Pretrain(
+    model=ModelConfig(**sizes | {'embedding_multiplier': 100.0} | model),
+    data=Data(seq_len=128, global_batch=8),
+    optim=Optim(name=optimizer, lr=PEAK[optimizer], schedule='constant', warmup_steps=0),  # pyright: ignore
+  )
+
+
+def resized(model: ModelConfig, *, width: int = 1, depth: int = 1) -> ModelConfig:
+  """The model, so many times as wide and as deep."""
+  return dataclasses.replace(
+    model,
+    n_layers=model.n_layers * depth,
+    d_model=model.d_model * width,
+    n_heads=model.n_heads * width,
+    n_kv_heads=model.kv_heads * width,
+    d_ff=model.d_ff * width,
+  )
+
+
+def standard(config: Pretrain, model: ModelConfig) -> Pretrain:
+  """Standard parametrisation: another shape and nothing else."""
+  return dataclasses.replace(config, model=model)
+
+
+def half(config: Pretrain, model: ModelConfig) -> Pretrain:
+  """Depth-muP (Yang et al. 2023, arXiv:2310.02244, alpha = 1/2), its multiplier moved into start and learning rate."""
+  root = math.sqrt(config.model.n_layers / model.n_layers)
+  inner = tuple(f'layers/{name}={root:.9g}' for name in ('attn/[qkv]', 'mlp/gate', 'mlp/up'))
+  outer = tuple(f'layers/{name}={root**2:.9g}' for name in ('attn/o', 'mlp/down'))
+  return dataclasses.replace(config, model=model, optim=dataclasses.replace(config.optim, group_lr=inner + outer))
+
+
+RULES: dict[str, Rule] = {'dial': scale.transfer, 'standard': standard, 'alpha 1/2': half}
+
+
+def coordinates(cfg: ModelConfig, params: Any, tokens_BT: Any) -> dict[str, jax.Array]:
+  """Root mean squares: of what attention and MLP give before the residual multiplier, and of the stream at the end.
+
+  The former in units of the scale at which they start, so that only what learning does to them is compared.
+  """
+  ctx = _context(cfg, jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], None, None)
+  x_BTD = jnp.take(params['embed'], tokens_BT, axis=0) * cfg.embedding_multiplier
+  seen: dict[str, list[Any]] = {'attn': [], 'mlp': []}
+  for weights in models.unstack(params['layers'], cfg.n_layers):
+    run = {'capture_intermediates': lambda module, _: module.name in seen, 'mutable': 'intermediates'}
+    (x_BTD, _), found = Block(cfg, Run()).apply({'params': weights}, x_BTD, ctx, None, None, **run)
+    for name, values in seen.items():
+      out = found['intermediates'][name]['__call__'][0]
+      values.append(jnp.mean(jnp.square((out[0] if name == 'attn' else out) / branch_scale(cfg))))
+  squares = {name: jnp.mean(jnp.stack(values)) for name, values in seen.items()}
+  return jax.tree.map(jnp.sqrt, squares | {'stream': jnp.mean(jnp.square(x_BTD))})
+
+
+def trained(config: Pretrain, data: Callable[[int], Any], steps: int) -> Iterator[tuple[Any, dict[str, Any]]]:
+  """(parameters before the step, metrics of the step) of every step, on one device."""
+  mesh = sharding.make_mesh(fsdp=1, devices=jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    built = program.build(dataclasses.replace(config, steps=steps), mesh)
+    state = built.create()
+    for step in range(steps):
+      params = state.params
+      new, metrics = built.step(jax.tree.map(jnp.copy, state), program.put(data(step), built.batch))
+      yield params, metrics
+      state = new
+
+
+def history(config: Pretrain, data: Callable[[int], Any], steps: int) -> dict[str, np.ndarray]:
+  """Each coordinate at the beginning of steps 1 to `steps`, on one batch that is not learnt from."""
+  probe = jnp.asarray(data(steps)['tokens'])
+  measure = jax.jit(lambda params: coordinates(config.model, params, probe))
+  rows = [jax.device_get(measure(params)) for params, _ in trained(config, data, steps)]
+  return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+
+
+def slopes(
+  config: Pretrain, rule: Rule, data: Callable[[int], Any], *, axis: str, sizes: Sequence[int], steps: int = 10
+) -> dict[str, np.ndarray]:
+  """Each coordinate's log-log slope by the size along `axis` ('width', 'depth'), at each step."""
+  runs = [history(rule(config, resized(config.model, **{axis: n})), data, steps) for n in sizes]
+  fit = lambda values: np.polyfit(np.log(sizes), np.log(np.stack(values)), 1)[0]
+  return {name: fit([run[name] for run in runs]) for name in runs[0]}
+
+
+def shipped_text(vocab_size: int, seq_len: int, rows: int) -> Callable[[int], Any]:
+  """Batches of the text that ships with the package."""
+  specs = (f'{quickstart.SAMPLE}/*.jsonl',)
+  vocabulary = tokenizer.train((d.text for d in sources.documents(specs)), vocab_size)
+  with tempfile.TemporaryDirectory() as folder:
+    prepare.prepare(specs, vocabulary, folder, val_fraction=0.05)
+    packed = packing.Rows(prepare.load(folder).split('train'), seq_len, vocabulary)
+    kept = [packed[i] for i in range(len(packed))]
+  return batches.Batches(kept, rows, seed=0)
+
+
+def check(optimizer: str, data: Callable[[int], Any]) -> bool:
+  """Prints the slopes as a table; whether the dial's are within the bound and the standard ones are not."""
+  print('\n| optimizer | grows | rule | coordinate | slope at step 1 | 2 | 5 | 10 | largest | |\n' + '|---' * 10 + '|')
+  passed, config = True, base(optimizer)
+  for axis, sizes in (('width', WIDTHS), ('depth', DEPTHS)):
+    for name, rule in RULES.items():
+      if axis == 'width' and name == 'alpha 1/2':
+        continue
+      found = slopes(config, rule, data, axis=axis, sizes=sizes)
+      largest = {k: max(v, key=abs) for k, v in found.items()}
+      for k, v in found.items():
+        cells = ' | '.join(f'{x:+.3f}' for x in (*v[[0, 1, 4, 9]], largest[k]))
+        flat = 'flat' if abs(largest[k]) < BOUND else 'not flat'
+        print(f'| {optimizer} | {axis} x{sizes[-1]} | {name} | {k} | {cells} | {flat} |', flush=True)
+      inside = all(abs(x) < BOUND for x in largest.values())
+      passed &= name == 'alpha 1/2' or inside == (name == 'dial')
+  return passed
+
+
+def transfer(optimizer: str, data: Callable[[int], Any], steps: int, rates: Sequence[float]) -> None:
+  """Prints the loss by learning rate, width and rule: the mean of the last tenth of the steps, each text seen once."""
+  print('\n| optimizer | rule | width | ' + ' | '.join(f'{x:.1e}' for x in rates) + ' | best | seconds |')
+  print('|---' * (len(rates) + 5) + '|')
+  start = base(optimizer, n_layers=2)
+  start = dataclasses.replace(
+    start, optim=dataclasses.replace(start.optim, schedule='linear', warmup_steps=steps // 10)
+  )
+  for name in ('dial', 'standard'):
+    for width in (1, 2, 4):
+      began, losses = time.monotonic(), []
+      for lr in rates:
+        tuned = dataclasses.replace(start, optim=dataclasses.replace(start.optim, lr=lr))
+        config = RULES[name](tuned, resized(start.model, width=width))
+        last = [metrics['nll'] for _, metrics in trained(config, data, steps)][-max(1, steps // 10) :]
+        losses.append(float(np.mean(jax.device_get(last))))
+      best = rates[int(np.nanargmin(losses))]
+      cells = ' | '.join(f'{x:.3f}' for x in losses)
+      seconds = time.monotonic() - began
+      print(f'| {optimizer} | {name} | {64 * width} | {cells} | {best:.1e} | {seconds:.0f} |', flush=True)
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('what', choices=('coordinates', 'transfer'))
+  parser.add_argument('--optimizer', choices=tuple(PEAK), default='adamw')
+  parser.add_argument('--steps', type=int, default=200)
+  args = parser.parse_args()
+  config = base(args.optimizer)
+  data = shipped_text(config.model.vocab_size, config.data.seq_len, config.data.global_batch)
+  if args.what == 'coordinates':
+    return 0 if check(args.optimizer, data) else 1
+  transfer(args.optimizer, data, args.steps, [2.0**-k for k in range(10, 3, -1)])
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())
