@@ -36,7 +36,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
   cells = [[cell(value) for value in row] for row in (header, *rows)]
   widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-  numeric = [all(isinstance(value, int | float) for value in column) for column in zip(*rows, strict=True)]
+  numeric = [all(isinstance(x, int | float) or x == '' for x in column) for column in zip(*rows, strict=True)]
   rule = ['-' * (width - 1) + ':' if right else '-' * width for width, right in zip(widths, numeric, strict=True)]
   align = lambda text, width, right: text.rjust(width) if right else text.ljust(width)
   lines = [[align(*one) for one in zip(row, widths, numeric, strict=True)] for row in cells]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from etils import epath
 
 from jaxlm import models, objectives
@@ -49,7 +50,7 @@ def evaluate(
   fn = jax.jit(objectives.by_group(config.model, models.Run(), groups=len(groups), chunks=config.compute.loss_chunks))
   totals = train.evaluate(fn, params, batches.in_order(rows, batch))
   kinds = corpus.scores(totals, [kind for kind, _ in groups])
-  compared = {kind: _baselines(list(folders.values()), kind) for kind in kinds} if baselines else {}
+  compared = _baselines(list(folders.values()), list(kinds)) if baselines else {}
   return Evaluation(
     run, step, corpus.scores(totals, [''] * len(groups))[''], kinds, corpus.scores(totals, groups), compared
   )
@@ -88,12 +89,15 @@ def _folders(config: Any, data: Sequence[str]) -> dict[str, Prepared]:
   return corpus.load(config.data.path, config.data.mix, config.data.phases).folders
 
 
-def _baselines(folders: Sequence[Prepared], kind: str) -> dict[str, float]:
-  """xz alone on the kind's held-out text, and the n-gram after all training text of that kind."""
-  of = [one for one in folders if kind in one.summary.kinds('validation')]
-  held_out = b''.join(one.document_bytes('validation', kind) for one in of)
-  learnt = b''.join(one.document_bytes('train', kind) for one in of)
-  return {
-    'xz -9': compression.xz_bits_per_byte(held_out),
-    f'{ORDER}-gram': compression.ngram_bits_per_byte(learnt, held_out, ORDER),
-  }
+def _baselines(folders: Sequence[Prepared], kinds: Sequence[str]) -> dict[str, dict[str, float]]:
+  """Of each kind's held-out text: xz on it alone, and the n-gram after all training text, as the model saw it."""
+  of = {kind: [one for one in folders if kind in one.summary.kinds('validation')] for kind in kinds}
+  texts = {kind: b''.join(one.document_bytes('validation', kind) for one in of[kind]) for kind in kinds}
+  learnt = b''.join(one.document_bytes('train') for one in folders)
+  bits = -np.log2(compression.ngram_probs(learnt, b''.join(texts.values()), ORDER))
+  found, start = {}, 0
+  for kind, text in texts.items():
+    mean = float(bits[start : start + len(text)].mean())
+    found[kind] = {'xz -9': compression.xz_bits_per_byte(text), f'{ORDER}-gram': mean}
+    start += len(text)
+  return found
