@@ -1,19 +1,56 @@
-"""Small files written whole, so that a reader finds the old text or the new one; digests of files of any size."""
+"""Files here and on object stores: small ones written whole or created once, folders listed, digests of any size.
+
+On a disk a file is written beside its place and renamed; on an object store (`gs://...`), which renames and locks
+nothing, a write is in one piece by itself, and creating is a write on the condition that nothing is there.
+"""
 
 import hashlib
 import json
 import os
-from collections.abc import Collection, Mapping
+import shutil
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from etils import epath
 
 
+def remote(path: Any) -> bool:
+  """Whether this is a place on an object store."""
+  return '://' in str(path)
+
+
+def create(path: Any, text: str) -> None:
+  """Writes a file that is not there yet. Raises FileExistsError if it is, however many try at once."""
+  path = epath.Path(path)
+  if remote(path):
+    system, name = _system(path)
+    system.pipe_file(name, text.encode(), mode='create')
+    return
+  with Path(path).open('x', encoding='utf-8') as f:
+    f.write(text)
+
+
+def children(folder: Any) -> list[epath.Path]:
+  """What is in a folder now, sorted; nothing if there is none. Clients of object stores remember old listings."""
+  folder = epath.Path(folder)
+  if remote(folder):
+    _system(folder)[0].invalidate_cache()
+  return sorted(folder.iterdir()) if folder.exists() else []
+
+
+def _system(path: epath.Path) -> tuple[Any, str]:
+  """The client that etils uses for this object store, and the name that it knows the path by."""
+  import fsspec
+
+  scheme, _, name = str(path).partition('://')
+  return fsspec.filesystem(scheme, **({'finalize_on_close': True} if scheme == 'gs' else {})), name
+
+
 def write_whole(path: Any, text: str) -> None:
   """Writes a file in one piece, on disk when this returns; an object store's writes are in one piece by themselves."""
   path = epath.Path(path)
-  if '://' in str(path):
+  if remote(path):
     path.write_text(text)
     return
   part = Path(f'{os.fspath(path)}.part')
@@ -33,7 +70,7 @@ def digests(folder: epath.Path, *, but: Collection[str] = ()) -> dict[str, str]:
   """sha256 of every file below the folder, by its path in there; files named as in `but` are left out."""
   names, folders = {}, [folder]
   while folders:
-    for entry in folders.pop().iterdir():
+    for entry in children(folders.pop()):
       if entry.is_dir():
         folders.append(entry)
       elif entry.name not in but:
@@ -55,3 +92,11 @@ def changes(expected: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
   lines = [f'{name} is missing' for name in expected if name not in found]
   lines += [f'{name} does not belong to it' for name in found if name not in expected]
   return lines + [f'{name} has changed' for name in expected if name in found and expected[name] != found[name]]
+
+
+def copy(source: epath.Path, target: epath.Path, names: Iterable[str]) -> None:
+  """Copies files by their paths below `source`, over those that are there."""
+  for name in names:
+    (target / name).parent.mkdir(parents=True, exist_ok=True)
+    with (source / name).open('rb') as read, (target / name).open('wb') as write:
+      shutil.copyfileobj(read, write, 1 << 22)

@@ -9,10 +9,12 @@ import dataclasses
 import hashlib
 import json
 import os
+import tempfile
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,38 +76,50 @@ def prepare(
     looked_at = _reported(found_files, None, _Quarantine(None, max_bad))
     splits = Counter(kept.split for kept in _Choice(val_fraction).kept(looked_at))
     _need_training(specs, splits['train'], splits['validation'])
-  _clear(out)
-  bad = _Quarantine(out / QUARANTINE, max_bad)
-  writer = _Writer(out / 'records', np.dtype('<u2' if tokenizer.vocab_size <= 1 << 16 else '<u4'))
-  choice = _Choice(val_fraction, near)
-  kept = choice.kept(_reported(found_files, on_progress, bad))
-  for group in _grouped(_pieces(kept)):
-    writer.add(group, _tokens(group, tokenizer))
-  _need_training(specs, writer.counts['train'].documents, writer.counts['validation'].documents)
-  writer.finish(out)
-  tokenizer.save(out / 'tokenizer.json')
-  written = [
-    *(path for path in _ours(out) if path.name != QUARANTINE),
-    out / 'tokenizer.json',
-    out / 'tokenizer_config.json',
-  ]
-  summary = Summary(
-    VERSION,
-    tokenizer.digest,
-    tokenizer.vocab_size,
-    writer.dtype.name,
-    writer.counts,
-    list(writer.groups),
-    writer.by_group,
-    weights,
-    choice.dropped | {'bad': bad.count},
-    writer.contents(),
-    {str(path.relative_to(out)): files.sha256(path) for path in sorted(written)},
-    inputs,
-  )
-  fields = dataclasses.asdict(summary)
-  write_whole(out / MARKER, json.dumps(fields | {'seal': files.seal(fields)}, indent=2, ensure_ascii=False))
+  with _workplace(out) as folder:
+    bad = _Quarantine(folder / QUARANTINE, max_bad)
+    writer = _Writer(folder / 'records', np.dtype('<u2' if tokenizer.vocab_size <= 1 << 16 else '<u4'))
+    choice = _Choice(val_fraction, near)
+    kept = choice.kept(_reported(found_files, on_progress, bad))
+    for group in _grouped(_pieces(kept)):
+      writer.add(group, _tokens(group, tokenizer))
+    _need_training(specs, writer.counts['train'].documents, writer.counts['validation'].documents)
+    writer.finish(folder)
+    tokenizer.save(folder / 'tokenizer.json')
+    vocabulary = [folder / 'tokenizer.json', folder / 'tokenizer_config.json']
+    written = [*(path for path in _ours(folder) if path.name != QUARANTINE), *vocabulary]
+    summary = Summary(
+      VERSION,
+      tokenizer.digest,
+      tokenizer.vocab_size,
+      writer.dtype.name,
+      writer.counts,
+      list(writer.groups),
+      writer.by_group,
+      weights,
+      choice.dropped | {'bad': bad.count},
+      writer.contents(),
+      {str(path.relative_to(folder)): files.sha256(path) for path in sorted(written)},
+      inputs,
+    )
+    fields = dataclasses.asdict(summary)
+    write_whole(folder / MARKER, json.dumps(fields | {'seal': files.seal(fields)}, indent=2, ensure_ascii=False))
   return summary
+
+
+@contextmanager
+def _workplace(out: epath.Path) -> Generator[epath.Path]:
+  """Where to write: `out` itself, cleared, or for an object store a folder here that is copied there at the end."""
+  if not files.remote(out):
+    _clear(out)
+    yield out
+    return
+  with tempfile.TemporaryDirectory() as here:
+    folder = epath.Path(here)
+    yield folder
+    _clear(out)
+    names = [str(path.relative_to(folder)) for path in [*_ours(folder), *folder.glob('tokenizer*')]]
+    files.copy(folder, out, [*names, MARKER])
 
 
 def training_texts(specs: Sequence[str], val_fraction: float, column: str = 'text') -> Iterator[str]:

@@ -74,6 +74,19 @@ def _changed(path: epath.Path, expected: dict[str, str]) -> list[str]:
   return files.changes(expected, found)
 
 
+def _copied(path: epath.Path, summary: Summary) -> epath.Path:
+  """A copy on this machine of a folder on an object store, made once: records are read by random access."""
+  home = epath.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()
+  here = home / 'jaxlm' / 'prepared' / summary.contents
+  known = read_summary(here)
+  if known is None or known.files != summary.files:
+    files.copy(path, here, [*summary.files, MARKER])
+  if damaged := _changed(here, summary.files):
+    (here / MARKER).unlink(missing_ok=True)
+    raise InputError(f'{path}: damaged: {"; ".join(damaged)}: run `jaxlm prepare` again')
+  return here
+
+
 def load(path: epath.PathLike) -> 'Prepared':
   """Open a prepared folder, with a check of its index; `verify` reads everything.
 
@@ -95,6 +108,8 @@ def load(path: epath.PathLike) -> 'Prepared':
     )
   if summary.version != VERSION:
     raise InputError(f'{path}: prepared in layout {summary.version}, this is {VERSION}: run `jaxlm prepare` again')
+  if files.remote(path):
+    path = _copied(path, summary)
   tokenizer = tokenizers.load(path / 'tokenizer.json')
   if tokenizer.digest != summary.digest:
     raise InputError(

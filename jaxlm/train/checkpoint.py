@@ -32,9 +32,7 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """The acknowledged steps that were not set aside, oldest first."""
-    if not self.directory.exists():
-      return []
-    named = [p for p in self.directory.iterdir() if p.name.isdigit()]
+    named = [p for p in files.children(self.directory) if p.name.isdigit()]
     return sorted(int(p.name) for p in named if (p / DIGEST).exists() and not (p / ASIDE).exists())
 
   def newest_sound(self, say: Callable[[str], None]) -> int | None:
@@ -125,7 +123,7 @@ class Checkpoints:
 
   def _clear_unfinished(self) -> None:
     """Removes what interrupted saves left behind."""
-    for path in self.directory.iterdir() if self.directory.exists() else ():
+    for path in files.children(self.directory):
       if path.is_dir() and not (path / DIGEST).exists():
         path.rmtree()
 

@@ -1,7 +1,8 @@
 """One writer to a run's folder: a second process is refused at once, a dead owner's lock is taken over.
 
 A lock is a file that only one process can create, `lock-00000N`; the highest N is the one in force. Taking over means
-to create the next one, so of two that try only one succeeds, and nothing is renamed or deleted while it matters.
+to create the next one, so of two that try only one succeeds, and nothing is renamed or deleted while it matters. The
+same holds on an object store.
 """
 
 import json
@@ -14,6 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
+from jaxlm import files
 from jaxlm.errors import InputError
 
 BEAT = 10.0  # seconds between an owner's signs of life, for processes on other hosts to see
@@ -23,7 +27,7 @@ STALE = 60.0  # without one for so long, an owner on another host counts as dead
 @contextmanager
 def hold(folder: Any) -> Generator[None]:
   """Holds the folder's lock for the time of the block. Raises InputError, naming the owner, if another process does."""
-  folder = Path(folder)
+  folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   mine = {'host': socket.gethostname(), 'pid': os.getpid(), 'started': _started(os.getpid())}
   path = _claim(folder, mine)
@@ -38,19 +42,18 @@ def hold(folder: Any) -> Generator[None]:
     path.unlink(missing_ok=True)
 
 
-def _claim(folder: Path, mine: dict[str, Any]) -> Path:
+def _claim(folder: epath.Path, mine: dict[str, Any]) -> epath.Path:
   while True:
-    locks = sorted(folder.glob('lock-*'))
+    locks = _locks(folder)
     for owner in filter(None, map(_living_owner, locks)):
       raise InputError(f'{folder}: is being written by process {owner["pid"]} on {owner["host"]}; use another --run')
     number = int(locks[-1].name[5:]) + 1 if locks else 1
     path = folder / f'lock-{number:06d}'
     try:
-      with path.open('x') as f:
-        f.write(json.dumps(mine))
+      files.create(path, json.dumps(mine))
     except FileExistsError:
       continue  # somebody was quicker: look who
-    if any(map(_living_owner, sorted(folder.glob('lock-*'))[:-1])):
+    if any(map(_living_owner, _locks(folder)[:-1])):
       path.unlink()  # what we saw was older than a lock that came and went, and another has begun since
       continue
     for old in locks:
@@ -58,14 +61,18 @@ def _claim(folder: Path, mine: dict[str, Any]) -> Path:
     return path
 
 
-def _living_owner(path: Path) -> dict[str, Any] | None:
+def _locks(folder: epath.Path) -> list[epath.Path]:
+  return [path for path in files.children(folder) if path.name.startswith('lock-')]
+
+
+def _living_owner(path: epath.Path) -> dict[str, Any] | None:
   """Who holds this lock, or None if that process is gone."""
   try:
-    text, age = path.read_text(), time.time() - path.stat().st_mtime
+    text, age = path.read_text(), time.time() - path.stat().mtime
   except FileNotFoundError:
     return None
   if not text:  # created and not yet written, or killed between the two
-    return {'pid': 'unknown', 'host': 'this machine'} if age < 1.0 else None
+    return {'pid': 'unknown', 'host': 'this machine'} if age < 2.0 else None
   owner = json.loads(text)
   if owner['host'] != socket.gethostname():
     return owner if age < STALE else None
@@ -86,6 +93,10 @@ def _started(pid: int) -> str | None:
   return 'running'
 
 
-def _beat(path: Path, done: threading.Event) -> None:
+def _beat(path: epath.Path, done: threading.Event) -> None:
+  text = path.read_text()
   while not done.wait(BEAT):
-    os.utime(path)
+    if files.remote(path):
+      path.write_text(text)
+    else:
+      os.utime(path)
