@@ -9,6 +9,7 @@ EXTRAS = {
   'cuda': ['jax[cuda13]'],
   'hub': ['huggingface_hub>=2.4'],
   'dedup': ['datasketch>=2.0'],
+  'gcs': ['gcsfs>=2026.1'],
   'serve': [],  # empty ones are filled when what needs them is there
   'eval': [],
   'quant': [],
@@ -26,6 +27,8 @@ EXTRAS = {
     'beartype>=0.19',
     'datasketch>=2.0',
     'huggingface_hub>=2.4',
+    'gcsfs>=2026.1',
+    'gcp-storage-emulator>=2026.7',
   ],
 }
 

@@ -1,0 +1,138 @@
+"""Runs, prepared data and checkpoints on gs://, against an emulator on this machine: nothing is renamed or locked."""
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from jaxlm import files
+from jaxlm.data import prepare, prepared, tokenizer
+from jaxlm.errors import InputError
+from jaxlm.train import checkpoint, lock
+from jaxlm.train.checkpoint import Checkpoints
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope='module')
+def bucket(tmp_path_factory):
+  """The root of an empty bucket."""
+  for module in ('gcsfs', 'gcp_storage_emulator'):
+    if not importlib.util.find_spec(module):  # not imported: what is set below is read when it is
+      pytest.skip(f"{module} is not installed: pip install 'jaxlm[dev]'")
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    port = free.getsockname()[1]
+  server = subprocess.Popen(
+    [sys.executable, str(Path(__file__).parent / 'gcs_emulator.py'), str(port)],
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.DEVNULL,
+  )
+  url = f'http://localhost:{port}'
+  home = tmp_path_factory.mktemp('home')
+  settings = {
+    'STORAGE_EMULATOR_HOST': url,
+    'TENSORSTORE_GCS_HTTP_URL': url,
+    'GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT': 'false',  # it would ask the real service what kind of bucket this is
+    'XDG_CACHE_HOME': str(home),
+  }
+  with pytest.MonkeyPatch.context() as patch:
+    for name, value in settings.items():
+      patch.setenv(name, value)
+    for _ in range(100):
+      try:
+        urllib.request.urlopen(url).close()
+        break
+      except OSError:
+        time.sleep(0.1)
+    yield epath.Path('gs://bucket')
+  server.kill()
+  server.wait()
+
+
+def test_a_file_is_created_once_and_listings_are_fresh(bucket):
+  folder = bucket / 'files'
+  assert files.children(folder) == []
+  files.create(folder / 'a', 'one')
+  with pytest.raises(FileExistsError):
+    files.create(folder / 'a', 'two')
+  assert (folder / 'a').read_text() == 'one'
+  elsewhere = 'from etils import epath; epath.Path("gs://bucket/files/b").write_text("x")'
+  assert [path.name for path in files.children(folder)] == ['a']
+  subprocess.run([sys.executable, '-c', elsewhere], check=True)
+  assert [path.name for path in files.children(folder)] == ['a', 'b']
+
+
+def test_one_writer(bucket, monkeypatch):
+  folder = bucket / 'locked'
+  with lock.hold(folder):
+    with pytest.raises(InputError, match=f'is being written by process {os.getpid()}'), lock.hold(folder):
+      pass
+    assert [path.name for path in files.children(folder)] == ['lock-000001']
+  assert files.children(folder) == []
+  dead = {'host': 'elsewhere', 'pid': 1, 'started': '1'}
+  files.create(folder / 'lock-000001', json.dumps(dead))
+  with pytest.raises(InputError, match='by process 1 on elsewhere'), lock.hold(folder):
+    pass
+  monkeypatch.setattr(lock, 'STALE', -10.0)
+  with lock.hold(folder):
+    assert [path.name for path in files.children(folder)] == ['lock-000002']
+
+
+def test_checkpoints(bucket):
+  checkpoints = Checkpoints(bucket / 'run' / 'checkpoints', keep_last=2)
+  state = {'x': jnp.arange(7.0), 'y': {'z': jnp.ones((3, 5))}}
+  for step in (1, 2, 3):
+    checkpoints.save(step, jax.tree.map(lambda x, step=step: x + step, state), {})
+  checkpoints.wait()
+  assert checkpoints.steps() == [2, 3]
+  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+  np.testing.assert_array_equal(checkpoints.restore(3, abstract)['x'], state['x'] + 3)
+  (checkpoints.path(3) / checkpoint.META).write_text('{}')
+  said: list[str] = []
+  assert checkpoints.newest_sound(said.append) == 2
+  assert 'meta.json has changed' in said[0]
+  (checkpoints.path(4) / 'begun').write_text('a save that was interrupted')
+  assert checkpoints.steps() == [2]
+  checkpoints.save(3, state, {})
+  checkpoints.close()
+  assert checkpoints.steps() == [2, 3] and not checkpoints.path(4).exists()
+
+
+@pytest.fixture(scope='module')
+def data(bucket, tmp_path_factory):
+  """A folder on the store, prepared from a file on the store."""
+  texts = [f'{i}: the whale and the sea {i * i}\n' * 3 for i in range(60)]
+  (bucket / 'text' / 'sea.jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
+  time.sleep(1.1)  # a file of this second may still change and is never taken as unchanged
+  summary = prepare.prepare(
+    ['gs://bucket/text/sea.jsonl'], tokenizer.train(texts, 300), bucket / 'data', val_fraction=0.2
+  )
+  assert summary.splits['train'].documents + summary.splits['validation'].documents == 60
+  return bucket / 'data'
+
+
+def test_prepared_data(data, tmp_path):
+  ready = prepare.load(data)
+  again = prepare.prepare(['gs://bucket/text/*.jsonl'], ready.tokenizer, data, val_fraction=0.2)
+  assert again == ready.summary
+  local = prepare.prepare(['gs://bucket/text/*.jsonl'], ready.tokenizer, tmp_path / 'local', val_fraction=0.2)
+  assert local.contents == ready.summary.contents
+  assert list(ready.texts('train')) == list(prepare.load(tmp_path / 'local').texts('train'))
+  assert prepared.verify(data) == []
+  (data / 'train.begins.npy').write_bytes(b'x')
+  assert prepared.verify(data) == ['train.begins.npy has changed']
+  assert prepare.load(data).path == ready.path  # the copy that was made is sound
+  other = prepare.prepare(['gs://bucket/text/*.jsonl'], ready.tokenizer, data, val_fraction=0.3)
+  assert other.contents != ready.summary.contents and prepared.verify(data) == []
