@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxlm import config as configs
 from jaxlm.config import Data, Pretrain
 from jaxlm.data import batches as bt
 from jaxlm.data import tokenizer as tok
@@ -197,3 +198,21 @@ def test_scores_add_groups_of_one_name_and_leave_out_empty_ones():
 def test_a_limit_takes_rows_evenly():
   assert [b['x'][:, 1].tolist() for b in bt.in_order(Numbers(0, 23), 3, 5)] == [[0, 4, 9], [13, 18, 0]]
   assert len(bt.in_order(Numbers(0, 23), 3, 100)) == 8
+
+
+def test_the_chapter_mixes_its_five_kinds(tmp_path):
+  config = configs.load(str(Path(__file__).parents[1] / 'configs' / 'pretrain' / 'chapter.py'))
+  kinds = ('encyclopedia', 'web', 'books', 'code', 'social')
+  texts = {
+    kind: [f'{kind} {i} is {i * i} and a word more, so that a row is filled\n' * 9 for i in range(30)] for kind in kinds
+  }
+  for kind, some in texts.items():
+    (tmp_path / f'{kind}.jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in some))
+  vocabulary = tok.train([text for some in texts.values() for text in some], 300)
+  prepare([f'{tmp_path}/{kind}.jsonl' for kind in kinds], vocabulary, tmp_path / 'out')
+  opened = corpus.load(str(tmp_path / 'out'), config.data.mix, config.data.phases)
+  stream = corpus.training(opened, config)
+  assert set(stream.names) == set(kinds)
+  last = config.steps * config.data.global_batch
+  shares = stream.batches.mixture.drawn(last) - stream.batches.mixture.drawn(last * 9 // 10)
+  assert dict(zip(stream.names, (shares / (last // 10)).round(2), strict=True))['encyclopedia'] == 0.35
