@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -200,15 +200,20 @@ class Tokens:
     return np.append(self._offsets[:-1][self._begins], len(self))
 
   @cached_property
-  def _records(self) -> Any:
+  def _records(self) -> Callable[[int], bytes]:
     import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.decode import DeserializeMethod
+    from tensorflow_datasets.core.example_parser import ExampleParserNp
 
     builder: Any = tfds.builder_from_directory(self._path / 'records')
-    return builder.as_data_source(split=self._split)
+    only = tfds.features.FeaturesDict({'tokens': builder.info.features['tokens']})  # the rest costs as much again
+    parse: Any = ExampleParserNp(only.get_serialized_info()).parse_example
+    source = builder.as_data_source(split=self._split, deserialize_method=DeserializeMethod.RAW_BYTES)
+    return lambda index: parse(source[index])['tokens']
 
   def _record(self, index: int, length: int) -> np.ndarray:
     index = index if self._numbers is None else int(self._numbers[index])
-    tokens = np.frombuffer(self._records[index]['tokens'], self._dtype)
+    tokens = np.frombuffer(self._records(index), self._dtype)
     if len(tokens) != length:
       raise InputError(
         f'{self._path}: record {index} of {self._split!r} holds {len(tokens)} tokens, not {length}:'
