@@ -1,14 +1,16 @@
-"""Files here and on object stores: small ones written whole or created once, folders listed, digests of any size.
+"""Files here and on object stores: small ones written whole or created once, growing ones, listings, digests.
 
 On a disk a file is written beside its place and renamed; on an object store (`gs://...`), which renames and locks
 nothing, a write is in one piece by itself, and creating is a write on the condition that nothing is there.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,68 @@ def write_whole(path: Any, text: str) -> None:
     f.flush()
     os.fsync(f.fileno())
   part.replace(path)
+
+
+class Appended:
+  """A file that grows: on a disk at once, on an object store written anew, with what it held, every EVERY seconds.
+
+  What cannot be written (a full disk, a store out of reach) is kept, told to `say` once, and goes first when it can.
+  """
+
+  EVERY = 30.0
+
+  def __init__(self, path: Any, say: Callable[[str], None] = lambda line: None):
+    self.path, self._say, self._failed = epath.Path(path), say, False
+    if remote(path):
+      self._file, self._data = None, self.path.read_bytes() if self.path.exists() else b''
+      self._stored, self._written = len(self._data), time.monotonic()
+    else:
+      self._file, self._data = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666), b''
+
+  def add(self, data: bytes) -> None:
+    """Appends some bytes."""
+    self._data += data
+    if self._file is not None or time.monotonic() - self._written > self.EVERY:
+      with contextlib.suppress(OSError):
+        self._write()
+
+  def flush(self) -> None:
+    """Returns once all that was added is on disk, or in the store. Raises OSError if it cannot be."""
+    self._write()
+    if self._file is not None:
+      os.fsync(self._file)
+
+  def close(self) -> None:
+    """`flush`, then closes the file; what cannot be written even now is lost, and was told."""
+    with contextlib.suppress(OSError):
+      self.flush()
+    if self._file is not None:
+      os.close(self._file)
+
+  def _write(self) -> None:
+    try:
+      if self._file is not None:
+        while self._data:
+          self._data = self._data[os.write(self._file, self._data) :]
+      elif self._stored < len(self._data):
+        self._written = time.monotonic()
+        _store(self.path, self._data)
+        self._stored = len(self._data)
+    except OSError as error:
+      if not self._failed:
+        self._say(f'{self.path}: {error.strerror or error}; rows are kept in memory until they can be written')
+      self._failed = True
+      raise
+    self._failed = False
+
+
+def _store(path: epath.Path, data: bytes) -> None:
+  try:
+    path.write_bytes(data)
+  except OSError:
+    raise
+  except Exception as error:  # clients of object stores have exceptions of their own
+    raise OSError(None, f'{type(error).__name__}: {error}', str(path)) from error
 
 
 def seal(values: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Runs, prepared data and checkpoints on gs://, against an emulator on this machine: nothing is renamed or locked."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -16,11 +17,15 @@ import numpy as np
 import pytest
 from etils import epath
 
-from jaxlm import files
+from jaxlm import cli, files
+from jaxlm.config import Data, Optim, Pretrain, Watch
 from jaxlm.data import prepare, prepared, tokenizer
-from jaxlm.errors import InputError
+from jaxlm.errors import InputError, Stopped
+from jaxlm.loops.pretrain import pretrain
+from jaxlm.models import ModelConfig
 from jaxlm.train import checkpoint, lock
 from jaxlm.train.checkpoint import Checkpoints
+from jaxlm.train.metrics import read_rows
 
 pytestmark = pytest.mark.slow
 
@@ -136,3 +141,40 @@ def test_prepared_data(data, tmp_path):
   assert prepare.load(data).path == ready.path  # the copy that was made is sound
   other = prepare.prepare(['gs://bucket/text/*.jsonl'], ready.tokenizer, data, val_fraction=0.3)
   assert other.contents != ready.summary.contents and prepared.verify(data) == []
+
+
+@pytest.mark.filterwarnings('ignore:Sending a large body')  # aiohttp of gcsfs, ignored outside of tests
+def test_a_run_lives_on_the_store(bucket, data, tmp_path, capsys):
+  config = Pretrain(
+    model=ModelConfig(d_model=16, n_layers=2, n_heads=2, d_ff=11),
+    data=Data(path=str(data), seq_len=13, global_batch=8),
+    optim=Optim(warmup_steps=2),
+    watch=Watch(log_every=1, eval_every=3, eval_batches=2, sample_every=4, sample_tokens=3, save_every=2),
+    steps=6,
+    profile='2:4',
+  )
+  here, there = (dataclasses.replace(config, run=str(run)) for run in (tmp_path / 'run', bucket / 'whole'))
+  state = pretrain(dataclasses.replace(here, profile=''))
+  asked: list[int] = []
+  with pytest.raises(Stopped, match='saved at step 3'):
+    pretrain(there, stop=lambda: asked.append(0) or len(asked) == 3)
+  again = pretrain(there)
+  jax.tree.map(np.testing.assert_array_equal, again.params, state.params)
+  rows = [
+    [{k: v for k, v in row.items() if k != 'time' and not k.startswith('perf/')} for row in read_rows(run / file)]
+    for run in (tmp_path / 'run', bucket / 'whole')
+    for file in ('metrics.jsonl', 'samples.jsonl')
+  ]
+  assert rows[:2] == rows[2:] and rows[0] and rows[1]
+  assert list((bucket / 'whole' / 'profile').glob('plugins/profile/*/*.xplane.pb'))
+  assert len(list((bucket / 'whole').glob('events.out.tfevents.*'))) == 2
+  whole = str(bucket / 'whole')
+  capsys.readouterr()
+  for args in (['verify', whole], ['generate', whole, '--prompt', 'the', '--max-new-tokens', '3'], ['report', whole]):
+    assert cli.main(args) == 0, args
+  assert cli.main(['eval', whole, '--data', str(data)]) == 0
+  assert cli.main(['verify', str(data)]) == 0
+  assert (bucket / 'whole' / 'report.html').read_text().count('<svg') >= 4
+  (bucket / 'whole' / 'checkpoints' / '00000006' / checkpoint.META).write_text('{}')
+  assert cli.main(['verify', whole]) == 1
+  assert '00000006: damaged: meta.json has changed' in capsys.readouterr().out

@@ -19,6 +19,7 @@ from jaxlm.errors import InputError, Stopped
 from jaxlm.files import write_whole
 from jaxlm.loops import corpus, rewind, train, writing
 from jaxlm.loops.corpus import Corpus
+from jaxlm.loops.trace import Trace
 from jaxlm.program import Program
 from jaxlm.train import lock, metrics, optim
 from jaxlm.train.checkpoint import Checkpoints
@@ -90,12 +91,11 @@ def resolve(config: Pretrain, tokenizer: Tokenizer) -> Pretrain:
 def _train(wired: Wired, state: Any, held_out: list[Any], mesh: Any, on_step: OnStep, stop: Any) -> Any:
   """From `state` to the end of the run, or to the SIGTERM or the spike that ends it before."""
   config, checkpoints = wired.config, wired.checkpoints
-  writer = metrics.Writer(epath.Path(config.run), int(state.step))
+  writer, profile = metrics.Writer(config.run, int(state.step), wired.say), Trace(config.run, config.profiled)
   try:
     hooks = _hooks(wired, held_out, writer)
     log = _logger(wired, mesh, writer, on_step, int(state.cursor) - int(state.step))
     timing = {'steps': config.steps, 'log_every': config.watch.log_every, 'stop': stop}
-    profile = _profiling(config, int(state.step))
     state = train.fit(wired.built.step, state, _stream(wired, state), log=log, hooks=hooks, profile=profile, **timing)
     if int(state.step) < config.steps:
       hooks[-1][1](int(state.step), state)
@@ -104,6 +104,7 @@ def _train(wired: Wired, state: Any, held_out: list[Any], mesh: Any, on_step: On
     checkpoints.wait()
     return state
   finally:
+    profile.close()
     writer.close()
 
 
@@ -249,6 +250,7 @@ def _hooks(wired: Wired, held_out: list[Any], writer: metrics.Writer) -> tuple:
 
   def save(step: int, state: Any) -> None:
     if step != saved['step']:
+      writer.flush()  # a saved step stands on rows that are down
       wired.checkpoints.save(step, state, meta | {'score': saved['scores'].get(step)})
       saved['step'] = step
 
@@ -267,19 +269,6 @@ def _check_room(config: Pretrain, tokenizer: Tokenizer) -> None:
   needed, there = longest + config.watch.sample_tokens, config.model.max_seq_len
   if config.model.positions == 'learned' and needed > there:
     raise InputError(f'watch.sample_tokens={config.watch.sample_tokens}: a sample needs {needed} of {there} positions')
-
-
-def _profiling(config: Pretrain, start: int) -> Callable[[int], None]:
-  """What the loop calls before each step to trace those that `profile` names."""
-  first, last = config.profiled or (-1, -1)
-
-  def act(step: int) -> None:
-    if step == max(first, start) and start < last:
-      jax.profiler.start_trace(f'{config.run}/profile')
-    elif step == last and start < last:
-      jax.profiler.stop_trace()
-
-  return act
 
 
 def _logger(wired: Wired, mesh: Any, writer: metrics.Writer, on_step: OnStep, offset: int) -> OnStep:

@@ -2,14 +2,20 @@
 
 import json
 import math
+import socket
+import struct
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from etils import epath
+from tensorboardX import summary
+from tensorboardX.proto import event_pb2, summary_pb2
+from tensorboardX.record_writer import masked_crc32c
 
-from jaxlm.files import write_whole
+from jaxlm.files import Appended, write_whole
 from jaxlm.models import ModelConfig
 
 # Peak dense bfloat16 FLOP/s of a device, by the start of its `device_kind` (vendors' data sheets).
@@ -61,45 +67,70 @@ def matmul_rate(size: int = 1024, tries: int = 5) -> float:
   return 2.0 * size**3 / min(times)
 
 
+_events: Any = event_pb2  # generated modules: no type checker sees what is in them
+_summaries: Any = summary_pb2
+
+
 class Writer:
   """Appends rows to `metrics.jsonl` and scalars to TensorBoard's event file in the run's folder.
 
   Opening it at a step cuts the rows after that step, so that a restored run continues as if it had never stopped.
+  What cannot be written, `say` is told; nothing here ends a run but `flush`.
   """
 
-  def __init__(self, run: Any, step: int = 0):
-    from tensorboardX import SummaryWriter
-
-    self.run = epath.Path(run)
-    self.run.mkdir(parents=True, exist_ok=True)
-    for name in ('metrics.jsonl', 'samples.jsonl'):
-      kept = [row for row in read_rows(self.run / name) if row['step'] <= step]
-      write_whole(self.run / name, ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in kept))
-    self._metrics = (self.run / 'metrics.jsonl').open('a')
-    self._samples = (self.run / 'samples.jsonl').open('a')
-    self._board = SummaryWriter(str(self.run), purge_step=step + 1 if step else None)
+  def __init__(self, run: Any, step: int = 0, say: Callable[[str], None] = lambda line: None):
+    run = epath.Path(run)
+    run.mkdir(parents=True, exist_ok=True)
+    self._rows, self._samples = (_continued(run / name, step, say) for name in ('metrics.jsonl', 'samples.jsonl'))
+    events = run / f'events.out.tfevents.{time.time():.6f}.{socket.gethostname()}'
+    self._board = Appended(events, say)
+    self._board.add(_event(file_version='brain.Event:2'))
+    if step:  # hides what an interrupted run showed after it
+      self._board.add(_event(step=step + 1, session_log=_events.SessionLog(status=_events.SessionLog.START)))
 
   def row(self, step: int, values: dict[str, float]) -> None:
     """One line of metrics; a value that is not finite is written as null."""
     clean = {k: float(v) if math.isfinite(v) else None for k, v in values.items()}
-    self._append(self._metrics, {'step': step, 'time': round(time.time(), 3), **clean})
-    for name, value in clean.items():
-      if value is not None:
-        self._board.add_scalar(name, value, step)
+    self._rows.add(_line({'step': step, 'time': round(time.time(), 3), **clean}))
+    scalars = [summary.scalar(name, value).value[0] for name, value in clean.items() if value is not None]
+    self._board.add(_event(step=step, summary=_summaries.Summary(value=scalars)))
 
   def sample(self, step: int, prompt: str, text: str) -> None:
     """One generated text."""
-    self._append(self._samples, {'step': step, 'prompt': prompt, 'text': text})
-    self._board.add_text('sample', f'**{prompt}** {text}', step)
+    self._samples.add(_line({'step': step, 'prompt': prompt, 'text': text}))
+    self._board.add(_event(step=step, summary=summary.text('sample', f'**{prompt}** {text}')))
+
+  def flush(self) -> None:
+    """Returns once all rows are on disk, or in the store. Raises OSError if they cannot be."""
+    for file in (self._rows, self._samples, self._board):
+      file.flush()
 
   def close(self) -> None:
     """Closes the files."""
-    for file in (self._metrics, self._samples, self._board):
+    for file in (self._rows, self._samples, self._board):
       file.close()
 
-  def _append(self, file: Any, row: dict[str, Any]) -> None:
-    file.write(json.dumps(row, ensure_ascii=False) + '\n')
-    file.flush()
+
+def _continued(path: epath.Path, step: int, say: Callable[[str], None]) -> Appended:
+  """The file with its rows up to that step, to be appended to."""
+  kept = b''.join(_line(row) for row in read_rows(path) if row['step'] <= step)
+  write_whole(path, kept.decode())
+  return Appended(path, say)
+
+
+def _line(row: dict[str, Any]) -> bytes:
+  return json.dumps(row, ensure_ascii=False).encode() + b'\n'
+
+
+def _event(**fields: Any) -> bytes:
+  """One record of an event file: its length, the event, and a checksum of each."""
+  data = _events.Event(wall_time=time.time(), **fields).SerializeToString()
+  length = struct.pack('<Q', len(data))
+  return b''.join((length, _checksum(length), data, _checksum(data)))
+
+
+def _checksum(data: bytes) -> bytes:
+  return struct.pack('<I', masked_crc32c(data))
 
 
 def read_rows(path: Any) -> list[dict[str, Any]]:
