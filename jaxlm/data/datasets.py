@@ -206,7 +206,7 @@ def _prepared(name: str, data_dir: str | None, spec: str) -> epath.Path:
   """Download and prepare `name`; returns its folder."""
   import tensorflow_datasets as tfds
 
-  advice = 'or prepare it where it can be had and give its folder, as in tfds:DATA_DIR/NAME/1.0.0'
+  advice = 'prepare it where it can be had and give its folder, as in tfds:DATA_DIR/NAME/1.0.0'
   for package in LEGACY:
     importlib.import_module(f'tensorflow_datasets.{package}')
   try:
@@ -216,14 +216,14 @@ def _prepared(name: str, data_dir: str | None, spec: str) -> epath.Path:
     where = data_dir or tfds.core.constants.DATA_DIR
     raise InputError(f'{spec}: no data set {name!r}, neither in {where} nor known to TFDS: check the name') from error
   except Exception as error:
-    raise InputError(f'{spec}: TFDS cannot build it: {_line(error)}: check name and configuration, {advice}') from error
+    raise InputError(f'{spec}: TFDS cannot build it: {_line(error)}: check name and configuration, or {advice}') from error
   downloads = epath.Path(builder.data_dir_root) / 'downloads' / builder.name
   if not (builder.MANUAL_DOWNLOAD_INSTRUCTIONS or any(_files_below(downloads)) or _network()):
     raise InputError(f'{spec}: not in {builder.data_dir_root}, and there is no network to download it: {advice}')
   try:
     builder.download_and_prepare()
   except Exception as error:  # whatever the data set's own code raises
-    raise InputError(f'{spec}: TFDS could not prepare it: {_line(error)}: check the network, {advice}') from error
+    raise InputError(f'{spec}: TFDS could not prepare it: {_line(error)}: check the network, or {advice}') from error
   return epath.Path(builder.data_dir)
 
 
