@@ -126,10 +126,7 @@ def make(
       optax.scale_by_learning_rate(learning_rate),
     )
   elif name == 'schedule_free':
-    if group_lr or group_decay:
-      raise InputError('optim: schedule_free keeps two sets of weights and takes no group_lr and no group_decay')
-    base = optax.adamw(learning_rate, 0.0, b2, eps, weight_decay=weight_decay, mask=decayed)
-    optimizer = optax.contrib.schedule_free(base, learning_rate, b1)
+    optimizer = optax.adamw(learning_rate, 0.0, b2, eps, weight_decay=weight_decay, mask=decayed)
   else:
     optimizer = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=decayed)
   if name == 'muon':
@@ -143,8 +140,11 @@ def make(
     optimizer = optax.partition({'matrix': matrices, 'rest': optimizer}, labels)
   if group_decay:
     optimizer = decay_by_group(optimizer, group_decay)
+  scaled = (scale_by_group(group_lr),) if group_lr else ()
+  if name == 'schedule_free':  # around the groups: what it averages has moved by their multiples
+    optimizer, scaled = optax.contrib.schedule_free(optax.chain(optimizer, *scaled), learning_rate, b1), ()
   first = () if clip_norm is None else (optax.clip_by_global_norm(clip_norm),)
-  last = ((scale_by_group(group_lr),) if group_lr else ()) + ((averaged(ema_decay),) if ema_decay else ())
+  last = scaled + ((averaged(ema_decay),) if ema_decay else ())
   return optax.chain(*first, optimizer, *last) if first or last else optimizer
 
 
@@ -186,7 +186,7 @@ def eval_params(opt_state: Any, params: Any) -> Any:
 
 
 def scale_by_group(groups: Sequence[str]) -> optax.GradientTransformation:
-  """Multiplies the updates of the leaves whose path matches, see `group_lr` of `make`; put it last."""
+  """Multiplies the updates of the leaves whose path matches, see `group_lr` of `make`; put it after the learning rate."""
   table = read_groups(groups, 'group_lr')
 
   def init(params: Any) -> Any:
