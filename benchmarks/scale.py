@@ -1,6 +1,6 @@
 """Does one dial do? The coordinate check and the transfer of a learning rate, on the shipped text, in Markdown tables.
 
-python benchmarks/scale.py coordinates [--optimizer muon]
+python benchmarks/scale.py coordinates [--optimizer muon] [--seeds 3]
 python benchmarks/scale.py transfer [--optimizer muon] [--steps 200]
 
 B batch, T sequence, D model, L layers.
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import models, program, quickstart, scale, sharding
+from jaxlm import models, program, quickstart, scale, sharding, train
 from jaxlm.config import Data, Optim, Pretrain
 from jaxlm.data import batches, packing, prepare, sources, tokenizer
 from jaxlm.models import ModelConfig, Run
@@ -87,34 +87,68 @@ def coordinates(cfg: ModelConfig, params: Any, tokens_BT: Any) -> dict[str, jax.
   return jax.tree.map(jnp.sqrt, squares | {'stream': jnp.mean(jnp.square(x_BTD))})
 
 
-def trained(config: Pretrain, data: Callable[[int], Any], steps: int) -> Iterator[tuple[Any, dict[str, Any]]]:
-  """(parameters before the step, metrics of the step) of every step, on one device."""
+def trained(
+  config: Pretrain, data: Callable[[int], Any], steps: int, seeds: Sequence[int] = (0,)
+) -> Iterator[Iterator[tuple[Any, dict[str, Any]]]]:
+  """For every seed: (parameters before the step, metrics of the step) of every step, on one device, compiled once."""
   mesh = sharding.make_mesh(fsdp=1, devices=jax.devices()[:1])
   with jax.set_mesh(mesh):
     built = program.build(dataclasses.replace(config, steps=steps), mesh)
-    state = built.create()
-    for step in range(steps):
-      params = state.params
-      new, metrics = built.step(jax.tree.map(jnp.copy, state), program.put(data(step), built.batch))
-      yield params, metrics
-      state = new
+    optimizer = program.make_optimizer(dataclasses.replace(config, steps=steps))
+    start = lambda key: train.create_state(models.init(config.model, key), optimizer, jax.random.key(1))
+    create = jax.jit(start, out_shardings=jax.tree.map(lambda x: x.sharding, built.abstract))
+
+  def one(seed: int) -> Iterator[tuple[Any, dict[str, Any]]]:
+    with jax.set_mesh(mesh):
+      state = create(jax.random.key(seed))
+      for step in range(steps):
+        params = state.params
+        new, metrics = built.step(
+          jax.tree.map(jnp.copy, state), program.put(data(seed * (steps + 1) + step), built.batch)
+        )
+        yield params, metrics
+        state = new
+
+  return (one(seed) for seed in seeds)
 
 
-def history(config: Pretrain, data: Callable[[int], Any], steps: int) -> dict[str, np.ndarray]:
-  """Each coordinate at the beginning of steps 1 to `steps`, on one batch that is not learnt from."""
-  probe = jnp.asarray(data(steps)['tokens'])
-  measure = jax.jit(lambda params: coordinates(config.model, params, probe))
-  rows = [jax.device_get(measure(params)) for params, _ in trained(config, data, steps)]
-  return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+def history(config: Pretrain, data: Callable[[int], Any], steps: int, seeds: Sequence[int]) -> dict[str, np.ndarray]:
+  """Log of each coordinate at the beginning of steps 1 to `steps`, [seeds, steps], on a batch that is not learnt from.
+
+  A seed is of the start and of the batches.
+  """
+  measure = jax.jit(lambda params, tokens: coordinates(config.model, params, tokens))
+  probes = [jnp.asarray(data(seed * (steps + 1) + steps)['tokens']) for seed in seeds]
+  runs = trained(config, data, steps, seeds)
+  rows = [
+    [jax.device_get(measure(params, probe)) for params, _ in run] for probe, run in zip(probes, runs, strict=True)
+  ]
+  return {name: np.log([[row[name] for row in run] for run in rows]) for name in rows[0][0]}
 
 
 def slopes(
-  config: Pretrain, rule: Rule, data: Callable[[int], Any], *, axis: str, sizes: Sequence[int], steps: int = 10
-) -> dict[str, np.ndarray]:
-  """Each coordinate's log-log slope by the size along `axis` ('width', 'depth'), at each step."""
-  runs = [history(rule(config, resized(config.model, **{axis: n})), data, steps) for n in sizes]
-  fit = lambda values: np.polyfit(np.log(sizes), np.log(np.stack(values)), 1)[0]
-  return {name: fit([run[name] for run in runs]) for name in runs[0]}
+  config: Pretrain,
+  rule: Rule,
+  data: Callable[[int], Any],
+  *,
+  axis: str,
+  sizes: Sequence[int],
+  seeds: Sequence[int] = (0,),
+  steps: int = 10,
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+  """Each coordinate's log-log slope by the size along `axis` ('width', 'depth') at each step, and its standard error.
+
+  The slope is that of the mean over the seeds; the error is taken from the slopes of the single seeds.
+  """
+  runs = [history(rule(config, resized(config.model, **{axis: n})), data, steps, seeds) for n in sizes]
+  found = {}
+  for name in runs[0]:
+    logs = np.stack([run[name] for run in runs])  # [sizes, seeds, steps]
+    fit = lambda values: np.polyfit(np.log(sizes), values.reshape(len(sizes), -1), 1)[0]
+    each = fit(logs).reshape(len(seeds), steps)
+    error = each.std(axis=0, ddof=1) / math.sqrt(len(seeds)) if len(seeds) > 1 else np.full(steps, np.nan)
+    found[name] = fit(logs.mean(axis=1)), error
+  return found
 
 
 def shipped_text(vocab_size: int, seq_len: int, rows: int) -> Callable[[int], Any]:
@@ -128,21 +162,24 @@ def shipped_text(vocab_size: int, seq_len: int, rows: int) -> Callable[[int], An
   return batches.Batches(kept, rows, seed=0)
 
 
-def check(optimizer: str, data: Callable[[int], Any]) -> bool:
+def check(optimizer: str, data: Callable[[int], Any], seeds: Sequence[int]) -> bool:
   """Prints the slopes as a table; whether the dial's are within the bound and the standard ones are not."""
-  print('\n| optimizer | grows | rule | coordinate | slope at step 1 | 2 | 5 | 10 | largest | |\n' + '|---' * 10 + '|')
+  head = '| optimizer | grows | rule | coordinate | slope at step 1 | 2 | 5 | 10 | largest | its error | |'
+  print(f'\n{head}\n' + '|---' * 11 + '|', flush=True)
   passed, config = True, base(optimizer)
   for axis, sizes in (('width', WIDTHS), ('depth', DEPTHS)):
     for name, rule in RULES.items():
       if axis == 'width' and name == 'alpha 1/2':
         continue
-      found = slopes(config, rule, data, axis=axis, sizes=sizes)
-      largest = {k: max(v, key=abs) for k, v in found.items()}
-      for k, v in found.items():
-        cells = ' | '.join(f'{x:+.3f}' for x in (*v[[0, 1, 4, 9]], largest[k]))
-        flat = 'flat' if abs(largest[k]) < BOUND else 'not flat'
-        print(f'| {optimizer} | {axis} x{sizes[-1]} | {name} | {k} | {cells} | {flat} |', flush=True)
-      inside = all(abs(x) < BOUND for x in largest.values())
+      inside = True
+      for k, (slope, error) in slopes(config, rule, data, axis=axis, sizes=sizes, seeds=seeds).items():
+        worst = int(np.argmax(np.abs(slope)))
+        cells = ' | '.join(f'{x:+.3f}' for x in slope[[0, 1, 4, 9, worst]])
+        flat = abs(slope[worst]) < BOUND
+        inside &= bool(flat)
+        verdict = 'flat' if flat else 'not flat'
+        line = f'| {optimizer} | {axis} x{sizes[-1]} | {name} | {k} | {cells} | {error[worst]:.3f} | {verdict} |'
+        print(line, flush=True)
       passed &= name == 'alpha 1/2' or inside == (name == 'dial')
   return passed
 
@@ -150,7 +187,7 @@ def check(optimizer: str, data: Callable[[int], Any]) -> bool:
 def transfer(optimizer: str, data: Callable[[int], Any], steps: int, rates: Sequence[float]) -> None:
   """Prints the loss by learning rate, width and rule: the mean of the last tenth of the steps, each text seen once."""
   print('\n| optimizer | rule | width | ' + ' | '.join(f'{x:.1e}' for x in rates) + ' | best | seconds |')
-  print('|---' * (len(rates) + 5) + '|')
+  print('|---' * (len(rates) + 5) + '|', flush=True)
   start = base(optimizer, n_layers=2)
   start = dataclasses.replace(
     start, optim=dataclasses.replace(start.optim, schedule='linear', warmup_steps=steps // 10)
@@ -161,7 +198,8 @@ def transfer(optimizer: str, data: Callable[[int], Any], steps: int, rates: Sequ
       for lr in rates:
         tuned = dataclasses.replace(start, optim=dataclasses.replace(start.optim, lr=lr))
         config = RULES[name](tuned, resized(start.model, width=width))
-        last = [metrics['nll'] for _, metrics in trained(config, data, steps)][-max(1, steps // 10) :]
+        (run,) = trained(config, data, steps)
+        last = [metrics['nll'] for _, metrics in run][-max(1, steps // 10) :]
         losses.append(float(np.mean(jax.device_get(last))))
       best = rates[int(np.nanargmin(losses))]
       cells = ' | '.join(f'{x:.3f}' for x in losses)
@@ -173,12 +211,13 @@ def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('what', choices=('coordinates', 'transfer'))
   parser.add_argument('--optimizer', choices=tuple(PEAK), default='adamw')
+  parser.add_argument('--seeds', type=int, default=3)
   parser.add_argument('--steps', type=int, default=200)
   args = parser.parse_args()
   config = base(args.optimizer)
   data = shipped_text(config.model.vocab_size, config.data.seq_len, config.data.global_batch)
   if args.what == 'coordinates':
-    return 0 if check(args.optimizer, data) else 1
+    return 0 if check(args.optimizer, data, range(args.seeds)) else 1
   transfer(args.optimizer, data, args.steps, [2.0**-k for k in range(10, 3, -1)])
   return 0
 

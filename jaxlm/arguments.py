@@ -99,3 +99,9 @@ class Verify:
 def parse(cls: Any, args: Sequence[str], verb: str, default: Any = None) -> Any:
   """Arguments into an instance of `cls`; tyro prints what is wrong with them, the nearest flag, and exits with 2."""
   return tyro.cli(cls, prog=f'jaxlm {verb}', args=args, default=default)
+
+
+def named(args: Sequence[str]) -> set[str]:
+  """The fields whose flags are among the arguments, as dotted paths: {'depth', 'model.d_model'}."""
+  flags = (arg[2:].partition('=')[0] for arg in args if arg.startswith('--'))
+  return {flag.replace('-', '_') for flag in flags}

@@ -4,8 +4,12 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jaxlm.errors import InputError, Stopped
+
+if TYPE_CHECKING:
+  from jaxlm.config import Pretrain
 
 HELP = """\
 usage: jaxlm VERB ...          `jaxlm VERB --help` explains a verb
@@ -132,7 +136,8 @@ def _prepare(args: Sequence[str]) -> None:
     print(f'bad records, with file and line: {options.out}/{prepare.QUARANTINE}')
 
 
-def _pretrain(args: Sequence[str]) -> None:
+def pretraining(args: Sequence[str]) -> 'Pretrain':
+  """The run that `jaxlm pretrain` makes of its arguments; what the dial set, where it was turned, is printed."""
   from jaxlm import arguments, config, scale
 
   if args and not args[0].startswith('-'):
@@ -141,15 +146,20 @@ def _pretrain(args: Sequence[str]) -> None:
     default = config.Pretrain()
   if not isinstance(default, config.Pretrain):
     raise InputError(f'this config is a {type(default).__name__}, not a Pretrain')
-  options = arguments.parse(scale.Dialled, args, 'pretrain', scale.dialled(default))
-  if options.depth is not None:
-    base = scale.base_of(options, default)
-    chosen = scale.at_depth(base, options.depth, tokens_per_parameter=options.tokens_per_parameter)
-    options = arguments.parse(scale.Dialled, args, 'pretrain', scale.dialled(chosen))  # again: what is named wins
-    print(scale.describe(options, base), flush=True)
-  elif options.tokens_per_parameter is not None:
+  named = arguments.named(args)
+  start = scale.dialled(default, checked='depth' not in named)
+  options = arguments.parse(scale.Dialled, args, 'pretrain', start)
+  if 'depth' in named:
+    chosen, base = scale.turned(options, default, named)
+    print(scale.describe(chosen, base), flush=True)
+    return chosen
+  if options.tokens_per_parameter is not None:
     raise InputError('--tokens-per-parameter needs --depth')
-  options = scale.undialled(options)
+  return scale.undialled(options)
+
+
+def _pretrain(args: Sequence[str]) -> None:
+  options = pretraining(args)
   from jaxlm.console import Training, terminable
   from jaxlm.loops import pretrain
 

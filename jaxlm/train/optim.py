@@ -186,7 +186,7 @@ def eval_params(opt_state: Any, params: Any) -> Any:
 
 
 def scale_by_group(groups: Sequence[str]) -> optax.GradientTransformation:
-  """Multiplies the updates of the leaves whose path matches, see `group_lr` of `make`; put it after the learning rate."""
+  """Multiplies the updates of the leaves whose path matches, see `group_lr` of `make`; put it near the end."""
   table = read_groups(groups, 'group_lr')
 
   def init(params: Any) -> Any:
