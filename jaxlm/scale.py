@@ -212,9 +212,7 @@ def _keep(config: Pretrain, named: Named) -> Pretrain:
     part, _, name = path.rpartition('.')
     if path in GROUPS:
       value = (*value, *getattr(config.optim, name))
-    fields: dict[str, Any] = {name: value}
-    inner: Any = dataclasses.replace(getattr(config, part), **fields) if part else value
-    config = dataclasses.replace(config, **{part or name: inner})
+    config = _with(config, part, _with(getattr(config, part), name, value)) if part else _with(config, name, value)
   return config
 
 
@@ -268,6 +266,10 @@ def describe(config: Pretrain, base: Pretrain) -> str:
     f'batch {config.data.global_batch}, lr {o.lr:.3g}, weight decay {o.weight_decay:.3g}; '
     f'{config.steps} steps, {o.warmup_steps} of warm-up, {tokens:,} tokens, {tokens / size:.3g} a parameter'
   )
+
+
+def _with(config: Any, name: str, value: Any) -> Any:
+  return dataclasses.replace(config, **{name: value})
 
 
 def _fields(config: Any) -> dict[str, Any]:
