@@ -174,7 +174,7 @@ def _batch_and_steps(base: Pretrain, size: int, per_parameter: float | None, nam
   """Batch and steps for so many parameters: what is not named of them follows what is. The batch moves by doublings."""
   old, seq_len = base.data.global_batch, base.data.seq_len
   batch, steps = named.get('data.global_batch'), named.get('steps')
-  at_least(1, **{'data.global_batch': batch, 'steps': steps})
+  at_least(1, **{path: x for path, x in named.items() if path in ('data.global_batch', 'steps')})
   had = base.steps * old * seq_len
   tokens = had * size / parameters(base.model) if per_parameter is None else per_parameter * size
   if batch and steps:
@@ -244,7 +244,7 @@ def turned(flagged: Dialled, tuned: Pretrain, named: Collection[str]) -> tuple[P
   """
   if flagged.depth is None:
     raise InputError('depth needs a number of layers')
-  values = _fields(undialled(flagged)) | {'steps': tuned.steps}
+  values = _fields(_with(undialled(flagged), 'steps', tuned.steps))
   for part, names in DIALLED.items():
     own, kept = _fields(getattr(tuned, part)), _fields(values[part])
     values[part] = type(getattr(tuned, part))(**kept | {name: own[name] for name in names})
