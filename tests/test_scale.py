@@ -277,14 +277,16 @@ def batch(step: int) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('optimizer, axis', [('adamw', 'width'), ('adamw', 'depth'), ('muon', 'width')])
-def test_block_outputs_stay_by_the_dial_and_by_nothing_else(benchmark, optimizer, axis):
+@pytest.mark.parametrize(
+  'optimizer, axis, lr', [('adamw', 'width', 4e-3), ('adamw', 'depth', 4e-3), ('muon', 'width', 1e-2)]
+)
+def test_block_outputs_stay_by_the_dial_and_by_nothing_else(benchmark, optimizer, axis, lr):
   """A small coordinate check: 4 x the size, 8 steps; the full one is `benchmarks/scale.py coordinates`."""
   base = benchmark.base(optimizer, vocab_size=128, n_layers=2, d_model=64, d_ff=128)
-  base = dataclasses.replace(base, data=Data(seq_len=32, global_batch=4))
+  base = dataclasses.replace(base, data=Data(seq_len=32, global_batch=4), optim=dataclasses.replace(base.optim, lr=lr))
   largest = {}
   for rule in ('dial', 'standard'):
-    found = benchmark.slopes(base, benchmark.RULES[rule], batch, axis=axis, sizes=(1, 2, 4), seeds=range(4), steps=8)
-    largest[rule] = max(float(np.abs(slope).max()) for slope, _ in found.values())
-  print(largest)
-  assert largest['dial'] < 0.1 < 0.3 < largest['standard']
+    found = benchmark.slopes(base, benchmark.RULES[rule], batch, axis=axis, sizes=(1, 4), seeds=(0, 1), steps=8)
+    largest[rule] = {name: float(np.abs(slope).max()) for name, (slope, _) in found.items()}
+  assert max(largest['dial'].values()) < 0.07, largest
+  assert max(largest['standard'].values()) > 0.12, largest
