@@ -1,13 +1,16 @@
 """Does one dial do? The coordinate check and the transfer of a learning rate, on the shipped text, in Markdown tables.
 
-python benchmarks/scale.py coordinates [--optimizer muon] [--seeds 3]
-python benchmarks/scale.py transfer [--optimizer muon] [--steps 200]
+python benchmarks/scale.py coordinates [--optimizer muon] [--seeds 3] [--axis depth] [--rule dial] [--outputs 0.1]
+python benchmarks/scale.py transfer [--optimizer muon] [--steps 150] [--rates 1e-3 2e-3 4e-3]
+
+`--outputs 0.1` starts the output matrices of attention and MLP at a tenth of what they start at otherwise.
 
 B batch, T sequence, D model, L layers.
 """
 
 import argparse
 import dataclasses
+import itertools
 import math
 import sys
 import tempfile
@@ -19,14 +22,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import models, program, quickstart, scale, sharding, train
+from jaxlm import models, program, quickstart, scale, sharding, train, tree
 from jaxlm.config import Data, Optim, Pretrain
 from jaxlm.data import batches, packing, prepare, sources, tokenizer
 from jaxlm.models import ModelConfig, Run
 from jaxlm.models.transformer import Block, _context, branch_scale
 
 BOUND = 0.05  # of a slope
-WIDTHS, DEPTHS = (1, 2, 4, 8), (1, 2, 4)  # multiples of the base
+SIZES = {'width': (1, 2, 4, 8), 'depth': (1, 2, 4)}  # multiples of the base
 PEAK = {'adamw': 1e-3, 'muon': 1e-2}  # learning rates of the coordinate check
 Rule = Callable[[Pretrain, ModelConfig], Pretrain]
 
@@ -88,14 +91,16 @@ def coordinates(cfg: ModelConfig, params: Any, tokens_BT: Any) -> dict[str, jax.
 
 
 def trained(
-  config: Pretrain, data: Callable[[int], Any], steps: int, seeds: Sequence[int] = (0,)
+  config: Pretrain, data: Callable[[int], Any], steps: int, seeds: Sequence[int] = (0,), outputs: float = 1.0
 ) -> Iterator[Iterator[tuple[Any, dict[str, Any]]]]:
   """For every seed: (parameters before the step, metrics of the step) of every step, on one device, compiled once."""
   mesh = sharding.make_mesh(fsdp=1, devices=jax.devices()[:1])
   with jax.set_mesh(mesh):
     built = program.build(dataclasses.replace(config, steps=steps), mesh)
     optimizer = program.make_optimizer(dataclasses.replace(config, steps=steps))
-    start = lambda key: train.create_state(models.init(config.model, key), optimizer, jax.random.key(1))
+    begun = lambda path, x: x * outputs if path in ('layers/attn/o', 'layers/mlp/down') else x
+    init = lambda key: tree.path_map(begun, models.init(config.model, key))
+    start = lambda key: train.create_state(init(key), optimizer, jax.random.key(1))
     create = jax.jit(start, out_shardings=jax.tree.map(lambda x: x.sharding, built.abstract))
 
   def one(seed: int) -> Iterator[tuple[Any, dict[str, Any]]]:
@@ -112,14 +117,16 @@ def trained(
   return (one(seed) for seed in seeds)
 
 
-def history(config: Pretrain, data: Callable[[int], Any], steps: int, seeds: Sequence[int]) -> dict[str, np.ndarray]:
+def history(
+  config: Pretrain, data: Callable[[int], Any], steps: int, seeds: Sequence[int], outputs: float = 1.0
+) -> dict[str, np.ndarray]:
   """Log of each coordinate at the beginning of steps 1 to `steps`, [seeds, steps], on a batch that is not learnt from.
 
   A seed is of the start and of the batches.
   """
   measure = jax.jit(lambda params, tokens: coordinates(config.model, params, tokens))
   probes = [jnp.asarray(data(seed * (steps + 1) + steps)['tokens']) for seed in seeds]
-  runs = trained(config, data, steps, seeds)
+  runs = trained(config, data, steps, seeds, outputs)
   rows = [
     [jax.device_get(measure(params, probe)) for params, _ in run] for probe, run in zip(probes, runs, strict=True)
   ]
@@ -135,12 +142,13 @@ def slopes(
   sizes: Sequence[int],
   seeds: Sequence[int] = (0,),
   steps: int = 10,
+  outputs: float = 1.0,
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
   """Each coordinate's log-log slope by the size along `axis` ('width', 'depth') at each step, and its standard error.
 
   The slope is that of the mean over the seeds; the error is taken from the slopes of the single seeds.
   """
-  runs = [history(rule(config, resized(config.model, **{axis: n})), data, steps, seeds) for n in sizes]
+  runs = [history(rule(config, resized(config.model, **{axis: n})), data, steps, seeds, outputs) for n in sizes]
   found = {}
   for name in runs[0]:
     logs = np.stack([run[name] for run in runs])  # [sizes, seeds, steps]
@@ -162,25 +170,33 @@ def shipped_text(vocab_size: int, seq_len: int, rows: int) -> Callable[[int], An
   return batches.Batches(kept, rows, seed=0)
 
 
-def check(optimizer: str, data: Callable[[int], Any], seeds: Sequence[int]) -> bool:
+def check(
+  optimizer: str,
+  data: Callable[[int], Any],
+  seeds: Sequence[int],
+  *,
+  axes: Sequence[str] = tuple(SIZES),
+  rules: Sequence[str] = tuple(RULES),
+  outputs: float = 1.0,
+) -> bool:
   """Prints the slopes as a table; whether the dial's are within the bound and the standard ones are not."""
   head = '| optimizer | grows | rule | coordinate | slope at step 1 | 2 | 5 | 10 | largest | its error | |'
   print(f'\n{head}\n' + '|---' * 11 + '|', flush=True)
   passed, config = True, base(optimizer)
-  for axis, sizes in (('width', WIDTHS), ('depth', DEPTHS)):
-    for name, rule in RULES.items():
-      if axis == 'width' and name == 'alpha 1/2':
-        continue
-      inside = True
-      for k, (slope, error) in slopes(config, rule, data, axis=axis, sizes=sizes, seeds=seeds).items():
-        worst = int(np.argmax(np.abs(slope)))
-        cells = ' | '.join(f'{x:+.3f}' for x in slope[[0, 1, 4, 9, worst]])
-        flat = abs(slope[worst]) < BOUND
-        inside &= bool(flat)
-        verdict = 'flat' if flat else 'not flat'
-        line = f'| {optimizer} | {axis} x{sizes[-1]} | {name} | {k} | {cells} | {error[worst]:.3f} | {verdict} |'
-        print(line, flush=True)
-      passed &= name == 'alpha 1/2' or inside == (name == 'dial')
+  for axis, name in itertools.product(axes, rules):
+    if axis == 'width' and name == 'alpha 1/2':
+      continue
+    found = slopes(config, RULES[name], data, axis=axis, sizes=SIZES[axis], seeds=seeds, outputs=outputs)
+    inside = True
+    for k, (slope, error) in found.items():
+      worst = int(np.argmax(np.abs(slope)))
+      cells = ' | '.join(f'{x:+.3f}' for x in slope[[0, 1, 4, 9, worst]])
+      flat = bool(abs(slope[worst]) < BOUND)
+      inside &= flat
+      verdict = 'flat' if flat else 'not flat'
+      line = f'| {optimizer} | {axis} x{SIZES[axis][-1]} | {name} | {k} | {cells} | {error[worst]:.3f} | {verdict} |'
+      print(line, flush=True)
+    passed &= name == 'alpha 1/2' or inside == (name == 'dial')
   return passed
 
 
@@ -212,14 +228,20 @@ def main() -> int:
   parser.add_argument('what', choices=('coordinates', 'transfer'))
   parser.add_argument('--optimizer', choices=tuple(PEAK), default='adamw')
   parser.add_argument('--seeds', type=int, default=3)
-  parser.add_argument('--steps', type=int, default=200)
+  parser.add_argument('--axis', choices=tuple(SIZES), nargs='*', default=tuple(SIZES))
+  parser.add_argument('--rule', choices=tuple(RULES), nargs='*', default=tuple(RULES))
+  parser.add_argument('--outputs', type=float, default=1.0)
+  parser.add_argument('--steps', type=int, default=150)
+  parser.add_argument('--rates', type=float, nargs='*', default=[2.0**-k for k in range(10, 3, -1)])
   args = parser.parse_args()
   config = base(args.optimizer)
   data = shipped_text(config.model.vocab_size, config.data.seq_len, config.data.global_batch)
-  if args.what == 'coordinates':
-    return 0 if check(args.optimizer, data, range(args.seeds)) else 1
-  transfer(args.optimizer, data, args.steps, [2.0**-k for k in range(10, 3, -1)])
-  return 0
+  if args.what == 'transfer':
+    transfer(args.optimizer, data, args.steps, args.rates)
+    return 0
+  seeds = range(args.seeds)
+  passed = check(args.optimizer, data, seeds, axes=args.axis, rules=args.rule, outputs=args.outputs)
+  return 0 if passed else 1
 
 
 if __name__ == '__main__':
