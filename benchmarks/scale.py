@@ -1,7 +1,7 @@
 """Does one dial do? The coordinate check and the transfer of a learning rate, on the shipped text, in Markdown tables.
 
 python benchmarks/scale.py coordinates [--optimizer muon] [--seeds 3] [--axis depth] [--rule dial] [--outputs 0.1]
-python benchmarks/scale.py transfer [--optimizer muon] [--steps 150] [--rates 1e-3 2e-3 4e-3]
+python benchmarks/scale.py transfer [--optimizer muon] [--steps 150] [--rates 1e-3 2e-3] [--widths 4] [--rule dial]
 
 `--outputs 0.1` starts the output matrices of attention and MLP at a tenth of what they start at otherwise.
 
@@ -200,7 +200,15 @@ def check(
   return passed
 
 
-def transfer(optimizer: str, data: Callable[[int], Any], steps: int, rates: Sequence[float]) -> None:
+def transfer(
+  optimizer: str,
+  data: Callable[[int], Any],
+  steps: int,
+  rates: Sequence[float],
+  *,
+  widths: Sequence[int] = (1, 2, 4),
+  rules: Sequence[str] = ('dial', 'standard'),
+) -> None:
   """Prints the loss by learning rate, width and rule: the mean of the last tenth of the steps, each text seen once."""
   print('\n| optimizer | rule | width | ' + ' | '.join(f'{x:.1e}' for x in rates) + ' | best | seconds |')
   print('|---' * (len(rates) + 5) + '|', flush=True)
@@ -208,19 +216,18 @@ def transfer(optimizer: str, data: Callable[[int], Any], steps: int, rates: Sequ
   start = dataclasses.replace(
     start, optim=dataclasses.replace(start.optim, schedule='linear', warmup_steps=steps // 10)
   )
-  for name in ('dial', 'standard'):
-    for width in (1, 2, 4):
-      began, losses = time.monotonic(), []
-      for lr in rates:
-        tuned = dataclasses.replace(start, optim=dataclasses.replace(start.optim, lr=lr))
-        config = RULES[name](tuned, resized(start.model, width=width))
-        (run,) = trained(config, data, steps)
-        last = [metrics['nll'] for _, metrics in run][-max(1, steps // 10) :]
-        losses.append(float(np.mean(jax.device_get(last))))
-      best = rates[int(np.nanargmin(losses))]
-      cells = ' | '.join(f'{x:.3f}' for x in losses)
-      seconds = time.monotonic() - began
-      print(f'| {optimizer} | {name} | {64 * width} | {cells} | {best:.1e} | {seconds:.0f} |', flush=True)
+  for name, width in itertools.product(rules, widths):
+    began, losses = time.monotonic(), []
+    for lr in rates:
+      tuned = dataclasses.replace(start, optim=dataclasses.replace(start.optim, lr=lr))
+      config = RULES[name](tuned, resized(start.model, width=width))
+      (run,) = trained(config, data, steps)
+      last = [metrics['nll'] for _, metrics in run][-max(1, steps // 10) :]
+      losses.append(float(np.mean(jax.device_get(last))))
+    best = rates[int(np.nanargmin(losses))]
+    cells = ' | '.join(f'{x:.3f}' for x in losses)
+    seconds = time.monotonic() - began
+    print(f'| {optimizer} | {name} | {config.model.d_model} | {cells} | {best:.1e} | {seconds:.0f} |', flush=True)
 
 
 def main() -> int:
@@ -232,12 +239,14 @@ def main() -> int:
   parser.add_argument('--rule', choices=tuple(RULES), nargs='*', default=tuple(RULES))
   parser.add_argument('--outputs', type=float, default=1.0)
   parser.add_argument('--steps', type=int, default=150)
+  parser.add_argument('--widths', type=int, nargs='*', default=[1, 2, 4])
   parser.add_argument('--rates', type=float, nargs='*', default=[2.0**-k for k in range(10, 3, -1)])
   args = parser.parse_args()
   config = base(args.optimizer)
   data = shipped_text(config.model.vocab_size, config.data.seq_len, config.data.global_batch)
   if args.what == 'transfer':
-    transfer(args.optimizer, data, args.steps, args.rates)
+    rules = [rule for rule in args.rule if rule != 'alpha 1/2']  # it is one of depth
+    transfer(args.optimizer, data, args.steps, args.rates, widths=args.widths, rules=rules)
     return 0
   seeds = range(args.seeds)
   passed = check(args.optimizer, data, seeds, axes=args.axis, rules=args.rule, outputs=args.outputs)
