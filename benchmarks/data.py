@@ -2,9 +2,9 @@
 
 python benchmarks/data.py 'corpus/*.jsonl' --tokenizer data/tokenizer.json [--training-rate 2000]
 
-Without `datasets` and `trl` installed only jaxlm's row is printed. Both sides tokenize the same files with the
-same tokenizer (jaxlm drops exact duplicates as always) and give shuffled batches of packed rows with positions as NumPy arrays; rates of loading
-are of the process's CPU time, so that other work on the machine does not count.
+Without `datasets` and `trl` installed only jaxlm's row is printed. Both sides tokenize the same files with the same
+tokenizer (jaxlm drops exact duplicates, as always) and give shuffled batches of packed rows with positions as NumPy
+arrays; rates of loading are of the process's CPU time, so that other work on the machine does not count.
 """
 
 import argparse
