@@ -1,75 +1,23 @@
 """A run killed at several moments, one of them inside a save, ends bitwise like one left alone."""
 
-import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from tiny_run import finish, furnish, logged, rows_and_samples, saved_state, start, unfinished
 
-from jaxlm import config as configs
-from jaxlm.config import Data, Optim, Pretrain, Watch
-from jaxlm.data import prepare, sources, tokenizer
-from jaxlm.models import ModelConfig
-from jaxlm.quickstart import SAMPLE
-from jaxlm.train.checkpoint import DIGEST, Checkpoints
+from jaxlm.train.checkpoint import Checkpoints
 from jaxlm.train.metrics import read_rows
-
-CONFIG = """
-from jaxlm import config
-from pathlib import Path
-config = config.from_json(config.Pretrain, (Path(__file__).parent / 'settings.json').read_text())
-"""
 
 
 @pytest.fixture(scope='module')
 def home(tmp_path_factory):
   """A folder with prepared data and the config of a tiny run: 24 steps, everything happening at its own rhythm."""
-  home = tmp_path_factory.mktemp('resume')
-  specs = (str(SAMPLE / 'play.jsonl'),)
-  vocabulary = tokenizer.train((d.text for d in sources.documents(specs)), 307)
-  prepare.prepare(specs, vocabulary, home / 'data', val_fraction=0.1)
-  config = Pretrain(
-    model=ModelConfig(d_model=96, n_layers=3, n_heads=3, d_ff=177),
-    data=Data(path=str(home / 'data'), seq_len=29, global_batch=5),
-    optim=Optim(name='muon', lr=3e-3, warmup_steps=3),
-    watch=Watch(
-      log_every=2, eval_every=5, eval_batches=3, sample_every=7, sample_tokens=5, save_every=4, keep_last=100
-    ),
-    steps=24,
-  )
-  (home / 'settings.json').write_text(configs.to_json(config))
-  (home / 'tiny.py').write_text(CONFIG)
-  return home
-
-
-def start(home: Path, run: Path) -> subprocess.Popen:
-  env = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
-  command = [sys.executable, '-m', 'jaxlm', 'pretrain', str(home / 'tiny.py'), '--run', str(run)]
-  return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def finish(process: subprocess.Popen) -> str:
-  out, _ = process.communicate(timeout=300)
-  assert process.returncode == 0, out
-  return out
-
-
-def logged(run: Path) -> int:
-  """The last step that metrics.jsonl holds."""
-  lines = (run / 'metrics.jsonl').read_text().split('\n')[:-1] if (run / 'metrics.jsonl').exists() else []
-  return json.loads(lines[-1])['step'] if lines else 0
-
-
-def unfinished(run: Path) -> list[str]:
-  """Checkpoint folders without their acknowledgement."""
-  folder = run / 'checkpoints'
-  return [p.name for p in folder.iterdir() if not (p / DIGEST).exists()] if folder.exists() else []
+  return furnish(tmp_path_factory.mktemp('resume'))
 
 
 def kill_when(process: subprocess.Popen, moment) -> None:
@@ -82,18 +30,10 @@ def kill_when(process: subprocess.Popen, moment) -> None:
   assert process.returncode == -signal.SIGKILL
 
 
-def outcome(run: Path, home: Path):
+def outcome(run: Path):
   """Everything a run leaves that must not depend on interruptions."""
-  rows = [
-    {k: v for k, v in row.items() if k != 'time' and not k.startswith('perf/')}
-    for row in read_rows(run / 'metrics.jsonl')
-  ]
-  checkpoints = Checkpoints(run / 'checkpoints')
-  assert checkpoints.steps() == [4, 8, 12, 16, 20, 24]
-  from orbax.checkpoint import v1 as ocp
-
-  states = {step: ocp.load(checkpoints.path(step), ocp.metadata(checkpoints.path(step)).metadata) for step in (12, 24)}
-  return rows, read_rows(run / 'samples.jsonl'), jax.tree.map(np.asarray, states)
+  assert Checkpoints(run / 'checkpoints').steps() == [4, 8, 12, 16, 20, 24]
+  return *rows_and_samples(run), {step: saved_state(run, step) for step in (12, 24)}
 
 
 @pytest.mark.slow
@@ -114,8 +54,8 @@ def test_killed_runs_end_bitwise_like_one_left_alone(home):
   out = finish(start(home, killed))
   assert 'continues from step' in out
 
-  rows, samples, states = outcome(killed, home)
-  expected_rows, expected_samples, expected_states = outcome(alone, home)
+  rows, samples, states = outcome(killed)
+  expected_rows, expected_samples, expected_states = outcome(alone)
   assert rows == expected_rows
   assert samples == expected_samples
   jax.tree.map(np.testing.assert_array_equal, states, expected_states)
@@ -124,7 +64,7 @@ def test_killed_runs_end_bitwise_like_one_left_alone(home):
 
   again = finish(start(home, killed))  # a finished run stays as it is
   assert 'continues from step 24 of 24' in again
-  assert outcome(killed, home)[0] == expected_rows
+  assert outcome(killed)[0] == expected_rows
 
 
 @pytest.mark.slow
