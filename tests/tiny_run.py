@@ -1,4 +1,4 @@
-"""A tiny run as processes: prepared data, a config where all happens at its own rhythm, starting, ending, what is left."""
+"""A tiny run as processes: its data, a config where everything has its own rhythm, starting it, and what it leaves."""
 
 import dataclasses
 import json
