@@ -57,6 +57,8 @@ def figures(row: dict[str, float]) -> str:
   shown.append(f'data {row["perf/data_wait"]:.0%}')
   if row['train/skipped']:
     shown.append(f'skipped {row["train/skipped"]:.0f}')
+  if row.get('train/failed_saves'):
+    shown.append(f'failed saves {row["train/failed_saves"]:.0f}')
   return '  '.join(shown)
 
 
