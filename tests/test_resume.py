@@ -80,10 +80,66 @@ def test_sigterm_saves_once_and_a_second_writer_is_refused(home):
   process.send_signal(signal.SIGTERM)
   out, _ = process.communicate(timeout=120)
   assert process.returncode == 75, out
-  newest = Checkpoints(run / 'checkpoints').steps()[-1]
+  steps = Checkpoints(run / 'checkpoints').steps()
+  newest = steps[-1]
+  assert steps == sorted({*range(4, newest, 4), newest})
   assert f'saved at step {newest} of 24' in out
   assert newest >= logged(run)
   finish(start(home, run))
   finish(start(home, home / 'alone'))
   losses = lambda run: [row['train/loss'] for row in read_rows(run / 'metrics.jsonl') if 'train/loss' in row]
   assert losses(run) == losses(home / 'alone')
+
+
+def signalled_twice(process: subprocess.Popen, moment) -> tuple[int, float, str]:
+  """(exit code, seconds from the second signal on, output) of a process that gets two SIGTERMs at a moment."""
+  while not moment():
+    assert process.poll() is None, process.communicate()[0]
+    time.sleep(0.001)
+  process.send_signal(signal.SIGTERM)
+  time.sleep(0.05)
+  process.send_signal(signal.SIGTERM)
+  began = time.monotonic()
+  out, _ = process.communicate(timeout=120)
+  return process.returncode, time.monotonic() - began, out
+
+
+@pytest.mark.slow
+def test_a_second_sigterm_leaves_at_once_while_compiling_and_while_saving(home):
+  run = home / 'twice'
+  compiling = lambda: (run / 'samples.jsonl').exists()  # made right before the first step, which compiles for seconds
+  code, seconds, out = signalled_twice(start(home, run), compiling)
+  assert (code, logged(run)) == (143, 0), out
+  assert seconds < 2
+  code, seconds, out = signalled_twice(start(home, run), lambda: unfinished(run))
+  assert code == 143, out
+  assert seconds < 2
+  finish(start(home, run))
+  finish(start(home, home / 'alone'))
+  rows, samples, states = outcome(run)
+  expected_rows, expected_samples, expected_states = outcome(home / 'alone')
+  assert (rows, samples) == (expected_rows, expected_samples)
+  jax.tree.map(np.testing.assert_array_equal, states, expected_states)
+
+
+@pytest.mark.slow
+def test_a_full_disk_costs_the_saves_it_refuses_and_nothing_else(home, kill_points, tmp_path):
+  run = tmp_path / 'full'
+  full = {'LD_PRELOAD': str(kill_points), 'KILL_POINTS_BELOW': str(run)}
+  for step, left in ((8, [4, 12, 16, 20, 24]), (24, [4, 12, 16, 20])):  # in the middle, then what the end asks for
+    process = start(home, run, **full, KILL_POINTS_FULL=f'/{step:08d}')
+    out = finish(process, code=int(step == 24))
+    said = f'checkpoints: step {step} could not be saved: No space left on device'
+    assert [line for line in out.splitlines() if said in line]
+    assert 'Traceback' not in out
+    assert sorted(path.name for path in (run / 'checkpoints').iterdir()) == [f'{s:08d}' for s in left]
+    counted = {row['step']: row.get('train/failed_saves') for row in read_rows(run / 'metrics.jsonl')}
+    if step == 8:
+      assert counted[6] is None and counted[24] == 1
+      (run / 'checkpoints' / '00000024' / 'digest.json').unlink()
+    else:
+      assert out.splitlines()[-1].startswith('jaxlm: ') and out.splitlines()[-1].endswith(said.split(': ', 1)[1])
+  finish(start(home, run))
+  finish(start(home, home / 'alone'))
+  expected, found = saved_state(home / 'alone', 24), saved_state(run, 24)
+  jax.tree.map(np.testing.assert_array_equal, found, expected)

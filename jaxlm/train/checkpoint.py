@@ -6,6 +6,9 @@ interrupted and does not count. Nothing is renamed or locked by us, so the same 
 
 import contextlib
 import json
+import logging
+import os
+import re
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -83,7 +86,12 @@ class Checkpoints:
       self._clear_unfinished()
       if (self.path(step) / ASIDE).exists():
         self.path(step).rmtree()  # damaged, and now made again
-      response = ocp.save_async(self.path(step), jax.tree.map(_storable, state))
+      logging.getLogger('absl').addFilter(_no_trace)
+      context = ocp.Context()
+      # In the background, a folder that cannot be made would cost Orbax a wait of five minutes.
+      context.asynchronous.create_directories_asynchronously = False
+      with context:
+        response = ocp.save_async(self.path(step), jax.tree.map(_storable, state))
       self._pending = self._worker.submit(self._finish, response, step, {**meta, 'step': step})
 
   def wait(self) -> None:
@@ -148,7 +156,7 @@ class Checkpoints:
     except OSError as error:
       line = f'step {step} could not be saved: {error.strerror or error}'
       self.failed, self._failure = self.failed + 1, OSError(error.errno, line, str(self.directory))
-      self._say(f'{self.directory}: {line}; training goes on, older steps stay')
+      self._say(f'{self.directory}: {line}; older steps stay')
       with contextlib.suppress(OSError):  # else the next save does it
         self._clear_unfinished()
 
@@ -185,8 +193,15 @@ def _written(response: Any, path: epath.Path) -> None:
   except OSError:
     raise
   except Exception as error:
-    lines = str(error).splitlines() or ['']
-    raise OSError(None, f'{type(error).__name__}: {lines[0]}', str(path)) from error
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    if code:
+      raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+    raise OSError(None, f'{type(error).__name__}: {error}'.splitlines()[0], str(path)) from error
+
+
+def _no_trace(record: logging.LogRecord) -> bool:
+  """Drops the stack of each of Orbax's threads that an error passes: it comes out of `result`, and is told once."""
+  return '_SignalingThread.run() raised' not in str(record.msg)
 
 
 def _digests(path: epath.Path) -> dict[str, str]:
