@@ -101,9 +101,6 @@ class Job:
 
   def __init__(self, home: Path, library: Path):
     self.home, self.library, self.points = home, library, list[Point]()
-    flags = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'  # compiles in half the time
-    cache = {'JAX_COMPILATION_CACHE_DIR': str(home / 'cache'), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
-    self.env = cache | {'XLA_FLAGS': flags}
 
   def begin(self, folder: Path, **env: str) -> subprocess.Popen:
     raise NotImplementedError
@@ -122,11 +119,12 @@ class Job:
     preload = {'LD_PRELOAD': str(self.library), 'KILL_POINTS_BELOW': str(folder), 'KILL_POINTS_LOG': str(log)}
     return self.begin(folder, **preload, **env)
 
-  def reference(self) -> None:
-    """One process left alone: its points and its result."""
+  def reference(self, timed: bool) -> None:
+    """One process left alone: its points and its result; `timed`, after one that compiled."""
     folder = self.home / f'{self.verb}-alone'
     self.furnish(folder)
-    finish(self.begin(self.home / f'{self.verb}-warm'))  # compiles, so that the points have the times of all others
+    if timed:
+      finish(self.begin(self.home / f'{self.verb}-warm'))
     finish(self.watched(folder, self.home / f'{self.verb}.log'))
     self.points = read_log(self.home / f'{self.verb}.log')
 
@@ -159,10 +157,10 @@ class Training(Job):
 
   def begin(self, folder: Path, **env: str) -> subprocess.Popen:
     self.resumes = Checkpoints(folder / 'checkpoints').steps()[-1:]
-    return start(self.home, folder, **self.env, **env)
+    return start(self.home, folder, **env)
 
-  def reference(self) -> None:
-    super().reference()
+  def reference(self, timed: bool) -> None:
+    super().reference(timed)
     folder = self.home / 'pretrain-alone'
     self.steps = Checkpoints(folder / 'checkpoints').steps()
     self.texts, self.state = rows_and_samples(folder), saved_state(folder, CONFIG.steps)
@@ -226,8 +224,8 @@ class Preparing(Job):
       self.before = prepared.read_summary(before)
     shutil.copytree(before, folder)
 
-  def reference(self) -> None:
-    super().reference()
+  def reference(self, timed: bool) -> None:
+    super().reference(timed)
     self.summary = prepared.read_summary(self.home / 'prepare-alone')
     assert self.summary and self.summary.contents != self.before.contents
 
@@ -263,7 +261,7 @@ def kills(training: Training, preparing: Preparing, short: bool, seed: int) -> l
   if short:
     wanted = (('write', 'checkpoints/#/digest.json.part'), ('rename', ACKNOWLEDGES), ('fsync', 'metrics.jsonl'))
     chosen = [next(k for k in distinct if (k.point.kind, k.point.name) == point) for point in wanted]
-    return [*chosen, preparing.at_random(rng, 'prepare'), training.at_random(rng, 'evaluation')]
+    return [*chosen, preparing.at_random(rng, 'prepare'), training.at_random(rng, 'save')]
   moments = {'step': 8, 'save': 8, 'evaluation': 7}
   random_ones = [training.at_random(rng, during) for during, n in moments.items() for _ in range(n)]
   return [*distinct, *random_ones, *(preparing.at_random(rng, 'prepare') for _ in range(7))]
@@ -275,7 +273,7 @@ def run(home: Path, library: Path, *, short: bool, seed: int) -> list[str]:
   furnish(home, CONFIG)
   jobs = Training(home, library), Preparing(home, library)
   for job in jobs:
-    job.reference()
+    job.reference(timed=not short)
     count = collections.Counter(kind for kind, _ in {(point.kind, point.name) for point in job.points})
     kinds = ', '.join(f'{n} {kind}' for kind, n in sorted(count.items()))
     print(f'{job.verb}: {len(job.points)} calls, {count.total()} distinct: {kinds}', flush=True)
