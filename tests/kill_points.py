@@ -3,8 +3,9 @@
     python tests/kill_points.py [--short]
 
 A library preloaded into `jaxlm` (kill_points.c) names every call that changes a file. One undisturbed process gives the
-list of points and what must come out. Each kill then has a folder of its own: the process dies at the point, everything
-acknowledged before must still be whole, and the same command, started again, must end as if nothing had happened.
+list of points and what must come out. Then the process dies at each point in turn, and everything acknowledged before
+must still be whole. Up to six kills go into one run, one into one preparation; then the same command, started again,
+must end as if nothing had happened.
 """
 
 import argparse
@@ -26,7 +27,8 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import jax
 import numpy as np
-from tiny_run import BASE, SOURCE, finish, furnish, launch, rows_and_samples, saved_state, start, unfinished
+from forked import Forks
+from tiny_run import BASE, SOURCE, furnish, quick, rows_and_samples, saved_state, unfinished
 
 from jaxlm.console import clock
 from jaxlm.data import prepared
@@ -97,16 +99,20 @@ def read_log(path: Path) -> list[Point]:
 class Job:
   """A command that is killed and started again; `place` is what it writes to, always of the same name."""
 
-  verb = ''
+  verb, kills_in_a_row = '', 1
 
-  def __init__(self, home: Path, library: Path):
-    self.home, self.library, self.points = home, library, list[Point]()
+  def __init__(self, home: Path, forks: Forks):
+    self.home, self.forks, self.points = home, forks, list[Point]()
+    self.folder, self.killed = home / 'none', list[Kill]()
 
-  def begin(self, folder: Path, **env: str) -> subprocess.Popen:
+  def arguments(self, folder: Path) -> tuple[str, ...]:
     raise NotImplementedError
 
   def furnish(self, folder: Path) -> None:
     """What is in the place before the first process."""
+
+  def begin(self, folder: Path) -> None:
+    """Called before each process."""
 
   def check_killed(self, folder: Path, log: list[Point]) -> None:
     raise NotImplementedError
@@ -114,19 +120,21 @@ class Job:
   def check_end(self, folder: Path, out: str) -> None:
     raise NotImplementedError
 
-  def watched(self, folder: Path, log: Path, **env: str) -> subprocess.Popen:
-    """The process with the library in it."""
-    preload = {'LD_PRELOAD': str(self.library), 'KILL_POINTS_BELOW': str(folder), 'KILL_POINTS_LOG': str(log)}
-    return self.begin(folder, **preload, **env)
+  def process(self, folder: Path, **env: str) -> tuple[int, str, list[Point]]:
+    """(exit code, output, points) of a process in that folder."""
+    log = folder.with_suffix('.log')
+    log.unlink(missing_ok=True)
+    self.begin(folder)
+    watched = {'KILL_POINTS_BELOW': str(folder), 'KILL_POINTS_LOG': str(log)}
+    return *self.forks.run(folder.with_suffix('.out'), *self.arguments(folder), **watched, **env), read_log(log)
 
   def reference(self, timed: bool) -> None:
     """One process left alone: its points and its result; `timed`, after one that compiled."""
-    folder = self.home / f'{self.verb}-alone'
-    self.furnish(folder)
-    if timed:
-      finish(self.begin(self.home / f'{self.verb}-warm'))
-    finish(self.watched(folder, self.home / f'{self.verb}.log'))
-    self.points = read_log(self.home / f'{self.verb}.log')
+    for name in ('warm', 'alone') if timed else ('alone',):
+      folder = self.home / f'{self.verb}-{name}'
+      self.furnish(folder)
+      code, out, self.points = self.process(folder)
+      assert code == 0, out
 
   def distinct(self, rng: random.Random) -> Iterator[Kill]:
     """One kill for each kind of call on each name, at one of its times; a write is cut in two."""
@@ -136,28 +144,51 @@ class Job:
     for points in found.values():
       yield Kill(self, rng.choice(points), half=points[0].kind == 'write')
 
-  def survives(self, kill: Kill, folder: Path) -> None:
-    """Kills, checks, starts again, compares. Raises AssertionError with what is wrong."""
-    self.furnish(folder)
-    log = folder.with_suffix('.log')
-    process = self.watched(folder, log, **kill.env)
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == -signal.SIGKILL, f'was not killed but left with {process.returncode}: {out}'
-    points = read_log(log)
-    self.check_killed(folder, points if kill.half or kill.after is not None else points[:-1])
-    self.check_end(folder, finish(self.begin(folder)))
-    shutil.rmtree(folder)
-    log.unlink()
+  def survives(self, kill: Kill, number: int) -> None:
+    """Kills and checks; what it is killed in may have been killed before. Raises AssertionError with what is wrong."""
+    if not self.killed:
+      self.folder = self.home / f'kill-{number}'
+      self.furnish(self.folder)
+    else:  # fewer calls are left
+      kill = dataclasses.replace(kill, point=kill.point._replace(nth=1))
+    code, out, points = self.process(self.folder, **kill.env)
+    if code == 0 and self.killed:
+      self._ended(out)
+      return self.survives(kill, number)
+    assert code == -signal.SIGKILL, f'was not killed but left with {code}: {out}'
+    self.check_killed(self.folder, points if kill.half or kill.after is not None else points[:-1])
+    self.killed.append(kill)
+    if len(self.killed) == self.kills_in_a_row:
+      self.end()
+    return None
+
+  def end(self) -> None:
+    """Starts the killed command again, and compares what it leaves."""
+    if self.killed:
+      code, out, _ = self.process(self.folder)
+      assert code == 0, out
+      self._ended(out)
+
+  def _ended(self, out: str) -> None:
+    self.check_end(self.folder, out)
+    self.forget()
+
+  def forget(self) -> None:
+    """The next kill gets a new folder."""
+    shutil.rmtree(self.folder, ignore_errors=True)
+    self.killed = []
 
 
 class Training(Job):
   """`jaxlm pretrain`."""
 
-  verb = 'pretrain'
+  verb, kills_in_a_row = 'pretrain', 6
 
-  def begin(self, folder: Path, **env: str) -> subprocess.Popen:
-    self.resumes = Checkpoints(folder / 'checkpoints').steps()[-1:]
-    return start(self.home, folder, **env)
+  def arguments(self, folder: Path) -> tuple[str, ...]:
+    return 'pretrain', str(self.home / 'tiny.py'), '--run', str(folder)
+
+  def begin(self, folder: Path) -> None:
+    self.saved = Checkpoints(folder / 'checkpoints').steps()
 
   def reference(self, timed: bool) -> None:
     super().reference(timed)
@@ -171,7 +202,7 @@ class Training(Job):
   def check_killed(self, folder: Path, log: list[Point]) -> None:
     """What was acknowledged, and not deleted for newer ones, is there and whole."""
     of = lambda kind: {int(p.path.split('/')[1]) for p in log if p.kind == kind and p.name == ACKNOWLEDGES}
-    acknowledged, deleted = of('rename'), of('unlink')
+    acknowledged, deleted = of('rename') | {*self.saved}, of('unlink')
     assert len(deleted) <= max(0, len(acknowledged) - WATCH.keep_last), f'{acknowledged} less {deleted}'
     checkpoints = Checkpoints(folder / 'checkpoints')
     lost = acknowledged - deleted - set(checkpoints.steps())
@@ -181,7 +212,7 @@ class Training(Job):
 
   def check_end(self, folder: Path, out: str) -> None:
     """Continued from the newest step, and ended bitwise as the run left alone, with nothing left over."""
-    for step in self.resumes:
+    for step in self.saved[-1:]:
       assert f'continues from step {step} of' in out, out
     assert Checkpoints(folder / 'checkpoints').steps() == self.steps
     rows, samples = rows_and_samples(folder)
@@ -210,17 +241,15 @@ class Preparing(Job):
 
   verb = 'prepare'
 
-  def begin(self, folder: Path, **env: str) -> subprocess.Popen:
-    return self._prepare(folder, 0.1, **env)
-
-  def _prepare(self, folder: Path, held_out: float, **env: str) -> subprocess.Popen:
+  def arguments(self, folder: Path, held_out: float = 0.1) -> tuple[str, ...]:
     options = ('--tokenizer', str(self.home / 'tokenizer.json'), '--val-fraction', str(held_out))
-    return launch('prepare', SOURCE, '--out', str(folder), *options, **env)
+    return 'prepare', SOURCE, '--out', str(folder), *options
 
   def furnish(self, folder: Path) -> None:
     before = self.home / 'prepare-before'
     if not before.exists():
-      finish(self._prepare(before, 0.3))
+      code, out = self.forks.run(self.home / 'before.out', *self.arguments(before, 0.3))
+      assert code == 0, out
       self.before = prepared.read_summary(before)
     shutil.copytree(before, folder)
 
@@ -238,7 +267,6 @@ class Preparing(Job):
 
   def check_end(self, folder: Path, out: str) -> None:
     assert prepared.verify(folder) == []
-    finish(launch('verify', str(folder)))
     found = prepared.read_summary(folder)
     assert found and found.contents == self.summary.contents
     assert found.splits == self.summary.splits
@@ -269,27 +297,40 @@ def kills(training: Training, preparing: Preparing, short: bool, seed: int) -> l
 
 def run(home: Path, library: Path, *, short: bool, seed: int) -> list[str]:
   """Everything, with a line for each kill; returns the lines of what failed."""
-  began, failed = time.monotonic(), []
+  began = time.monotonic()
   furnish(home, CONFIG)
-  jobs = Training(home, library), Preparing(home, library)
-  for job in jobs:
-    job.reference(timed=not short)
-    count = collections.Counter(kind for kind, _ in {(point.kind, point.name) for point in job.points})
-    kinds = ', '.join(f'{n} {kind}' for kind, n in sorted(count.items()))
-    print(f'{job.verb}: {len(job.points)} calls, {count.total()} distinct: {kinds}', flush=True)
-  planned = kills(*jobs, short, seed)
-  print(f'{len(planned)} kills; {clock(time.monotonic() - began)} so far', flush=True)
-  first = time.monotonic()
+  forks = Forks(LD_PRELOAD=str(library), **quick(home))
+  try:
+    jobs = Training(home, forks), Preparing(home, forks)
+    for job in jobs:
+      job.reference(timed=not short)
+      count = collections.Counter(kind for kind, _ in {(point.kind, point.name) for point in job.points})
+      kinds = ', '.join(f'{n} {kind}' for kind, n in sorted(count.items()))
+      print(f'{job.verb}: {len(job.points)} calls, {count.total()} distinct: {kinds}', flush=True)
+    planned = kills(*jobs, short, seed)
+    print(f'{len(planned)} kills; {clock(time.monotonic() - began)} so far', flush=True)
+    failed = _all(planned)
+  finally:
+    forks.close()
+  print(f'{len(planned)} kills, {len(failed)} failed; {clock(time.monotonic() - began)}')
+  return failed
+
+
+def _all(planned: list[Kill]) -> list[str]:
+  first, failed = time.monotonic(), []
   for number, kill in enumerate(planned, 1):
+    job, verdict = kill.job, 'ok'
+    before = [str(one) for one in job.killed]
     try:
-      kill.job.survives(kill, home / f'kill-{number}')
-      verdict = 'ok'
+      job.survives(kill, number)
+      if number == len(planned) or planned[number].job is not job:
+        job.end()
     except AssertionError as error:
       verdict = f'FAILED: {error}'
-      failed.append(f'{kill}: {error}')
+      failed.append(f'{kill}, after {before}: {error}')
+      job.forget()
     left = (time.monotonic() - first) / number * (len(planned) - number)
     print(f'[{number}/{len(planned)}] {kill}: {verdict}  left {clock(left)}', flush=True)
-  print(f'{len(planned) - len(failed)} of {len(planned)} survived; {clock(time.monotonic() - began)}')
   return failed
 
 

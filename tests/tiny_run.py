@@ -46,16 +46,16 @@ def furnish(home: Path, config: Pretrain = BASE) -> Path:
 
 def start(home: Path, run: Path, *flags: str, **env: str) -> subprocess.Popen:
   """`jaxlm pretrain` of the config in `home`, as a process whose output is one pipe; compiled programs stay there."""
-  cache = {'JAX_COMPILATION_CACHE_DIR': str(home / 'cache'), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
-  return launch('pretrain', str(home / 'tiny.py'), '--run', str(run), *flags, **cache, **env)
-
-
-def launch(*arguments: str, **env: str) -> subprocess.Popen:
-  """`jaxlm` with these arguments, as a process on one device."""
-  flags = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'  # compiles in half the time
-  env = os.environ | {'XLA_FLAGS': flags} | env
-  command = [sys.executable, '-m', 'jaxlm', *arguments]
+  command = [sys.executable, '-m', 'jaxlm', 'pretrain', str(home / 'tiny.py'), '--run', str(run), *flags]
+  env = os.environ | quick(home) | env
   return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def quick(home: Path) -> dict[str, str]:
+  """The environment of processes on one device that compile in half the time, and each program once."""
+  flags = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
+  cache = {'JAX_COMPILATION_CACHE_DIR': str(home / 'cache'), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+  return cache | {'XLA_FLAGS': flags}
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:
