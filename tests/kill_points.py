@@ -1,11 +1,10 @@
 """SIGKILL at each distinct write, rename and fsync of training and of preparing, and at random moments.
 
-    python tests/kill_points.py [--short]
+    python tests/kill_points.py [--short] [--in-a-row 6]
 
 A library preloaded into `jaxlm` (kill_points.c) names every call that changes a file. One undisturbed process gives the
 list of points and what must come out. Then the process dies at each point in turn, and everything acknowledged before
-must still be whole. Up to six kills go into one run, one into one preparation; then the same command, started again,
-must end as if nothing had happened.
+must still be whole; then the same command, started again, must end as if nothing had happened.
 """
 
 import argparse
@@ -99,11 +98,11 @@ def read_log(path: Path) -> list[Point]:
 class Job:
   """A command that is killed and started again; `place` is what it writes to, always of the same name."""
 
-  verb, kills_in_a_row = '', 1
+  verb = ''
 
-  def __init__(self, home: Path, forks: Forks):
+  def __init__(self, home: Path, forks: Forks, in_a_row: int = 1):
     self.home, self.forks, self.points = home, forks, list[Point]()
-    self.folder, self.killed = home / 'none', list[Kill]()
+    self.folder, self.killed, self.kills_in_a_row = home / 'none', list[Kill](), in_a_row
 
   def arguments(self, folder: Path) -> tuple[str, ...]:
     raise NotImplementedError
@@ -182,7 +181,7 @@ class Job:
 class Training(Job):
   """`jaxlm pretrain`."""
 
-  verb, kills_in_a_row = 'pretrain', 6
+  verb = 'pretrain'
 
   def arguments(self, folder: Path) -> tuple[str, ...]:
     return 'pretrain', str(self.home / 'tiny.py'), '--run', str(folder)
@@ -295,13 +294,13 @@ def kills(training: Training, preparing: Preparing, short: bool, seed: int) -> l
   return [*distinct, *random_ones, *(preparing.at_random(rng, 'prepare') for _ in range(7))]
 
 
-def run(home: Path, library: Path, *, short: bool, seed: int) -> list[str]:
+def run(home: Path, library: Path, *, short: bool, seed: int, in_a_row: int = 1) -> list[str]:
   """Everything, with a line for each kill; returns the lines of what failed."""
   began = time.monotonic()
   furnish(home, CONFIG)
   forks = Forks(LD_PRELOAD=str(library), **quick(home))
   try:
-    jobs = Training(home, forks), Preparing(home, forks)
+    jobs = Training(home, forks, in_a_row), Preparing(home, forks)
     for job in jobs:
       job.reference(timed=not short)
       count = collections.Counter(kind for kind, _ in {(point.kind, point.name) for point in job.points})
@@ -339,6 +338,9 @@ def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--short', action='store_true', help='five kills instead of all')
   parser.add_argument('--seed', type=int, default=0, help='of the occurrences and of the random moments')
+  parser.add_argument(
+    '--in-a-row', type=int, default=1, help='so many kills go into one run of training before its end'
+  )
   options = parser.parse_args()
   with tempfile.TemporaryDirectory() as folder:
     home = Path(folder).resolve()
@@ -346,7 +348,7 @@ def main() -> int:
     if not library:
       print('needs Linux and a C compiler called cc')
       return 1
-    return bool(run(home, library, short=options.short, seed=options.seed))
+    return bool(run(home, library, short=options.short, seed=options.seed, in_a_row=options.in_a_row))
 
 
 if __name__ == '__main__':
