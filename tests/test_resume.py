@@ -2,6 +2,7 @@
 
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -120,6 +121,23 @@ def test_a_second_sigterm_leaves_at_once_while_compiling_and_while_saving(home):
   expected_rows, expected_samples, expected_states = outcome(home / 'alone')
   assert (rows, samples) == (expected_rows, expected_samples)
   jax.tree.map(np.testing.assert_array_equal, states, expected_states)
+
+
+DEAF = """
+import hashlib
+from jaxlm.console import terminable
+with terminable():
+  print('deaf', flush=True)
+  hashlib.pbkdf2_hmac('sha256', b'', b'', 50_000_000)  # as inside of a compiler: no bytecode runs for many seconds
+"""
+
+
+def test_a_second_sigterm_is_seen_where_no_bytecode_runs():
+  process = subprocess.Popen([sys.executable, '-c', DEAF], stdout=subprocess.PIPE, text=True)
+  assert process.stdout.readline() == 'deaf\n'
+  code, seconds, _ = signalled_twice(process, lambda: True)
+  assert code == 143
+  assert seconds < 2
 
 
 @pytest.mark.slow

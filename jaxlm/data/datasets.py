@@ -216,9 +216,7 @@ def _prepared(name: str, data_dir: str | None, spec: str) -> epath.Path:
     where = data_dir or tfds.core.constants.DATA_DIR
     raise InputError(f'{spec}: no data set {name!r}, neither in {where} nor known to TFDS: check the name') from error
   except Exception as error:
-    raise InputError(
-      f'{spec}: TFDS cannot build it: {_line(error)}: check name and configuration, or {advice}'
-    ) from error
+    raise InputError(f'{spec}: TFDS cannot build it: {_line(error)}: check name and configuration, or {advice}') from error
   downloads = epath.Path(builder.data_dir_root) / 'downloads' / builder.name
   if not (builder.MANUAL_DOWNLOAD_INSTRUCTIONS or any(_files_below(downloads)) or _network()):
     raise InputError(f'{spec}: not in {builder.data_dir_root}, and there is no network to download it: {advice}')
