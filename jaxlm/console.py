@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -57,6 +58,8 @@ def figures(row: dict[str, float]) -> str:
   shown.append(f'data {row["perf/data_wait"]:.0%}')
   if row['train/skipped']:
     shown.append(f'skipped {row["train/skipped"]:.0f}')
+  if row.get('train/failed_saves'):
+    shown.append(f'failed saves {row["train/failed_saves"]:.0f}')
   return '  '.join(shown)
 
 
@@ -72,20 +75,34 @@ def reading() -> Generator[Callable[[int, int], None]]:
 
 @contextmanager
 def terminable() -> Generator[Callable[[], bool]]:
-  """Yields `asked()`, true once SIGTERM came: time to save and leave. A second SIGTERM ends the process at once."""
-  asked = False
+  """Yields `asked()`, true once SIGTERM came: time to save and leave. A second SIGTERM ends the process at once.
 
-  def handle(*_: Any) -> None:
-    nonlocal asked
-    if asked:
-      os._exit(128 + signal.SIGTERM)
-    asked = True
+  A handler of Python's runs only between the main thread's bytecodes, so not inside of a compilation, and there two
+  signals count as one. The number of every signal is written to a pipe at once, and a thread reads it there.
+  """
+  asked = threading.Event()
+  read, write = os.pipe()
+  os.set_blocking(write, False)
 
-  before = signal.signal(signal.SIGTERM, handle)
+  def listen() -> None:
+    while number := os.read(read, 1):
+      if number[0] == signal.SIGTERM:
+        if asked.is_set():
+          os._exit(128 + signal.SIGTERM)
+        asked.set()
+
+  listener = threading.Thread(target=listen, daemon=True)
+  listener.start()
+  pipe_before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+  before = signal.signal(signal.SIGTERM, lambda *_: None)
   try:
-    yield lambda: asked
+    yield asked.is_set
   finally:
     signal.signal(signal.SIGTERM, before)
+    signal.set_wakeup_fd(pipe_before)
+    os.close(write)
+    listener.join()
+    os.close(read)
 
 
 class Training:

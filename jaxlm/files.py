@@ -53,7 +53,7 @@ def write_whole(path: Any, text: str) -> None:
   """Writes a file in one piece, on disk when this returns; an object store's writes are in one piece by themselves."""
   path = epath.Path(path)
   if remote(path):
-    path.write_text(text)
+    _store(path, text.encode())
     return
   part = Path(f'{os.fspath(path)}.part')
   with part.open('w', encoding='utf-8') as f:
@@ -61,6 +61,26 @@ def write_whole(path: Any, text: str) -> None:
     f.flush()
     os.fsync(f.fileno())
   part.replace(path)
+  _sync(part.parent)
+
+
+def settle(folder: Any) -> None:
+  """Returns once all files below a folder, their names and its own are on disk; an object store's writes are so."""
+  if remote(folder):
+    return
+  folder = Path(os.fspath(folder))
+  for where, _, names in os.walk(folder):
+    for path in (*(Path(where) / name for name in names), Path(where)):
+      _sync(path)
+  _sync(folder.parent)
+
+
+def _sync(path: Path) -> None:
+  file = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(file)
+  finally:
+    os.close(file)
 
 
 class Appended:

@@ -88,3 +88,11 @@ def cfg(request):
 @pytest.fixture
 def params(cfg):
   return randomized(cfg)
+
+
+@pytest.fixture(scope='session')
+def kill_points(tmp_path_factory):
+  """The library that kills a process at a file-system call, or lets the disk be full."""
+  from kill_points import build
+
+  return build(tmp_path_factory.mktemp('kill_points')) or pytest.skip('needs Linux and a C compiler called cc')

@@ -1,7 +1,11 @@
 """Checkpoints: what is acknowledged can be trusted, what is damaged is named, what was interrupted does not count."""
 
+import errno
 import json
 import os
+import shutil
+import subprocess
+import time
 from pathlib import Path
 
 import jax
@@ -147,6 +151,55 @@ def test_a_failed_save_is_raised_and_older_steps_stay(saved):
     checkpoints.wait()
   assert checkpoints.steps() == [3]
   assert json.loads((checkpoints.path(3) / DIGEST).read_text())
+
+
+@pytest.fixture
+def disk(tmp_path):
+  """A file system of 2 MB."""
+  command = ['mount', '-t', 'tmpfs', '-o', 'size=2m', 'tmpfs', str(tmp_path)]
+  if not shutil.which('mount') or subprocess.run(command, capture_output=True).returncode:
+    pytest.skip('a file system can be mounted by root alone, and on Linux')
+  yield tmp_path
+  subprocess.run(['umount', str(tmp_path)], check=True)
+
+
+def test_a_full_disk_costs_the_save_and_its_space_comes_back(disk):
+  said, free = [], lambda: shutil.disk_usage(disk).free
+  checkpoints = Checkpoints(disk / 'checkpoints', say=said.append)
+  state = {'x': jax.random.normal(jax.random.key(0), (100_000,)), 'y': jnp.arange(7)}
+  checkpoints.save(1, state, {})
+  checkpoints.wait()
+  for number, room in enumerate((0, 8192, 50_000, 300_000, 380_000), 1):  # refused in the first folder, ..., the digest
+    filler = disk / 'filler'
+    filler.write_bytes(bytes(free() - room))
+    before = free()
+    checkpoints.save(2, state, {})
+    with pytest.raises(OSError, match='step 2 could not be saved: No space left on device'):
+      checkpoints.wait()
+    assert checkpoints.failed == len(said) == number
+    assert free() == before
+    filler.unlink()
+  assert checkpoints.steps() == [1] and verify(checkpoints.path(1)) == []
+  filler.write_bytes(bytes(free()))
+  checkpoints.save(2, state, {})
+  time.sleep(0.5)
+  filler.unlink()
+  checkpoints.save(3, state, {})  # what came before was told, and stands in nobody's way
+  checkpoints.close()
+  assert checkpoints.steps() == [1, 3]
+
+
+def test_rows_that_cannot_be_written_fail_the_save(saved):
+  checkpoints, state = saved
+
+  def refused():
+    raise OSError(errno.EDQUOT, 'Disk quota exceeded', 'metrics.jsonl')
+
+  checkpoints.save(4, state, {}, first=refused)
+  with pytest.raises(OSError, match='step 4 could not be saved: Disk quota exceeded'):
+    checkpoints.wait()
+  checkpoints.wait()
+  assert checkpoints.steps() == [3]
 
 
 def test_what_stays():

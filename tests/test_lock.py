@@ -73,3 +73,10 @@ def test_an_owner_elsewhere_lives_as_long_as_it_beats(tmp_path):
   os.utime(path, (time.time() - 2 * lock.STALE,) * 2)
   with lock.hold(tmp_path):
     pass
+
+
+@pytest.mark.parametrize('text', ['', '{"host": "some'])
+def test_one_killed_while_it_wrote_the_lock_is_waited_out(tmp_path, text):
+  (tmp_path / 'lock-000001').write_text(text)
+  with lock.hold(tmp_path):
+    assert [path.name for path in tmp_path.glob('lock-*')] == ['lock-000002']

@@ -1,7 +1,5 @@
 """A run killed at several moments, one of them inside a save, ends bitwise like one left alone."""
 
-import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,65 +9,18 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tiny_run import finish, furnish, logged, rows_and_samples, saved_state, start, unfinished
 
-from jaxlm import config as configs
-from jaxlm.config import Data, Optim, Pretrain, Watch
-from jaxlm.data import prepare, sources, tokenizer
-from jaxlm.models import ModelConfig
-from jaxlm.quickstart import SAMPLE
-from jaxlm.train.checkpoint import DIGEST, Checkpoints
+from jaxlm.train.checkpoint import Checkpoints
 from jaxlm.train.metrics import read_rows
-
-CONFIG = """
-from jaxlm import config
-from pathlib import Path
-config = config.from_json(config.Pretrain, (Path(__file__).parent / 'settings.json').read_text())
-"""
 
 
 @pytest.fixture(scope='module')
 def home(tmp_path_factory):
-  """A folder with prepared data and the config of a tiny run: 24 steps, everything happening at its own rhythm."""
-  home = tmp_path_factory.mktemp('resume')
-  specs = (str(SAMPLE / 'play.jsonl'),)
-  vocabulary = tokenizer.train((d.text for d in sources.documents(specs)), 307)
-  prepare.prepare(specs, vocabulary, home / 'data', val_fraction=0.1)
-  config = Pretrain(
-    model=ModelConfig(d_model=96, n_layers=3, n_heads=3, d_ff=177),
-    data=Data(path=str(home / 'data'), seq_len=29, global_batch=5),
-    optim=Optim(name='muon', lr=3e-3, warmup_steps=3),
-    watch=Watch(
-      log_every=2, eval_every=5, eval_batches=3, sample_every=7, sample_tokens=5, save_every=4, keep_last=100
-    ),
-    steps=24,
-  )
-  (home / 'settings.json').write_text(configs.to_json(config))
-  (home / 'tiny.py').write_text(CONFIG)
+  """Prepared data, the config of a tiny run of 24 steps, and that run left alone."""
+  home = furnish(tmp_path_factory.mktemp('resume'))
+  finish(start(home, home / 'alone'))
   return home
-
-
-def start(home: Path, run: Path) -> subprocess.Popen:
-  env = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
-  command = [sys.executable, '-m', 'jaxlm', 'pretrain', str(home / 'tiny.py'), '--run', str(run)]
-  return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def finish(process: subprocess.Popen) -> str:
-  out, _ = process.communicate(timeout=300)
-  assert process.returncode == 0, out
-  return out
-
-
-def logged(run: Path) -> int:
-  """The last step that metrics.jsonl holds."""
-  lines = (run / 'metrics.jsonl').read_text().split('\n')[:-1] if (run / 'metrics.jsonl').exists() else []
-  return json.loads(lines[-1])['step'] if lines else 0
-
-
-def unfinished(run: Path) -> list[str]:
-  """Checkpoint folders without their acknowledgement."""
-  folder = run / 'checkpoints'
-  return [p.name for p in folder.iterdir() if not (p / DIGEST).exists()] if folder.exists() else []
 
 
 def kill_when(process: subprocess.Popen, moment) -> None:
@@ -82,25 +33,15 @@ def kill_when(process: subprocess.Popen, moment) -> None:
   assert process.returncode == -signal.SIGKILL
 
 
-def outcome(run: Path, home: Path):
+def outcome(run: Path):
   """Everything a run leaves that must not depend on interruptions."""
-  rows = [
-    {k: v for k, v in row.items() if k != 'time' and not k.startswith('perf/')}
-    for row in read_rows(run / 'metrics.jsonl')
-  ]
-  checkpoints = Checkpoints(run / 'checkpoints')
-  assert checkpoints.steps() == [4, 8, 12, 16, 20, 24]
-  from orbax.checkpoint import v1 as ocp
-
-  states = {step: ocp.load(checkpoints.path(step), ocp.metadata(checkpoints.path(step)).metadata) for step in (12, 24)}
-  return rows, read_rows(run / 'samples.jsonl'), jax.tree.map(np.asarray, states)
+  assert Checkpoints(run / 'checkpoints').steps() == [4, 8, 12, 16, 20, 24]
+  return *rows_and_samples(run), {step: saved_state(run, step) for step in (12, 24)}
 
 
 @pytest.mark.slow
 def test_killed_runs_end_bitwise_like_one_left_alone(home):
   alone, killed = home / 'alone', home / 'killed'
-  finish(start(home, alone))
-
   kill_when(start(home, killed), lambda: logged(killed) >= 2)  # before the first save
   for _ in range(5):  # inside a save: seen on disk, and still there once the process is gone
     process = start(home, killed)
@@ -114,8 +55,8 @@ def test_killed_runs_end_bitwise_like_one_left_alone(home):
   out = finish(start(home, killed))
   assert 'continues from step' in out
 
-  rows, samples, states = outcome(killed, home)
-  expected_rows, expected_samples, expected_states = outcome(alone, home)
+  rows, samples, states = outcome(killed)
+  expected_rows, expected_samples, expected_states = outcome(alone)
   assert rows == expected_rows
   assert samples == expected_samples
   jax.tree.map(np.testing.assert_array_equal, states, expected_states)
@@ -124,7 +65,7 @@ def test_killed_runs_end_bitwise_like_one_left_alone(home):
 
   again = finish(start(home, killed))  # a finished run stays as it is
   assert 'continues from step 24 of 24' in again
-  assert outcome(killed, home)[0] == expected_rows
+  assert outcome(killed)[0] == expected_rows
 
 
 @pytest.mark.slow
@@ -134,16 +75,89 @@ def test_sigterm_saves_once_and_a_second_writer_is_refused(home):
   while logged(run) < 5:
     assert process.poll() is None, process.communicate()[0]
     time.sleep(0.01)
+  process.send_signal(signal.SIGSTOP)  # it would be done before the other has begun
   second = start(home, run)
   out, _ = second.communicate(timeout=120)
   assert second.returncode == 1 and f'is being written by process {process.pid}' in out
   process.send_signal(signal.SIGTERM)
+  process.send_signal(signal.SIGCONT)
   out, _ = process.communicate(timeout=120)
   assert process.returncode == 75, out
-  newest = Checkpoints(run / 'checkpoints').steps()[-1]
+  steps = Checkpoints(run / 'checkpoints').steps()
+  newest = steps[-1]
+  assert steps == sorted({*range(4, newest, 4), newest})
   assert f'saved at step {newest} of 24' in out
   assert newest >= logged(run)
   finish(start(home, run))
-  finish(start(home, home / 'alone'))
   losses = lambda run: [row['train/loss'] for row in read_rows(run / 'metrics.jsonl') if 'train/loss' in row]
   assert losses(run) == losses(home / 'alone')
+
+
+def signalled_twice(process: subprocess.Popen, moment) -> tuple[int, float, str]:
+  """(exit code, seconds from the second signal on, output) of a process that gets two SIGTERMs at a moment."""
+  while not moment():
+    assert process.poll() is None, process.communicate()[0]
+    time.sleep(0.001)
+  process.send_signal(signal.SIGTERM)
+  time.sleep(0.05)
+  process.send_signal(signal.SIGTERM)
+  began = time.monotonic()
+  out, _ = process.communicate(timeout=120)
+  return process.returncode, time.monotonic() - began, out
+
+
+@pytest.mark.slow
+def test_a_second_sigterm_leaves_at_once_while_compiling_and_while_saving(home):
+  run = home / 'twice'
+  compiling = lambda: (run / 'samples.jsonl').exists()  # made right before the first step, which compiles for seconds
+  code, seconds, out = signalled_twice(start(home, run, JAX_ENABLE_COMPILATION_CACHE='false'), compiling)
+  assert (code, logged(run)) == (143, 0), out
+  assert seconds < 2
+  code, seconds, out = signalled_twice(start(home, run), lambda: unfinished(run))
+  assert code == 143, out
+  assert seconds < 2
+  finish(start(home, run))
+  rows, samples, states = outcome(run)
+  expected_rows, expected_samples, expected_states = outcome(home / 'alone')
+  assert (rows, samples) == (expected_rows, expected_samples)
+  jax.tree.map(np.testing.assert_array_equal, states, expected_states)
+
+
+DEAF = """
+import hashlib
+from jaxlm.console import terminable
+with terminable():
+  print('deaf', flush=True)
+  hashlib.pbkdf2_hmac('sha256', b'', b'', 50_000_000)  # as inside of a compiler: no bytecode runs for many seconds
+"""
+
+
+def test_a_second_sigterm_is_seen_where_no_bytecode_runs():
+  process = subprocess.Popen([sys.executable, '-c', DEAF], stdout=subprocess.PIPE, text=True)
+  assert process.stdout.readline() == 'deaf\n'
+  code, seconds, _ = signalled_twice(process, lambda: True)
+  assert code == 143
+  assert seconds < 2
+
+
+@pytest.mark.slow
+def test_a_full_disk_costs_the_saves_it_refuses_and_nothing_else(home, kill_points, tmp_path):
+  run = tmp_path / 'full'
+  full = {'LD_PRELOAD': str(kill_points), 'KILL_POINTS_BELOW': str(run)}
+  for step, left in ((8, [4, 12, 16, 20, 24]), (24, [4, 12, 16, 20])):  # in the middle, then what the end asks for
+    process = start(home, run, **full, KILL_POINTS_FULL=f'/{step:08d}')
+    out = finish(process, code=int(step == 24))
+    said = f'checkpoints: step {step} could not be saved: No space left on device'
+    assert [line for line in out.splitlines() if said in line]
+    assert 'Traceback' not in out
+    assert sorted(path.name for path in (run / 'checkpoints').iterdir()) == [f'{s:08d}' for s in left]
+    rows = [row for row in read_rows(run / 'metrics.jsonl') if 'train/loss' in row]
+    counted = {row['step']: row.get('train/failed_saves') for row in rows}
+    if step == 8:
+      assert counted[6] is None and counted[24] == 1
+      (run / 'checkpoints' / '00000024' / 'digest.json').unlink()
+    else:
+      assert out.splitlines()[-1].startswith('jaxlm: ') and out.splitlines()[-1].endswith(said.split(': ', 1)[1])
+  finish(start(home, run))
+  expected, found = saved_state(home / 'alone', 24), saved_state(run, 24)
+  jax.tree.map(np.testing.assert_array_equal, found, expected)

@@ -103,6 +103,7 @@ def prepare(
       inputs,
     )
     fields = dataclasses.asdict(summary)
+    files.settle(folder)
     write_whole(folder / MARKER, json.dumps(fields | {'seal': files.seal(fields)}, indent=2, ensure_ascii=False))
   return summary
 

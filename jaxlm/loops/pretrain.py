@@ -1,5 +1,6 @@
 """Pre-training as a run: data, program, checkpoints and metrics wired to the loop, resumed where it stopped."""
 
+import contextlib
 import dataclasses
 import json
 import platform
@@ -61,7 +62,7 @@ def pretrain(
     rows, groups = corpus.held_out(list(opened.folders.values()), config.data.seq_len)
     built = program.build(config, mesh, groups=len(groups))
     keep = {'keep_last': watch.keep_last, 'keep_every': watch.keep_every, 'keep_best': watch.keep_best}
-    checkpoints = Checkpoints(run / 'checkpoints', **keep)
+    checkpoints = Checkpoints(run / 'checkpoints', **keep, say=say)
     rewinds = rewind.Rewinds(run, watch.spike, watch.most_rewinds)
     training = corpus.training(opened, config)
     wired = Wired(config, opened, built, groups, training, checkpoints, rewinds, say)
@@ -154,7 +155,8 @@ def _layout(abstract: Any) -> Any:
 
 def _rewound(wired: Wired, spike: rewind.Spike, cursor: int) -> Any:
   """The last saved state, to go on from the batch `cursor`, behind the one that spiked."""
-  wired.checkpoints.wait()
+  with contextlib.suppress(OSError):  # a save that failed was told
+    wired.checkpoints.wait()
   step = wired.checkpoints.newest_sound(wired.say)
   wired.rewinds.add(step or 0, spike.step, cursor)
   wired.say(f'{spike}; back to step {step or 0}, and on with batch {cursor}')
@@ -250,8 +252,8 @@ def _hooks(wired: Wired, held_out: list[Any], writer: metrics.Writer) -> tuple:
 
   def save(step: int, state: Any) -> None:
     if step != saved['step']:
-      writer.flush()  # a saved step stands on rows that are down
-      wired.checkpoints.save(step, state, meta | {'score': saved['scores'].get(step)})
+      score = {'score': saved['scores'].get(step)}
+      wired.checkpoints.save(step, state, meta | score, first=writer.flush)  # it stands on rows that are down
       saved['step'] = step
 
   if not held_out:
@@ -290,6 +292,8 @@ def _logger(wired: Wired, mesh: Any, writer: metrics.Writer, on_step: OnStep, of
     )
     if config.data.batch_warmup:
       row['train/global_batch'] = batches.size(step - 1 + offset)
+    if wired.checkpoints.failed:
+      row['train/failed_saves'] = wired.checkpoints.failed
     if wired.rewinds.entries:
       row['train/rewinds'] = len(wired.rewinds.entries)
     row |= {'perf/tokens_per_s': tokens / seconds, 'perf/data_wait': wait / seconds, 'perf/step_s': seconds}

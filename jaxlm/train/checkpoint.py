@@ -4,8 +4,12 @@
 interrupted and does not count. Nothing is renamed or locked by us, so the same holds on an object store.
 """
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping
+import logging
+import os
+import re
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -17,16 +21,25 @@ from jaxlm.errors import InputError
 from jaxlm.files import write_whole
 
 DIGEST, META, ASIDE = 'digest.json', 'meta.json', 'damaged.txt'
+Say = Callable[[str], None]
 
 
 class Checkpoints:
   """The checkpoints of one run, written by one process at a time in the background."""
 
-  def __init__(self, directory: Any, *, keep_last: int = 3, keep_every: int = 0, keep_best: int = 0):
-    """What stays is said by `retained`; the file system is not touched before the first call."""
+  def __init__(
+    self, directory: Any, *, keep_last: int = 3, keep_every: int = 0, keep_best: int = 0, say: Say = lambda line: None
+  ):
+    """What stays is said by `retained`; the file system is not touched before the first call.
+
+    `say` is told at once of a save that the file system refused (a full disk, a quota).
+    """
     path = epath.Path(directory)
     self.directory = path if '://' in str(path) else path.absolute()  # Orbax takes no relative path
     self.keep = {'last': keep_last, 'every': keep_every, 'best': keep_best}
+    self.failed = 0  # saves that the file system refused
+    self._say = say
+    self._failure: OSError | None = None
     self._pending: Future | None = None
     self._worker = ThreadPoolExecutor(1, 'checkpoint')
 
@@ -35,7 +48,7 @@ class Checkpoints:
     named = [p for p in files.children(self.directory) if p.name.isdigit()]
     return sorted(int(p.name) for p in named if (p / DIGEST).exists() and not (p / ASIDE).exists())
 
-  def newest_sound(self, say: Callable[[str], None]) -> int | None:
+  def newest_sound(self, say: Say) -> int | None:
     """The newest step whose every file is as it was saved, or None where nothing was saved.
 
     Damaged newer ones are named to `say` and set aside: they stay on disk and no longer count. Raises InputError when
@@ -58,25 +71,37 @@ class Checkpoints:
     """The folder of a step."""
     return self.directory / f'{step:08d}'
 
-  def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
+  def save(self, step: int, state: Any, meta: Mapping[str, Any], first: Callable[[], None] = lambda: None) -> None:
     """Starts saving and returns once the arrays are copied, so the caller may donate them; one save runs at a time.
 
-    Raises what the save before it failed with, if it did.
+    `first()` has to succeed before. What the file system refuses, here or in the background, raises nothing: `say` is
+    told, `failed` counts it, its remains are removed, older steps stay, and `wait` raises it if no save came after it.
     """
     from orbax.checkpoint import v1 as ocp
 
-    self.wait()
-    self._clear_unfinished()
-    if (self.path(step) / ASIDE).exists():
-      self.path(step).rmtree()  # damaged, and now made again
-    response = ocp.save_async(self.path(step), jax.tree.map(_storable, state))
-    self._pending = self._worker.submit(self._finish, response, step, {**meta, 'step': step})
+    with contextlib.suppress(OSError):  # was told
+      self.wait()
+    with self._told(step):
+      first()
+      self._clear_unfinished()
+      if (self.path(step) / ASIDE).exists():
+        self.path(step).rmtree()  # damaged, and now made again
+      logging.getLogger('absl').addFilter(_no_trace)
+      context = ocp.Context()
+      # In the background, a folder that cannot be made would cost Orbax a wait of five minutes.
+      context.asynchronous.create_directories_asynchronously = False
+      with context:
+        response = ocp.save_async(self.path(step), jax.tree.map(_storable, state))
+      self._pending = self._worker.submit(self._finish, response, step, {**meta, 'step': step})
 
   def wait(self) -> None:
-    """Blocks until the running save is acknowledged; raises what it failed with."""
+    """Blocks until the running save is acknowledged. Raises OSError if that one or, none running, the last failed."""
     pending, self._pending = self._pending, None
     if pending is not None:
       pending.result()
+    failure, self._failure = self._failure, None
+    if failure is not None:
+      raise failure
 
   def close(self) -> None:
     """`wait`, then lets the background thread go."""
@@ -111,15 +136,29 @@ class Checkpoints:
     return jax.tree.map(lambda x, like: jax.random.wrap_key_data(x) if _is_key(like) else x, loaded, abstract)
 
   def _finish(self, response: Any, step: int, meta: dict[str, Any]) -> None:
-    response.result()
-    path = self.path(step)
-    write_whole(path / META, json.dumps(meta, indent=1))
-    digests = _digests(path)
-    write_whole(path / DIGEST, json.dumps(digests | {DIGEST: files.seal(digests)}, indent=1))
-    scores = {s: self.meta(s).get('score') if self.keep['best'] else None for s in self.steps()}
-    for old in scores.keys() - retained(scores, **self.keep):
-      (self.path(old) / DIGEST).unlink()  # first: what is half deleted no longer counts
-      self.path(old).rmtree()
+    with self._told(step):
+      path = self.path(step)
+      _written(response, path)
+      write_whole(path / META, json.dumps(meta, indent=1))
+      files.settle(path)
+      digests = _digests(path)
+      write_whole(path / DIGEST, json.dumps(digests | {DIGEST: files.seal(digests)}, indent=1))
+      scores = {s: self.meta(s).get('score') if self.keep['best'] else None for s in self.steps()}
+      for old in scores.keys() - retained(scores, **self.keep):
+        (self.path(old) / DIGEST).unlink()  # first: what is half deleted no longer counts
+        self.path(old).rmtree()
+
+  @contextlib.contextmanager
+  def _told(self, step: int) -> Generator[None]:
+    """Keeps an OSError for `wait`, tells of it, and gives back the space of what was written until then."""
+    try:
+      yield
+    except OSError as error:
+      line = f'step {step} could not be saved: {error.strerror or error}'
+      self.failed, self._failure = self.failed + 1, OSError(error.errno, line, str(self.directory))
+      self._say(f'{self.directory}: {line}; older steps stay')
+      with contextlib.suppress(OSError):  # else the next save does it
+        self._clear_unfinished()
 
   def _clear_unfinished(self) -> None:
     """Removes what interrupted saves left behind."""
@@ -145,6 +184,24 @@ def verify(path: epath.Path) -> list[str]:
   if not isinstance(expected, dict) or expected.pop(DIGEST, None) != files.seal(expected):
     return [f'{DIGEST} has changed']
   return files.changes(expected, _digests(path))
+
+
+def _written(response: Any, path: epath.Path) -> None:
+  """Waits for Orbax. Raises OSError: TensorStore and the clients of object stores have exceptions of their own."""
+  try:
+    response.result()
+  except OSError:
+    raise
+  except Exception as error:
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    if code:
+      raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+    raise OSError(None, f'{type(error).__name__}: {error}'.splitlines()[0], str(path)) from error
+
+
+def _no_trace(record: logging.LogRecord) -> bool:
+  """Drops the stack of each of Orbax's threads that an error passes: it comes out of `result`, and is told once."""
+  return '_SignalingThread.run() raised' not in str(record.msg)
 
 
 def _digests(path: epath.Path) -> dict[str, str]:

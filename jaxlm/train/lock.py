@@ -21,6 +21,8 @@ from jaxlm import files
 from jaxlm.errors import InputError
 
 BEAT = 10.0  # seconds between an owner's signs of life, for processes on other hosts to see
+WRITING = 2.0  # for so long a lock that says nothing, or half of it, may be of a process about to write it
+UNWRITTEN: dict[str, Any] = {}
 STALE = 60.0  # without one for so long, an owner on another host counts as dead
 
 
@@ -45,7 +47,11 @@ def hold(folder: Any) -> Generator[None]:
 def _claim(folder: epath.Path, mine: dict[str, Any]) -> epath.Path:
   while True:
     locks = _locks(folder)
-    for owner in filter(None, map(_living_owner, locks)):
+    owners = [owner for owner in map(_living_owner, locks) if owner is not None]
+    if UNWRITTEN in owners:
+      time.sleep(0.05)
+      continue  # soon it says who, or is old enough to be of one that was killed in the middle
+    for owner in owners:
       raise InputError(f'{folder}: is being written by process {owner["pid"]} on {owner["host"]}; use another --run')
     number = int(locks[-1].name[5:]) + 1 if locks else 1
     path = folder / f'lock-{number:06d}'
@@ -53,7 +59,7 @@ def _claim(folder: epath.Path, mine: dict[str, Any]) -> epath.Path:
       files.create(path, json.dumps(mine))
     except FileExistsError:
       continue  # somebody was quicker: look who
-    if any(map(_living_owner, _locks(folder)[:-1])):
+    if any(_living_owner(other) is not None for other in _locks(folder)[:-1]):
       path.unlink()  # what we saw was older than a lock that came and went, and another has begun since
       continue
     for old in locks:
@@ -71,9 +77,10 @@ def _living_owner(path: epath.Path) -> dict[str, Any] | None:
     text, age = path.read_text(), time.time() - path.stat().mtime
   except FileNotFoundError:
     return None
-  if not text:  # created and not yet written, or killed between the two
-    return {'pid': 'unknown', 'host': 'this machine'} if age < 2.0 else None
-  owner = json.loads(text)
+  try:
+    owner = json.loads(text)
+  except ValueError:
+    return UNWRITTEN if abs(age) < WRITING else None
   if owner['host'] != socket.gethostname():
     return owner if age < STALE else None
   return owner if owner['started'] == _started(owner['pid']) else None
