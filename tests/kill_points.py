@@ -213,14 +213,16 @@ class Training(Job):
     """Continued from the newest step, and ended bitwise as the run left alone, with nothing left over."""
     for step in self.saved[-1:]:
       assert f'continues from step {step} of' in out, out
-    assert Checkpoints(folder / 'checkpoints').steps() == self.steps
+    found = Checkpoints(folder / 'checkpoints').steps()
+    assert found == self.steps, f'saved: {found}'
     rows, samples = rows_and_samples(folder)
     assert rows == self.texts[0], 'metrics.jsonl differs'
     assert samples == self.texts[1], 'samples.jsonl differs'
     jax.tree.map(np.testing.assert_array_equal, saved_state(folder, CONFIG.steps), self.state)
-    assert not unfinished(folder)
+    assert not unfinished(folder), f'left over: {unfinished(folder)}'
     kept = lambda run: {path.name for path in run.iterdir() if 'tfevents' not in path.name}
-    assert kept(folder) == kept(self.home / 'pretrain-alone')
+    left = kept(folder) ^ kept(self.home / 'pretrain-alone')
+    assert not left, f'left over or missing: {left}'
 
   def at_random(self, rng: random.Random, during: str) -> Kill:
     """A moment of a step, of an evaluation, or of a save."""
@@ -261,16 +263,16 @@ class Preparing(Job):
     """A folder that counts is wholly the old preparation or wholly the new one."""
     found = prepared.read_summary(folder)
     if found:
-      assert found.contents in (self.before.contents, self.summary.contents)
-      assert prepared.verify(folder) == []
+      assert found.contents in (self.before.contents, self.summary.contents), 'counts, and is neither old nor new'
+      assert not prepared.verify(folder), prepared.verify(folder)
 
   def check_end(self, folder: Path, out: str) -> None:
-    assert prepared.verify(folder) == []
+    assert not prepared.verify(folder), prepared.verify(folder)
     found = prepared.read_summary(folder)
-    assert found and found.contents == self.summary.contents
-    assert found.splits == self.summary.splits
+    assert found and found.contents == self.summary.contents, 'other contents'
+    assert found.splits == self.summary.splits, 'other counts'
     names = lambda run: sorted(str(path.relative_to(run)) for path in run.rglob('*'))
-    assert names(folder) == names(self.home / 'prepare-alone')
+    assert names(folder) == names(self.home / 'prepare-alone'), f'left over or missing: {names(folder)}'
 
   def at_random(self, rng: random.Random, during: str) -> Kill:
     """A call, or a moment between two."""

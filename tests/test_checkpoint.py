@@ -138,6 +138,17 @@ def test_an_interrupted_save_does_not_count_and_is_cleared(saved):
   assert sorted(p.name for p in checkpoints.directory.iterdir()) == ['00000003', '00000008']
 
 
+def test_what_a_killed_deletion_left_is_removed(tmp_path):
+  checkpoints = Checkpoints(tmp_path, keep_last=9)
+  for step in (1, 2, 3, 4):
+    checkpoints.save(step, make_state(), {})
+  checkpoints.close()
+  (checkpoints.path(1) / DIGEST).unlink()  # killed behind this, or, with step 2, before
+  checkpoints = Checkpoints(tmp_path, keep_last=2)
+  checkpoints.tidy()
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['00000003', '00000004']
+
+
 def test_another_shape_is_refused_by_name(saved):
   checkpoints, _ = saved
   with pytest.raises(InputError, match=r'params/w is \(3, 7\) in the checkpoint and \(3, 11\) in this config'):

@@ -113,6 +113,7 @@ def _start(wired: Wired) -> Any:
   """A fresh state, or the newest saved one if the folder holds a run that fits."""
   config, built, checkpoints = wired.config, wired.built, wired.checkpoints
   step = checkpoints.newest_sound(wired.say)
+  checkpoints.tidy()
   if step is None:
     return _initial(wired)
   meta, where = checkpoints.meta(step), checkpoints.path(step)

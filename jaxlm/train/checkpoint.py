@@ -67,6 +67,11 @@ class Checkpoints:
       raise InputError('no checkpoint is sound: ' + '. '.join(damaged.values()))
     return None
 
+  def tidy(self) -> None:
+    """Removes what interrupted saves and deletions left: a run that was at its end saves no more, and would keep it."""
+    self._clear_unfinished()
+    self._delete_old()
+
   def path(self, step: int) -> epath.Path:
     """The folder of a step."""
     return self.directory / f'{step:08d}'
@@ -143,10 +148,7 @@ class Checkpoints:
       files.settle(path)
       digests = _digests(path)
       write_whole(path / DIGEST, json.dumps(digests | {DIGEST: files.seal(digests)}, indent=1))
-      scores = {s: self.meta(s).get('score') if self.keep['best'] else None for s in self.steps()}
-      for old in scores.keys() - retained(scores, **self.keep):
-        (self.path(old) / DIGEST).unlink()  # first: what is half deleted no longer counts
-        self.path(old).rmtree()
+      self._delete_old()
 
   @contextlib.contextmanager
   def _told(self, step: int) -> Generator[None]:
@@ -159,6 +161,12 @@ class Checkpoints:
       self._say(f'{self.directory}: {line}; older steps stay')
       with contextlib.suppress(OSError):  # else the next save does it
         self._clear_unfinished()
+
+  def _delete_old(self) -> None:
+    scores = {s: self.meta(s).get('score') if self.keep['best'] else None for s in self.steps()}
+    for old in scores.keys() - retained(scores, **self.keep):
+      (self.path(old) / DIGEST).unlink()  # first: what is half deleted no longer counts
+      self.path(old).rmtree()
 
   def _clear_unfinished(self) -> None:
     """Removes what interrupted saves left behind."""
