@@ -113,8 +113,8 @@ def _start(wired: Wired) -> Any:
   """A fresh state, or the newest saved one if the folder holds a run that fits."""
   config, built, checkpoints = wired.config, wired.built, wired.checkpoints
   step = checkpoints.newest_sound(wired.say)
-  checkpoints.tidy()
   if step is None:
+    checkpoints.tidy()
     return _initial(wired)
   meta, where = checkpoints.meta(step), checkpoints.path(step)
   if meta['tokenizer'] != wired.corpus.tokenizer.digest:
@@ -125,6 +125,7 @@ def _start(wired: Wired) -> Any:
   for name, was, now in _differences(old, json.loads(configs.to_json(config))):
     wired.say(f'{name} was {was} in the saved run and is {now} now')
   state = checkpoints.restore(step, built.abstract, verified=True)
+  checkpoints.tidy()  # not before all fits: a run that is refused deletes nothing
   wired.say(f'continues from step {step} of {config.steps} ({where})')
   return _at_cursor(state, wired.rewinds.begin(step))
 
