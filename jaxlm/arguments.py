@@ -7,6 +7,8 @@ from typing import Any
 import tyro
 from tyro.conf import Positional
 
+from jaxlm.errors import InputError, at_least, within
+
 
 @dataclasses.dataclass(frozen=True)
 class Quickstart:
@@ -24,7 +26,12 @@ class Tokenizer:
   out: str = 'tokenizer.json'
   vocab_size: int = 8192
   val_fraction: float = 0.05  # leaves out what `jaxlm prepare` holds out with the same fraction
+  max_bad: int = 0  # bad records to leave out before giving up; `jaxlm prepare` lists them
   text_column: str = 'text'  # the key or column that holds a document
+
+  def __post_init__(self):
+    at_least(0, max_bad=self.max_bad)
+    within('[0, 1)', val_fraction=self.val_fraction)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +51,10 @@ class Prepare:
   text_column: str = 'text'  # the key or column that holds a document
   near_duplicates: float | None = None  # also drop what is that similar (Jaccard, as 0.8) to a document kept before
 
+  def __post_init__(self):
+    at_least(0, max_bad=self.max_bad)
+    within('[0, 1)', val_fraction=self.val_fraction)
+
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
@@ -55,6 +66,9 @@ class Eval:
   seq_len: int | None = None  # tokens in a row; by default the run's
   baselines: bool = False  # beside xz -9 and a byte 5-gram of the training text, on the same documents
   out: str | None = None  # a JSON file; by default RUN/eval.json
+
+  def __post_init__(self):
+    at_least(1, batch=self.batch, seq_len=self.seq_len)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,15 +85,10 @@ class Generate:
 
   def __post_init__(self):
     if not self.prompt:
-      raise ValueError('prompt needs a text')
-    if not 0 <= self.temperature < float('inf'):
-      raise ValueError(f'temperature={self.temperature} must be 0 (greedy) or more')
-    if self.top_k is not None and self.top_k < 1:
-      raise ValueError(f'top_k={self.top_k} must be at least 1')
-    if self.top_p is not None and not 0 < self.top_p <= 1:
-      raise ValueError(f'top_p={self.top_p} must be above 0 and at most 1')
-    if self.max_new_tokens < 1:
-      raise ValueError(f'max_new_tokens={self.max_new_tokens} must be at least 1')
+      raise InputError('prompt needs a text')
+    within('[0, inf)', temperature=self.temperature)
+    within('(0, 1]', top_p=self.top_p)
+    at_least(1, top_k=self.top_k, max_new_tokens=self.max_new_tokens)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -102,9 +102,12 @@ def _tokenizer(args: Sequence[str]) -> None:
   options = arguments.parse(arguments.Tokenizer, args, 'tokenizer')
   from jaxlm.data import prepare, tokenizer
 
-  texts = prepare.training_texts(options.sources, options.val_fraction, options.text_column)
+  bad = prepare.Quarantine(limit=options.max_bad)
+  texts = prepare.training_texts(options.sources, options.val_fraction, options.text_column, bad)
   trained = tokenizer.train(texts, options.vocab_size)
   trained.save(options.out)
+  if bad.counts:
+    print(f'left out: {bad.counts.total()} bad records')
   print(f'{options.out}: {trained.vocab_size} tokens, sha256 {trained.digest[:12]}')
 
 
@@ -127,13 +130,15 @@ def _prepare(args: Sequence[str]) -> None:
       near=options.near_duplicates,
       on_progress=on_progress,
     )
-  kinds = {split: summary.kinds(split) for split in summary.splits}
-  header = ('kind', *(f'{split} {what}' for split in kinds for what in ('documents', 'tokens', 'bytes')))
-  rows = [(kind, *(n for split in kinds for n in kinds[split][kind].figures)) for kind in kinds['train']]
-  print(table(header, [*rows, ('all', *(n for count in summary.splits.values() for n in count.figures))]))
-  print('dropped: ' + ', '.join(f'{n} {why}' for why, n in summary.dropped.items()))
+  read, kinds = summary.read(), {split: summary.kinds(split) for split in summary.splits}
+  columns = ('documents', 'tokens', 'bytes')
+  whole = lambda rows: [*rows, ('all', *(sum(column) for column in list(zip(*rows, strict=True))[1:]))]
+  print(table(('kind', 'read', *summary.dropped, 'kept'), whole([(kind, *n.values()) for kind, n in read.items()])))
+  print()
+  header = ('kind', *(f'{split} {what}' for split in kinds for what in columns))
+  print(table(header, whole([(k, *(n for of in kinds.values() for n in of[k].figures)) for k in kinds['train']])))
   if summary.dropped['bad']:
-    print(f'bad records, with file and line: {options.out}/{prepare.QUARANTINE}')
+    print(f'\nbad records, with file and line: {options.out}/{prepare.QUARANTINE}')
 
 
 def pretraining(args: Sequence[str]) -> 'Pretrain':

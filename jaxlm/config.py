@@ -10,15 +10,8 @@ from typing import Any, Literal
 
 from etils import epath
 
-from jaxlm.errors import InputError
+from jaxlm.errors import InputError, at_least, within
 from jaxlm.models.config import ModelConfig
-
-
-def at_least(least: int, **values: int) -> None:
-  """Raises InputError, naming it, if one of the values is smaller than `least`."""
-  for name, value in values.items():
-    if isinstance(value, int) and value < least:  # another type is the type check's to name
-      raise InputError(f'{name}={value} must be at least {least}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,14 +20,14 @@ class Data:
 
   path: str = ''  # a folder that `jaxlm prepare` wrote
   mix: str = ''  # 'wiki*0.5 + data/code*0.3': shares of the rows by kind or further folder; '': as it was prepared
-  phases: tuple[str, ...] = ()  # 'SHARE: MIX': another mixture after that share of the steps
+  phases: tuple[str, ...] = ()  # 'SHARE: MIX': another mixture after that share of the steps, in any order
   seq_len: int = 512
   packing: Literal['concat', 'best_fit'] = 'concat'  # no place wasted, or no document cut that fits into a row
   global_batch: int = 32  # rows in an optimizer step, over all devices and micro-batches
   batch_warmup: tuple[str, ...] = ()  # 'ROWS=STEP': so many rows before that step, as in '8=200' '16=400'
 
   def __post_init__(self):
-    at_least(1, seq_len=self.seq_len, global_batch=self.global_batch)
+    at_least(1, 'data', seq_len=self.seq_len, global_batch=self.global_batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +52,14 @@ class Optim:
   group_decay: tuple[str, ...] = ()  # the same for weight_decay
 
   def __post_init__(self):
-    if not 0 <= self.ema_decay < 1:
-      raise InputError(f'ema_decay={self.ema_decay} must be at least 0 and below 1')
+    within('(0, inf)', 'optim', clip_norm=self.clip_norm)
+    within('[0, inf)', 'optim', lr=self.lr, weight_decay=self.weight_decay, eps=self.eps)
+    within('[0, 1]', 'optim', decay_fraction=self.decay_fraction, final_ratio=self.final_ratio)
+    within('[0, 1)', 'optim', b1=self.b1, b2=self.b2, muon_momentum=self.muon_momentum, ema_decay=self.ema_decay)
     if self.ema_decay and self.name == 'schedule_free':
       raise InputError('ema_decay: schedule_free keeps an average of its own; leave it 0')
-    at_least(0, warmup_steps=self.warmup_steps)
-    at_least(1, cycles=self.cycles)
+    at_least(0, 'optim', warmup_steps=self.warmup_steps)
+    at_least(1, 'optim', cycles=self.cycles)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +84,8 @@ class Compute:
   accum: int = 1  # micro-batches in a step
 
   def __post_init__(self):
-    at_least(1, unroll=self.unroll, loss_chunks=self.loss_chunks, accum=self.accum)
-    if not 0 <= self.dropout < 1:
-      raise InputError(f'dropout={self.dropout} must be at least 0 and below 1')
+    at_least(1, 'compute', unroll=self.unroll, loss_chunks=self.loss_chunks, accum=self.accum)
+    within('[0, 1)', 'compute', dropout=self.dropout)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,9 +106,12 @@ class Watch:
   most_rewinds: int = 5  # and give up after so many
 
   def __post_init__(self):
-    at_least(1, log_every=self.log_every, sample_tokens=self.sample_tokens)
-    at_least(0, eval_every=self.eval_every, eval_batches=self.eval_batches, sample_every=self.sample_every)
-    at_least(0, save_every=self.save_every)
+    at_least(1, 'watch', log_every=self.log_every, sample_tokens=self.sample_tokens)
+    at_least(0, 'watch', eval_every=self.eval_every, eval_batches=self.eval_batches, sample_every=self.sample_every)
+    at_least(0, 'watch', save_every=self.save_every, keep_last=self.keep_last, keep_every=self.keep_every)
+    at_least(0, 'watch', keep_best=self.keep_best, most_rewinds=self.most_rewinds)
+    if self.spike:
+      within('(1, inf)', 'watch', spike=self.spike)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,8 +133,11 @@ class Pretrain:
 
   def __post_init__(self):
     at_least(1, steps=self.steps)
+    within('[0, inf)', z_loss=self.z_loss)
     if self.profile and not self.profiled:
       raise InputError(f"profile={self.profile!r} is not 'A:B', two steps with A below B")
+    if self.profiled and self.profiled[1] > self.steps:
+      raise InputError(f'profile={self.profile!r} goes beyond the {self.steps} steps of the run')
 
   @property
   def profiled(self) -> tuple[int, int] | None:

@@ -20,8 +20,8 @@ import operator
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from jaxlm.config import Pretrain, at_least
-from jaxlm.errors import InputError
+from jaxlm.config import Pretrain
+from jaxlm.errors import InputError, at_least, within
 from jaxlm.models.config import ModelConfig
 
 BATCH_EXPONENT = 0.4  # the best batch grows as tokens^0.4 (Bergsma et al. 2025, arXiv:2505.13738)
@@ -64,8 +64,7 @@ def at_depth(
   Raises InputError for a depth or a ratio that is not positive, and for numbers that do not go together.
   """
   at_least(1, depth=depth)
-  if tokens_per_parameter is not None and not 0 < tokens_per_parameter < float('inf'):
-    raise InputError(f'tokens_per_parameter={tokens_per_parameter} must be above 0 and finite')
+  within('(0, inf)', tokens_per_parameter=tokens_per_parameter)
   named = named or {}
   model = shape(base.model, depth, named)
   return _keep(with_horizon(base, transfer(base, model), tokens_per_parameter, named), named)
@@ -154,9 +153,7 @@ def with_horizon(
   batch, steps = _batch_and_steps(base, parameters(config.model), tokens_per_parameter, named)
   more, longer = batch / base.data.global_batch, steps / base.steps
   lr = named.get('optim.lr', base.optim.lr * math.sqrt(more))
-  for rate in (base.optim.lr, lr):
-    if not 0 < rate < float('inf'):
-      raise InputError(f'optim.lr={rate} must be above 0 and finite')
+  within('(0, inf)', 'optim', lr=min(lr, base.optim.lr))
   return dataclasses.replace(
     config,
     data=dataclasses.replace(config.data, global_batch=batch, batch_warmup=_ramp(base, rows=more, steps=longer)),

@@ -53,6 +53,23 @@ def test_comes_back_bitwise_with_what_was_saved_beside_it(saved):
   assert jax.random.key_impl(restored.key) == jax.random.key_impl(state.key)
 
 
+def test_all_files_are_on_disk_before_the_save_counts(tmp_path, monkeypatch):
+  settled, fsync = [], os.fsync
+
+  def recorded(file):
+    settled.append(str(Path(f'/proc/self/fd/{file}').readlink()))
+    fsync(file)
+
+  monkeypatch.setattr(os, 'fsync', recorded)
+  checkpoints = Checkpoints(tmp_path / 'checkpoints')
+  checkpoints.save(3, make_state(), {})
+  checkpoints.close()
+  folder = checkpoints.path(3)
+  before = settled[: settled.index(f'{folder / DIGEST}.part')]
+  below = [path for path in Path(folder).rglob('*') if path.name != DIGEST]
+  assert len(below) > 5 and {str(path) for path in (*below, folder, folder.parent)} <= set(before)
+
+
 def test_a_relative_folder(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   checkpoints = Checkpoints('run/checkpoints')

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -167,9 +168,7 @@ def test_configs_that_do_not_hold_together(capsys, tmp_path, prepared):
   assert 'bad.py:1' in one_line(capsys, 'pretrain', str(bad))
   assert 'no such config' in one_line(capsys, 'pretrain', str(tmp_path / 'none.py'))
   data = ['--data.path', str(prepared / 'data'), '--run', str(tmp_path / 'run')]
-  code, _, err = run(capsys, 'pretrain', *data, *SIZES, '--model.n-heads', '5')
-  assert code == 2
-  assert 'is not a multiple of n_heads=5' in ' '.join(err.replace('│', ' ').split())
+  assert 'is not a multiple of n_heads=5' in one_line(capsys, 'pretrain', *data, *SIZES, '--model.n-heads', '5')
   assert 'global_batch=9' in one_line(capsys, 'pretrain', *data, *SIZES, '--data.global-batch', '9')
   assert 'mesh' in one_line(capsys, 'pretrain', *data, *SIZES, '--mesh.tensor', '3')
   assert 'warmup_steps' in one_line(capsys, 'pretrain', *data, *SIZES, '--optim.warmup-steps', '7')
@@ -245,15 +244,56 @@ def test_numbers_out_of_range(capsys, tmp_path, prepared):
     ('--data.global-batch', '0'),
     ('--compute.accum', '0'),
   ):
-    code, _, err = run(capsys, 'pretrain', *data, *SIZES, flag, value)
-    assert code == 2 and 'must be at least 1' in ' '.join(err.split())
+    name = flag[2:].replace('-', '_')
+    assert f'{name}={value} must be at least 1' in one_line(capsys, 'pretrain', *data, *SIZES, flag, value)
+  for flag, value in (
+    ('--optim.lr', 'nan'),
+    ('--optim.lr', '-0.001'),
+    ('--optim.lr', 'inf'),
+    ('--optim.clip-norm', '-1.0'),
+    ('--optim.weight-decay', '-0.1'),
+    ('--optim.final-ratio', '-0.1'),
+    ('--optim.decay-fraction', '1.5'),
+    ('--optim.b1', '1.0'),
+    ('--optim.b2', '-0.5'),
+    ('--watch.keep-last', '-1'),
+    ('--watch.keep-every', '-1'),
+    ('--watch.keep-best', '-1'),
+    ('--watch.most-rewinds', '-1'),
+    ('--watch.spike', '-2.0'),
+    ('--watch.spike', '0.5'),
+  ):
+    name = flag[2:].replace('-', '_')
+    assert f'{name}={value} must be ' in one_line(capsys, 'pretrain', *data, *SIZES, flag, value)
+  assert 'batch=0 must be' in one_line(capsys, 'eval', 'somewhere', '--batch', '0')
+  assert 'seq_len=0 must be' in one_line(capsys, 'eval', 'somewhere', '--seq-len', '0')
+  prepare = ['prepare', 'x.txt', '--tokenizer', 't.json', '--out', str(tmp_path / 'out')]
+  assert 'max_bad=-1 must be' in one_line(capsys, *prepare, '--max-bad', '-1')
+  assert not (tmp_path / 'run').exists() and not (tmp_path / 'out').exists()
   assert 'loss_chunks=7' in one_line(capsys, 'pretrain', *data, *SIZES, '--compute.loss-chunks', '7')
   assert "remat 'foo'" in one_line(capsys, 'pretrain', *data, *SIZES, '--compute.remat', 'foo')
   learned = ['--model.positions', 'learned', '--model.max-seq-len', '8']
   assert 'max_seq_len=8' in one_line(capsys, 'pretrain', *data, *SIZES, *learned)
   for flags in ('--temperature -1', '--temperature nan', '--top-k 0', '--top-p 0', '--max-new-tokens 0'):
-    code, _, err = run(capsys, 'generate', 'somewhere', *flags.split())
-    assert code == 2 and 'must be' in ' '.join(err.split())
+    assert 'must be' in one_line(capsys, 'generate', 'somewhere', *flags.split())
+
+
+def test_data_that_were_damaged_are_named_before_or_in_training(capsys, tmp_path, prepared):
+  def refused(way, pattern):
+    data = tmp_path / way
+    shutil.copytree(prepared / 'data', data)
+    path = next((data / 'records').glob(pattern))
+    raw = path.read_bytes()
+    path.write_bytes(raw[: len(raw) // 2] if way == 'cut' else raw[:200] + bytes(b ^ 1 for b in raw[200:]))
+    if way == 'gone':
+      path.unlink()
+    line = one_line(capsys, 'pretrain', '--data.path', str(data), '--run', str(tmp_path / f'run-{way}'), *SIZES)
+    assert line.startswith(f'jaxlm: {data}') and 'run `jaxlm prepare` again' in line
+    assert f'{path.relative_to(data)} ' + ('is missing' if way == 'gone' else 'has changed') in line
+
+  for way in ('cut', 'flipped', 'gone'):
+    refused(way, 'tokens-train*')
+  refused('info', 'dataset_info.json')
 
 
 def test_a_run_folder_that_cannot_be(capsys, tmp_path, prepared):

@@ -62,9 +62,9 @@ def test_bad_parquet_is_named(tmp_path):
   parquet(tmp_path / 'columns.parquet', body=TEXTS)
   assert 'no column "text"; its columns are body' in refused(tmp_path / 'columns.parquet')
   parquet(tmp_path / 'null.parquet', text=['good', None])
-  assert 'null.parquet:2: no string "text"' in refused(tmp_path / 'null.parquet')
+  assert 'null.parquet:2: "text" must be a string, found null' in refused(tmp_path / 'null.parquet')
   parquet(tmp_path / 'type.parquet', text=[1, 2])
-  assert 'type.parquet:1: no string "text"' in refused(tmp_path / 'type.parquet')
+  assert 'type.parquet:1: "text" must be a string, found 1' in refused(tmp_path / 'type.parquet')
   (tmp_path / 'not.parquet').write_bytes(b'PAR1 no')
   assert 'not a Parquet file' in refused(tmp_path / 'not.parquet')
 
@@ -81,6 +81,39 @@ def test_a_packed_file_cut_short_or_changed_is_named(tmp_path, packed):
     path = tmp_path / f'{name}.jsonl{packed}'
     path.write_bytes(data)
     refused(path)
+
+
+@pytest.mark.parametrize('packed', ['.gz', '.zst'])
+def test_damage_is_told_with_the_last_line_that_was_whole(tmp_path, packed):
+  rng = random.Random(3)
+  texts = [''.join(rng.choices('abcdefgh ', k=97)) for _ in range(9973)]
+  whole = PACK[packed](''.join(json.dumps({'text': text}) + '\n' for text in texts).encode())
+  path = tmp_path / f'a.jsonl{packed}'
+  path.write_bytes(whole[: len(whole) // 2])
+  read, found = [], sources.documents([str(path)])
+  with pytest.raises(InputError, match='damaged or cut short after this record') as info:
+    read.extend(iter(lambda: next(found), None))
+  assert read and [d.text for d in read] == texts[: len(read)]
+  assert str(info.value).startswith(f'{path}:{len(read)}: ')
+
+
+@pytest.mark.parametrize('name', ['a.jsonl.gz', 'a.txt.zst', 'a.parquet.gz'])
+def test_a_packed_file_of_no_bytes_is_damaged(tmp_path, name):
+  (tmp_path / name).touch()
+  assert 'damaged or cut short: a packed file has more than 0 bytes' in refused(tmp_path / name)
+
+
+def test_damaged_parquet_is_told_with_its_row(tmp_path):
+  rng = random.Random(5)
+  path = tmp_path / 'a.parquet'
+  table = pa.table({'text': [''.join(rng.choices('abcdefgh ', k=97)) for _ in range(1009)]})
+  pq.write_table(table, path, row_group_size=256, compression='zstd', use_dictionary=False)
+  raw = path.read_bytes()
+  path.write_bytes(raw[: len(raw) // 2] + bytes(1000) + raw[len(raw) // 2 + 1000 :])
+  read, found = [], sources.documents([str(path)])
+  with pytest.raises(InputError, match='damaged or cut short after this record') as info:
+    read.extend(iter(lambda: next(found), None))
+  assert 256 <= len(read) < 1009 and str(info.value).startswith(f'{path}:{len(read)}: ')
 
 
 @pytest.mark.parametrize('packed', ['', '.gz'])
@@ -115,13 +148,14 @@ def test_bad_records_go_to_a_quarantine_up_to_a_limit(tmp_path, t):
   with pytest.raises(InputError, match='interrupted'):
     prepared.load(out)
   summary = prepare.prepare([str(path)], t, out, val_fraction=0, max_bad=3)
-  assert summary.dropped == {'duplicate': 0, 'empty': 0, 'bad': 3}
+  assert summary.dropped == {'duplicate': {}, 'empty': {}, 'bad': {'a': 3}}
+  assert summary.read() == {'a': {'read': 7, 'duplicate': 0, 'empty': 0, 'bad': 3, 'kept': 4}}
   rows = [json.loads(line)['why'] for line in (out / prepare.QUARANTINE).read_text().splitlines()]
   assert [row[: len(f'{path}:4')] for row in rows] == [f'{path}:{n}' for n in (4, 5, 6)]
   assert list(prepared.load(out).texts('train')) == [*TEXTS, 'last']
 
   path.write_bytes(JSONL + b'{}\n')
-  with pytest.raises(InputError, match='a.jsonl:4: no string'):  # the limit is 0 where none is given
+  with pytest.raises(InputError, match='a.jsonl:4: no "text"'):  # the limit is 0 where none is given
     prepare.prepare([str(path)], t, out, val_fraction=0)
   assert list(prepared.load(out).texts('train')) == [*TEXTS, 'last']
   path.write_bytes(JSONL)
@@ -134,6 +168,18 @@ def test_prepare_says_where_the_bad_records_are_listed(tmp_path, t, capsys):
   (tmp_path / 'a.jsonl').write_bytes(JSONL + b'{}\n')
   args = ['prepare', f'{tmp_path}/a.jsonl', '--tokenizer', f'{tmp_path}/tokenizer.json', '--out', f'{tmp_path}/out']
   assert cli.main([*args, '--val-fraction', '0']) == 1
-  assert 'a.jsonl:4: no string "text"' in capsys.readouterr().err
+  assert 'a.jsonl:4: no "text"; it is empty' in capsys.readouterr().err
   assert cli.main([*args, '--val-fraction', '0', '--max-bad', '1']) == 0
-  assert '1 bad' in (out := capsys.readouterr().out) and f'{tmp_path}/out/quarantine.jsonl' in out
+  out = capsys.readouterr().out
+  assert f'{tmp_path}/out/quarantine.jsonl' in out
+  cells = [[cell.strip() for cell in line.strip('|').split('|')] for line in out.splitlines()]
+  assert cells[0] == ['kind', 'read', 'duplicate', 'empty', 'bad', 'kept']
+  assert cells[2] == ['a', '4', '0', '0', '1', '3'] and cells[3] == ['all', *cells[2][1:]]
+
+  args = ['tokenizer', f'{tmp_path}/a.jsonl', '--out', f'{tmp_path}/new.json', '--vocab-size', '300']
+  assert cli.main(args) == 1
+  assert 'a.jsonl:4: no "text"' in capsys.readouterr().err
+  assert cli.main([*args, '--max-bad', '1']) == 0
+  assert 'left out: 1 bad records' in capsys.readouterr().out
+  assert cli.main([*args, '--max-bad', '-1']) == 1
+  assert 'max_bad=-1 must be at least 0' in capsys.readouterr().err

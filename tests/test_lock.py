@@ -59,6 +59,31 @@ def test_of_several_that_take_over_one_succeeds(tmp_path):
   assert answers == ['held', 'refused', 'refused', 'refused']
 
 
+def test_a_lock_that_came_while_one_looked_away_is_seen(tmp_path, monkeypatch):
+  """One looks, sees a dead owner's lock 4 and will make lock 5; before it does, 4 goes and another process holds 1."""
+  dead = tmp_path / 'lock-000004'
+  dead.write_text(json.dumps({'host': socket.gethostname(), 'pid': 2**22 + 1, 'started': '1'}))
+  others = []
+
+  def create(path, text):
+    if not others:
+      dead.unlink()
+      others.append(start(HOLD, tmp_path, 60))
+      assert others[0].stdout.readline() == 'held\n' and (tmp_path / 'lock-000001').exists()
+    whole(path, text)
+
+  whole = lock.files.create
+  monkeypatch.setattr(lock.files, 'create', create)
+  try:
+    with pytest.raises(InputError, match='is being written by process'), lock.hold(tmp_path):
+      pass
+    assert [path.name for path in tmp_path.glob('lock-*')] == ['lock-000001']
+  finally:
+    for other in others:
+      other.kill()
+      other.communicate()
+
+
 def test_a_pid_used_again_is_not_its_first_owner(tmp_path):
   (tmp_path / 'lock-000001').write_text(json.dumps({'host': socket.gethostname(), 'pid': os.getpid(), 'started': '1'}))
   with lock.hold(tmp_path):

@@ -168,6 +168,11 @@ def test_phases_need_a_beginning(home):
     corpus.load(str(home / 'more'), '', ('0.5: sky*1',))
 
 
+def test_two_phases_that_begin_together_are_refused(home):
+  with pytest.raises(InputError, match='data.phases: two phases begin at 0.5 of the steps'):
+    corpus.load(str(home / 'both'), 'sea*1', ('0.5: land*1', '0.7: sea*1', '0.50: sea*1'))
+
+
 def test_held_out_targets_are_counted_by_kind_and_source(home):
   folders = list(corpus.load(str(home / 'both'), f'{home}/more*1').folders.values())
   rows, groups = corpus.held_out(folders, 13)

@@ -159,8 +159,8 @@ def test_bfloat16_stays_near_and_keeps_float32_logits(cfg, params):
     ({'d_model': 10, 'n_heads': 3}, 'd_model=10 is not a multiple of n_heads=3'),
     ({'n_heads': 4, 'n_kv_heads': 3}, 'n_heads=4 is not a multiple of n_kv_heads=3'),
     ({'head_dim': 5}, 'head_dim=5 must be even'),
-    ({'logits_scaling': 0.0}, 'logits_scaling=0.0 must be above 0'),
-    ({'attention_multiplier': float('nan')}, 'attention_multiplier=nan must be above 0'),
+    ({'logits_scaling': 0.0}, 'logits_scaling=0.0 must be in \\(0, inf\\)'),
+    ({'attention_multiplier': float('nan')}, 'attention_multiplier=nan must be in \\(0, inf\\)'),
   ],
 )
 def test_an_architecture_that_cannot_be_is_refused(fields, message):

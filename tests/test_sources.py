@@ -78,9 +78,12 @@ def test_reading_is_lazy(tmp_path):
   [
     (b'{"text": "cut', ':2: not JSON'),
     (b'["text"]', ':2: expected a JSON object with a string "text", found list'),
-    (b'{"body": "x", "id": 3}', ':2: no string "text"; its keys are body, id'),
-    (b'{}', ':2: no string "text"; its keys are none'),
-    (b'{"text": 3}', ':2: no string "text"'),
+    (b'{"body": "x", "id": 3}', ':2: no "text"; its keys are body, id: name the one with the text (--text-column)'),
+    (b'{"messages": []}', ':2: no "text"; its keys are messages: name'),
+    (b'{}', ':2: no "text"; it is empty'),
+    (b'{"text": 3}', ':2: "text" must be a string, found 3'),
+    (b'{"text": null}', ':2: "text" must be a string, found null'),
+    (b'{"text": ["a", "b"]}', ':2: "text" must be a string, found ["a", "b"]'),
     (b'{"text": "x", "source": 3}', ':2: "source" must be a string, found 3'),
     (b'{"text": "ab\\ud800"}', ':2: "text" has half of a surrogate pair at character 2'),
     (b'{"text": "\xff"}', ':2: not UTF-8: byte 11 of the line is 0xff'),
@@ -90,6 +93,13 @@ def test_reading_is_lazy(tmp_path):
 def test_bad_jsonl_names_file_and_line(tmp_path, line, message):
   path = tmp_path / 'a.jsonl'
   assert refused(path, b'{"text": "good"}\n' + line + b'\n').startswith(f'{path}{message}')
+
+
+def test_json_is_lines_and_never_text(tmp_path):
+  path = write(tmp_path / 'c4-train.00003-of-01024.json', '{"text": "one"}\n{"text": "two"}\n')
+  assert [(d.text, d.kind) for d in sources.documents([path])] == [('one', 'c4-train'), ('two', 'c4-train')]
+  assert ':1: a JSON array: write one object a line' in refused(tmp_path / 'a.json', b'[\n {"text": "x"}\n]\n')
+  assert ':1: not JSON' in refused(tmp_path / 'b.json', b'{\n "text": "x"\n}\n')
 
 
 def test_invalid_utf8_in_text_names_line_and_byte(tmp_path):
@@ -141,5 +151,5 @@ def test_kinds_and_their_weights(tmp_path):
 def test_another_column(tmp_path):
   path = write(tmp_path / 'a.jsonl', '{"content": "x", "text": 1}\n')
   assert [d.text for f in sources.files([path], 'content') for d in sources.read(f)] == ['x']
-  with pytest.raises(InputError, match='a.jsonl:1: no string "body"; its keys are content, text'):
+  with pytest.raises(InputError, match='a.jsonl:1: no "body"; its keys are content, text'):
     list(sources.read(sources.files([path], 'body')[0]))

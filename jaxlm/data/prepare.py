@@ -26,7 +26,7 @@ from jaxlm.data.prepared import MARKER, VERSION, Count, Summary, read_summary
 from jaxlm.data.prepared import load as load
 from jaxlm.data.sources import Document, File
 from jaxlm.data.tokenizer import Tokenizer
-from jaxlm.errors import InputError
+from jaxlm.errors import InputError, within
 from jaxlm.files import write_whole
 
 SPLITS = ('train', 'validation')
@@ -65,19 +65,18 @@ def prepare(
   Raises InputError as `sources.documents` does, at one bad record too many, or if every document falls into
   validation; a folder that was finished before is then still whole.
   """
-  if not 0 <= val_fraction < 1:
-    raise InputError(f'prepare: val_fraction must be at least 0 and below 1, not {val_fraction}')
+  within('[0, 1)', val_fraction=val_fraction)
   out, found_files, weights = epath.Path(out), sources.files(specs, column), sources.weights(specs)
   inputs = _inputs(found_files, {'val_fraction': val_fraction, 'near': near, 'weights': weights})
   found = read_summary(out)
   if found and (found.version, found.digest, found.inputs) == (VERSION, tokenizer.digest, inputs):
     return found
   if found:  # bad input must not cost what is there already
-    looked_at = _reported(found_files, None, _Quarantine(None, max_bad))
+    looked_at = _reported(found_files, None, Quarantine(None, max_bad))
     splits = Counter(kept.split for kept in _Choice(val_fraction).kept(looked_at))
     _need_training(specs, splits['train'], splits['validation'])
   with _workplace(out) as folder:
-    bad = _Quarantine(folder / QUARANTINE, max_bad)
+    bad = Quarantine(folder / QUARANTINE, max_bad)
     writer = _Writer(folder / 'records', np.dtype('<u2' if tokenizer.vocab_size <= 1 << 16 else '<u4'))
     choice = _Choice(val_fraction, near)
     kept = choice.kept(_reported(found_files, on_progress, bad))
@@ -97,7 +96,7 @@ def prepare(
       list(writer.groups),
       writer.by_group,
       weights,
-      choice.dropped | {'bad': bad.count},
+      {why: dict(counts) for why, counts in (choice.dropped | {'bad': bad.counts}).items()},
       writer.contents(),
       {str(path.relative_to(folder)): files.sha256(path) for path in sorted(written)},
       inputs,
@@ -123,10 +122,12 @@ def _workplace(out: epath.Path) -> Generator[epath.Path]:
     files.copy(folder, out, [*names, MARKER])
 
 
-def training_texts(specs: Sequence[str], val_fraction: float, column: str = 'text') -> Iterator[str]:
+def training_texts(
+  specs: Sequence[str], val_fraction: float, column: str = 'text', bad: 'Quarantine | None' = None
+) -> Iterator[str]:
   """The texts of `specs` without those that `prepare` holds out: what a tokenizer may learn from."""
   for file in sources.files(specs, column):
-    for document in sources.read(file):
+    for document in sources.read(file, (bad or Quarantine()).of(file.kind)):
       if split_of(hashlib.sha256(document.text.encode()).digest(), val_fraction) == 'train':
         yield document.text
 
@@ -163,39 +164,43 @@ class _Choice:
 
   def __init__(self, val_fraction: float, near: float | None = None):
     self.val_fraction = val_fraction
-    self.dropped = {'duplicate': 0, 'empty': 0}
+    self.dropped = {'duplicate': Counter(), 'empty': Counter()}
     self.similar: Callable[[str], bool] | None = None
     if near is not None:
       from jaxlm.data import neardup
 
-      self.similar, self.dropped['near-duplicate'] = neardup.NearDuplicates(near).seen, 0
+      self.similar, self.dropped['near-duplicate'] = neardup.NearDuplicates(near).seen, Counter()
 
   def kept(self, documents: Iterable[Document]) -> Iterator[_Kept]:
     seen: set[bytes] = set()
     for document in documents:
       digest = hashlib.sha256(document.text.encode()).digest()
       if not document.text.strip():
-        self.dropped['empty'] += 1
+        self.dropped['empty'][document.kind] += 1
       elif digest[:16] in seen:
-        self.dropped['duplicate'] += 1
+        self.dropped['duplicate'][document.kind] += 1
       elif self.similar and self.similar(document.text):
-        self.dropped['near-duplicate'] += 1
+        self.dropped['near-duplicate'][document.kind] += 1
       else:
         yield _Kept(split_of(digest, self.val_fraction), len(seen), document)
         seen.add(digest[:16])
 
 
-class _Quarantine:
-  """Writes down the bad records that were left out; refuses the one past the limit."""
+class Quarantine:
+  """Counts the bad records that were left out, lists them in `path` if there is one; refuses what is past `limit`."""
 
-  def __init__(self, path: epath.Path | None, limit: int):
-    self.path, self.limit, self.count = path, limit, 0
+  def __init__(self, path: epath.Path | None = None, limit: int = 0):
+    self.path, self.limit, self.counts = path, limit, Counter[str]()
 
-  def __call__(self, error: InputError) -> None:
-    self.count += 1
-    if self.count > self.limit:
-      more = f'{self.count} bad records are more than max_bad={self.limit}; the last is ' if self.limit else ''
-      raise InputError(f'{more}{error}')
+  def of(self, kind: str) -> sources.OnBad:
+    """What to do with a bad record of this kind."""
+    return lambda error: self._add(error, kind)
+
+  def _add(self, error: InputError, kind: str) -> None:
+    self.counts[kind] += 1
+    if self.counts.total() > self.limit:
+      count = f'{self.counts.total()} bad records are more than max_bad={self.limit}'
+      raise InputError(f'{count}; the last is {error}' if self.limit else str(error))
     if self.path:
       with self.path.open('a') as file:
         file.write(json.dumps({'why': str(error)}, ensure_ascii=False) + '\n')
@@ -318,13 +323,13 @@ def _grouped(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
     yield group
 
 
-def _reported(found: list[File], on_progress: Progress | None, bad: _Quarantine) -> Iterator[Document]:
+def _reported(found: list[File], on_progress: Progress | None, bad: Quarantine) -> Iterator[Document]:
   """The documents of the files, telling `on_progress` how many of their bytes were read."""
   sizes = [file.path.stat().length for file in found]
   total, before = sum(sizes), 0
   for file, size in zip(found, sizes, strict=True):
     inside = 0
-    for document in sources.read(file, bad):
+    for document in sources.read(file, bad.of(file.kind)):
       yield document
       inside = min(inside + len(document.text.encode()), size)  # JSON's own bytes are made up for at the file's end
       if on_progress:

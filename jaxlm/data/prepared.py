@@ -16,7 +16,7 @@ from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import InputError
 
-VERSION = 3  # of the layout; raise it when a folder prepared before can't be read any more
+VERSION = 4  # of the layout; raise it when a folder prepared before can't be read any more
 MARKER = 'prepared.json'
 
 
@@ -45,7 +45,7 @@ class Summary:
   groups: list[tuple[str, str]]  # (kind, source) by group number; past 1000 sources a kind's rest is 'other'
   by_group: dict[str, list[Count]]  # by split, in the order of groups
   weights: dict[str, float]  # share of the training rows by kind, where the sources were given as a mixture
-  dropped: dict[str, int]  # documents left out: 'duplicate' of an earlier one, 'empty', 'bad'
+  dropped: dict[str, dict[str, int]]  # documents left out by kind: 'duplicate' of an earlier one, 'empty', 'bad'
   contents: str  # sha256 of all tokens and of where documents begin: equal ones train alike
   files: dict[str, str]  # sha256 of every file of the data set, its index and the tokenizer
   inputs: dict[str, Any]  # options and the input files' sizes and times: what makes preparing again unnecessary
@@ -59,6 +59,17 @@ class Summary:
       one.bytes += count.bytes
     return found
 
+  def read(self) -> dict[str, dict[str, int]]:
+    """Documents by kind: how many were 'read', how many left out for each reason, how many 'kept'."""
+    kept = [{kind: count.documents for kind, count in self.kinds(split).items()} for split in self.splits]
+    kinds = dict.fromkeys(kind for counts in (*kept, *self.dropped.values()) for kind in counts)
+    found = {}
+    for kind in kinds:
+      left_out = {why: counts.get(kind, 0) for why, counts in self.dropped.items()}
+      stays = sum(counts.get(kind, 0) for counts in kept)
+      found[kind] = {'read': stays + sum(left_out.values()), **left_out, 'kept': stays}
+    return found
+
 
 def verify(path: epath.PathLike) -> list[str]:
   """What is wrong with a finished folder: one line for each damaged or missing file; empty when all is whole."""
@@ -69,9 +80,11 @@ def verify(path: epath.PathLike) -> list[str]:
   return _changed(path, summary.files)
 
 
-def _changed(path: epath.Path, expected: dict[str, str]) -> list[str]:
-  found = {name: files.sha256(path / name) for name in expected if (path / name).exists()}
-  return files.changes(expected, found)
+def _changed(path: epath.Path, expected: dict[str, str], shards: bool = True) -> list[str]:
+  """What is damaged or missing; without `shards` the files of records, which may be many GB, only have to be there."""
+  there = [name for name in expected if (path / name).exists()]
+  read = lambda name: shards or not name.startswith('records/tokens-')
+  return files.changes(expected, {name: files.sha256(path / name) if read(name) else expected[name] for name in there})
 
 
 def _copied(path: epath.Path, summary: Summary) -> epath.Path:
@@ -88,7 +101,7 @@ def _copied(path: epath.Path, summary: Summary) -> epath.Path:
 
 
 def load(path: epath.PathLike) -> 'Prepared':
-  """Open a prepared folder, with a check of its index; `verify` reads everything.
+  """Open a prepared folder, with a check of all but the records, which have to be there; `verify` reads everything.
 
   Raises InputError if it is none, was not finished, was changed, or holds another tokenizer's ids.
   """
@@ -101,7 +114,7 @@ def load(path: epath.PathLike) -> 'Prepared':
     raise InputError(
       f'{path}: '
       + (
-        'its preparation was interrupted: run `jaxlm prepare` again'
+        f'no {MARKER}: its preparation was interrupted: run `jaxlm prepare` again'
         if started
         else 'no prepared data here: run `jaxlm prepare` first'
       )
@@ -110,14 +123,14 @@ def load(path: epath.PathLike) -> 'Prepared':
     raise InputError(f'{path}: prepared in layout {summary.version}, this is {VERSION}: run `jaxlm prepare` again')
   if files.remote(path):
     path = _copied(path, summary)
+  if damaged := _changed(path, summary.files, shards=False):
+    raise InputError(f'{path}: damaged: {"; ".join(damaged)}: run `jaxlm prepare` again')
   tokenizer = tokenizers.load(path / 'tokenizer.json')
   if tokenizer.digest != summary.digest:
     raise InputError(
       f'{path}: its tokenizer.json ({tokenizer.digest[:12]}) is not the one that it was prepared with '
       f'({summary.digest[:12]}): run `jaxlm prepare` again'
     )
-  if damaged := _changed(path, {name: digest for name, digest in summary.files.items() if name.endswith('.npy')}):
-    raise InputError(f'{path}: damaged: {"; ".join(damaged)}: run `jaxlm prepare` again')
   return Prepared(path, summary, tokenizer)
 
 
@@ -152,7 +165,7 @@ class Tokens:
   """The tokens of a split, or of one kind in it, as one long sequence read by position; the index is memory-mapped."""
 
   def __init__(self, path: epath.Path, split: str, summary: Summary, kind: str | None = None):
-    self._path, self._split = path, split
+    self._path, self._split, self._files = path, split, summary.files
     self._dtype = np.dtype(summary.dtype).newbyteorder('<')
     self._offsets, self._begins, self._groups = (
       np.load(os.fspath(path / f'{split}.{name}.npy'), mmap_mode='r') for name in ('offsets', 'begins', 'groups')
@@ -213,13 +226,16 @@ class Tokens:
 
   def _record(self, index: int, length: int) -> np.ndarray:
     index = index if self._numbers is None else int(self._numbers[index])
-    tokens = np.frombuffer(self._records(index), self._dtype)
-    if len(tokens) != length:
-      raise InputError(
-        f'{self._path}: record {index} of {self._split!r} holds {len(tokens)} tokens, not {length}:'
-        ' the folder is damaged: run `jaxlm prepare` again'
-      )
-    return tokens
+    try:
+      tokens = np.frombuffer(self._records(index), self._dtype)
+      if len(tokens) != length:
+        raise ValueError(f'record {index} holds {len(tokens)} tokens, not {length}')
+      return tokens
+    except Exception as error:  # TFDS, array_record and protobuf each have their own for what is damaged
+      if not (damaged := _changed(self._path, self._files)):
+        raise  # not the files' fault
+      where = f'{self._path}: record {index} of {self._split!r}'
+      raise InputError(f'{where} cannot be read: {"; ".join(damaged)}: run `jaxlm prepare` again') from error
 
 
 def read_summary(path: epath.Path) -> Summary | None:

@@ -23,9 +23,12 @@ PART_BYTES = 32 << 20  # a longer text file is several documents: no memory hold
 IN_MEMORY = 64 << 20  # an unpacked Parquet file beyond it goes to a temporary file
 
 TERM = re.compile(r'(?:(?P<kind>[\w.-]+)=)?(?P<spec>.+?)(?:\*(?P<weight>\d+(?:\.\d+)?))?')
-SHARD = re.compile(r'-\d+-of-\d+$')  # of 'c4-00003-of-01024.jsonl.gz'
-
+SHARD = re.compile(r'[-.]\d+-of-\d+$')  # of 'c4-train.00003-of-01024.json.gz'
 OnBad = Callable[[InputError], None]
+
+
+class _Damaged(Exception):
+  """A file is not whole, or not in its format; `read` says which and where."""
 
 
 class Document(NamedTuple):
@@ -79,16 +82,16 @@ def terms(specs: Sequence[str]) -> list[Term]:
 def documents(specs: Sequence[str]) -> Iterator[Document]:
   """All documents of `specs` (see `terms`), one after another: the specs in their order, the files of each sorted.
 
-  A spec is a file, a folder (its files at any depth, without hidden ones) or a glob (`**` too). `.jsonl` holds one
-  object a line with a string `text` and, if wanted, a string `source` (else its kind); blank lines are skipped.
-  `.parquet` has the same as columns. Anything else is UTF-8 text, one document a file (one for every 32 MB, cut at
-  line breaks). All may end in `.gz` or `.zst` too. `tfds:NAME[:split[:column]]` is a TFDS data set and
+  A spec is a file, a folder (its files at any depth, without hidden ones) or a glob (`**` too). `.jsonl` (`.json` too:
+  C4 is called so) holds one object a line with a string `text` and, if wanted, a string `source` (else its kind); blank
+  lines are skipped. `.parquet` has the same as columns. Anything else is UTF-8 text, one document a file (one for every
+  32 MB, cut at line breaks). All may end in `.gz` or `.zst` too. `tfds:NAME[:split[:column]]` is a TFDS data set and
   `hf://datasets/ORG/NAME[/GLOB]` one of the Hugging Face hub, both of the kind NAME (see `datasets`). Elsewhere, where
   no kind is given, it is the name of a `.jsonl` or `.parquet` file without its ending and shard number, and the name
   of a text file's folder.
 
   Raises InputError, naming file and line (in Parquet: row): no file matches, invalid UTF-8, a line or row of the wrong
-  shape, a packed file that is damaged, no text.
+  shape or after which a packed file is damaged or cut short, no text.
   """
   empty = True
   for file in files(specs):
@@ -157,14 +160,17 @@ def read(file: File, on_bad: OnBad = refuse) -> Iterator[Document]:
     for text, where in datasets.read_shard(file.path, file.column, on_bad):
       yield Document(text, file.kind, where, file.kind)
     return
-  reader = READERS.get(_without_packing(file.path).suffix, _read_text)
+  reader, last = READERS.get(_without_packing(file.path).suffix, _read_text), ''
   try:
     with _unpacked(file.path) as stream:
-      yield from reader(stream, file, on_bad)
-  except (EOFError, zlib.error, OSError) as error:
+      for document in reader(stream, file, on_bad):
+        yield document
+        last = document.where
+  except (EOFError, zlib.error, OSError, _Damaged) as error:
     if isinstance(error, OSError) and error.errno is not None:
       raise  # the file system's, not the format's
-    raise InputError(f'{file.path}: damaged or cut short: {error}') from error
+    where = f'{last}: damaged or cut short after this record' if last else f'{file.path}: damaged or cut short'
+    raise InputError(f'{where}: {str(error).splitlines()[0]}') from error
 
 
 def _without_packing(path: epath.Path) -> PurePosixPath:
@@ -175,6 +181,8 @@ def _without_packing(path: epath.Path) -> PurePosixPath:
 def _unpacked(path: epath.Path) -> Generator[Any]:
   """The file's bytes as a stream, without their compression."""
   with path.open('rb') as raw:
+    if path.suffix in ('.gz', '.zst') and not path.stat().length:
+      raise _Damaged('a packed file has more than 0 bytes')
     if path.suffix == '.gz':
       with gzip.open(raw) as file:
         yield file
@@ -183,7 +191,7 @@ def _unpacked(path: epath.Path) -> Generator[Any]:
 
       import pyarrow
 
-      with io.BufferedReader(pyarrow.input_stream(raw, compression='zstd'), 1 << 20) as file:
+      with io.BufferedReader(pyarrow.input_stream(raw, compression='zstd'), 1 << 16) as file:
         yield file
     else:
       yield raw
@@ -284,17 +292,20 @@ def _read_parquet(stream: Any, file: File, on_bad: OnBad) -> Iterator[Document]:
       rows = (row for batch in batches for row in batch.to_pylist())
       for number, row in enumerate(rows, 1):
         try:
-          document = _from_row({k: v for k, v in row.items() if v is not None}, file, number)
+          wanted = {name: value for name, value in row.items() if name == file.column or value is not None}
+          document = _from_row(wanted, file, number)
         except InputError as error:
           on_bad(error)
         else:
           yield document
     except pyarrow.ArrowInvalid as error:
-      raise InputError(f'{path}: not a Parquet file, or a damaged one: {str(error).splitlines()[0]}') from error
+      raise _Damaged(f'not a Parquet file, or a damaged one: {error}') from error
 
 
 def _from_json(line: str, file: File, number: int) -> Document:
   where = f'{file.path}:{number}'
+  if number == 1 and _without_packing(file.path).suffix == '.json' and line.lstrip().startswith('['):
+    raise InputError(f"{where}: a JSON array: write one object a line, as with jq -c '.[]'")
   try:
     row = json.loads(line)
   except (ValueError, RecursionError) as error:
@@ -306,10 +317,13 @@ def _from_json(line: str, file: File, number: int) -> Document:
 
 def _from_row(row: dict[str, Any], file: File, number: int) -> Document:
   where = f'{file.path}:{number}'
-  if not isinstance(text := row.get(file.column), str):
-    raise InputError(f'{where}: no string "{file.column}"; its keys are {", ".join(row) or "none"}')
+  if file.column not in row:
+    keys = f'its keys are {", ".join(row)}: name the one with the text (--text-column)' if row else 'it is empty'
+    raise InputError(f'{where}: no "{file.column}"; {keys}')
+  if not isinstance(text := row[file.column], str):
+    raise InputError(f'{where}: "{file.column}" must be a string, found {json.dumps(text, default=str)[:40]}')
   if not isinstance(source := row.get('source', file.kind), str):
-    raise InputError(f'{where}: "source" must be a string, found {source!r}')
+    raise InputError(f'{where}: "source" must be a string, found {json.dumps(source, default=str)[:40]}')
   if found := re.search('[\ud800-\udfff]', text):
     raise InputError(
       f'{where}: "{file.column}" has half of a surrogate pair at character {found.start()}, which is no text'
@@ -330,4 +344,4 @@ def _decode(raw: bytes, path: epath.Path, line: int) -> str:
     ) from error
 
 
-READERS = {'.jsonl': _read_jsonl, '.parquet': _read_parquet}
+READERS = {'.jsonl': _read_jsonl, '.json': _read_jsonl, '.parquet': _read_parquet}

@@ -1,5 +1,6 @@
 """The data of a run, opened: its sources mixed for training, and its held-out text counted by kind and source."""
 
+import itertools
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -35,12 +36,15 @@ class Corpus(NamedTuple):
 def load(path: str, mix: str = '', phases: Sequence[str] = ()) -> Corpus:
   """Opens `path` and every other folder that the mixture names.
 
-  Raises InputError for what is no prepared folder, a name that is neither a kind of `path` nor a folder, and folders
-  of different tokenizers.
+  Phases are taken in the order of their shares. Raises InputError for what is no prepared folder, a name that is
+  neither a kind of `path` nor a folder, folders of different tokenizers, and two phases that begin together.
   """
   first = prepare.load(path)
   prepared_with = {kind: Fraction(str(weight)) for kind, weight in first.summary.weights.items()}
   later = sorted(map(mixture.parse_phase, phases), key=lambda phase: phase[0])
+  for (one, _), (other, _) in itertools.pairwise(later):
+    if one == other:
+      raise InputError(f'data.phases: two phases begin at {one:g} of the steps')
   opening = mixture.parse(mix) if mix else prepared_with
   if later and not opening:
     raise InputError('data.phases: needs a data.mix to begin with')

@@ -21,7 +21,7 @@ def fit(
   log_every: int = 1,
   hooks: tuple[Hook, ...] = (),
   stop: Callable[[], bool] = lambda: False,
-  profile: Callable[[int], None] = lambda step: None,
+  profile: Callable[[int, Any], None] = lambda done, state: None,
 ) -> Any:
   """Runs `step` until `state.step` is `steps` and returns the last state.
 
@@ -29,7 +29,7 @@ def fit(
   device never waits for the host, with `step_time` and `data_wait`: seconds a step took, and of these waited for its
   batch, on average since the row before. Hooks run in order at their multiples (0: never) and at the end, after all up
   to that step was logged; their time is not the steps'. `stop()` is asked after every step and ends the loop early,
-  hooks at their multiples being done. `profile(steps done)` is called before each step and at the end.
+  hooks at their multiples being done. `profile(done, state)` is called before each step and at the end.
   """
   done = int(state.step)
   since, waited, unread = (time.perf_counter(), done), 0.0, None
@@ -45,11 +45,12 @@ def fit(
     since, waited, unread = (now, number), 0.0, None
 
   while done < steps:
-    profile(done)
-    asked = time.perf_counter()
-    batch = next(batches)
-    waited += time.perf_counter() - asked
-    state, metrics = step(state, batch)
+    profile(done, state)
+    with jax.profiler.StepTraceAnnotation('train', step_num=done):
+      asked = time.perf_counter()
+      batch = next(batches)
+      waited += time.perf_counter() - asked
+      state, metrics = step(state, batch)
     read()
     done += 1
     if done % log_every == 0 or done == steps:
@@ -63,7 +64,7 @@ def fit(
     if stop():
       break
   read()
-  profile(done)
+  profile(done, state)
   return state
 
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from jaxlm.errors import InputError
+from jaxlm.errors import InputError, at_least, within
 from jaxlm.sharding import Rules
 
 VOCAB_MULTIPLE = 128  # the vocabulary in memory: whole tiles for the matmul unit, and divisible by any mesh axis
@@ -37,16 +37,16 @@ class ModelConfig:
   logits_scaling: float = 1.0  # logits are divided by it
 
   def __post_init__(self):
+    sizes = ('d_model', 'n_layers', 'n_heads', 'n_kv_heads', 'head_dim', 'd_ff', 'max_seq_len')
+    at_least(1, 'model', **{name: getattr(self, name) for name in sizes})
     if self.head_dim is None and self.d_model % self.n_heads:
       raise InputError(f'model: d_model={self.d_model} is not a multiple of n_heads={self.n_heads}; set head_dim')
     if self.n_heads % self.kv_heads:
       raise InputError(f'model: n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}')
     if self.positions == 'rope' and self.head_size % 2:
       raise InputError(f'model: RoPE turns pairs, so head_dim={self.head_size} must be even')
-    for name in ('embedding_multiplier', 'residual_multiplier', 'attention_multiplier', 'logits_scaling'):
-      value = getattr(self, name)
-      if isinstance(value, float) and not 0.0 < value < float('inf'):  # another type is the type check's to name
-        raise InputError(f'model: {name}={value} must be above 0 and finite')
+    names = ('embedding_multiplier', 'residual_multiplier', 'attention_multiplier', 'logits_scaling')
+    within('(0, inf)', 'model', **{name: getattr(self, name) for name in names})
 
   @property
   def kv_heads(self) -> int:
