@@ -1,5 +1,6 @@
 """The command line: one verb a stage. What is slow to import is imported by the verb that needs it."""
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -38,12 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     near = difflib.get_close_matches(args[0], VERBS, 1)
     hint = f'did you mean `jaxlm {near[0]}`?' if near else '`jaxlm --help` lists the verbs'
     return _fail(f'there is no verb {args[0]!r}; {hint}')
+  logging.getLogger('gcsfs').setLevel(logging.CRITICAL)  # it logs a stack for every try; the last error is told below
   try:
     verb(args[1:])
   except InputError as e:
     return _fail(str(e))
   except OSError as e:  # a folder that cannot be written, a disk that is full: what was saved stays
-    return _fail(f'{e.filename or "file"}: {e.strerror or e}')
+    place = e.filename or next((arg for arg in args if '://' in arg), 'file')
+    return _fail(f'{place}: {(e.strerror if e.filename else None) or e}')
   except Stopped as e:
     _fail(str(e))
     return e.code

@@ -106,10 +106,10 @@ class Watch:
   most_rewinds: int = 5  # and give up after so many
 
   def __post_init__(self):
-    at_least(1, 'watch', log_every=self.log_every, sample_tokens=self.sample_tokens)
-    at_least(0, 'watch', eval_every=self.eval_every, eval_batches=self.eval_batches, sample_every=self.sample_every)
-    at_least(0, 'watch', save_every=self.save_every, keep_last=self.keep_last, keep_every=self.keep_every)
-    at_least(0, 'watch', keep_best=self.keep_best, most_rewinds=self.most_rewinds)
+    at_least(1, 'watch', log_every=self.log_every, eval_batches=self.eval_batches, sample_tokens=self.sample_tokens)
+    at_least(0, 'watch', eval_every=self.eval_every, sample_every=self.sample_every, save_every=self.save_every)
+    at_least(0, 'watch', keep_last=self.keep_last, keep_every=self.keep_every, keep_best=self.keep_best)
+    at_least(0, 'watch', most_rewinds=self.most_rewinds)
     if self.spike:
       within('(1, inf)', 'watch', spike=self.spike)
 

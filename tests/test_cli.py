@@ -262,6 +262,10 @@ def test_numbers_out_of_range(capsys, tmp_path, prepared):
     ('--watch.most-rewinds', '-1'),
     ('--watch.spike', '-2.0'),
     ('--watch.spike', '0.5'),
+    ('--watch.eval-batches', '0'),
+    ('--model.norm-eps', '-1.0'),
+    ('--model.rope-theta', '0.0'),
+    ('--z-loss', '-1.0'),
   ):
     name = flag[2:].replace('-', '_')
     assert f'{name}={value} must be ' in one_line(capsys, 'pretrain', *data, *SIZES, flag, value)
@@ -302,6 +306,16 @@ def test_a_run_folder_that_cannot_be(capsys, tmp_path, prepared):
   line = one_line(capsys, 'pretrain', '--data.path', str(prepared / 'data'), '--run', str(file), *SIZES)
   assert str(file) in line
   assert file.read_text() == 'x'
+
+
+def test_an_error_of_an_object_store_names_the_place(capsys, monkeypatch):
+  def unreachable(args):
+    raise OSError('Cannot connect to host storage.googleapis.com')  # as its client does, without a file's name
+
+  monkeypatch.setitem(cli.VERBS, 'report', unreachable)
+  assert one_line(capsys, 'report', 'gs://bucket/run') == (
+    'jaxlm: gs://bucket/run: Cannot connect to host storage.googleapis.com\n'
+  )
 
 
 def test_generate_and_report_without_a_run(capsys, tmp_path):

@@ -45,8 +45,9 @@ class ModelConfig:
       raise InputError(f'model: n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}')
     if self.positions == 'rope' and self.head_size % 2:
       raise InputError(f'model: RoPE turns pairs, so head_dim={self.head_size} must be even')
-    names = ('embedding_multiplier', 'residual_multiplier', 'attention_multiplier', 'logits_scaling')
-    within('(0, inf)', 'model', **{name: getattr(self, name) for name in names})
+    scales = ('embedding_multiplier', 'residual_multiplier', 'attention_multiplier', 'logits_scaling')
+    above_zero = (*scales, 'norm_eps', 'rope_theta')
+    within('(0, inf)', 'model', **{name: getattr(self, name) for name in above_zero})
 
   @property
   def kv_heads(self) -> int:
