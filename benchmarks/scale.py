@@ -77,7 +77,7 @@ def coordinates(cfg: ModelConfig, params: Any, tokens_BT: Any) -> dict[str, jax.
 
   The former in units of the scale at which they start, so that only what learning does to them is compared.
   """
-  ctx = _context(cfg, jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], None, None)
+  ctx = _context(cfg, 'global', jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], None)
   x_BTD = jnp.take(params['embed'], tokens_BT, axis=0) * cfg.embedding_multiplier
   seen: dict[str, list[Any]] = {'attn': [], 'mlp': []}
   for weights in models.unstack(params['layers'], cfg.n_layers):

@@ -57,6 +57,7 @@ def _of_targets(cfg: ModelConfig, run: Run, params: Any, batch: Any, chunks: int
   if chunks == 1:
     return lm.from_logits(models.unembed(cfg, params, out.x_BTD), batch['targets'])
   head_DV = models.head(cfg, params)
-  how = {'temperature': cfg.logits_scaling, 'chunks': chunks, 'vocab': cfg.vocab_size}
-  logp_BT, lse_BT, _ = lm.logprobs(out.x_BTD, head_DV, batch['targets'], **how)
+  scale, cap = cfg.logits_scaling, cfg.logits_softcap
+  how = {'temperature': scale, 'softcap': None if cap is None else cap * scale, 'vocab': cfg.vocab_size}
+  logp_BT, lse_BT, _ = lm.logprobs(out.x_BTD, head_DV, batch['targets'], chunks=chunks, **how)
   return logp_BT, lse_BT

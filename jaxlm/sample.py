@@ -87,10 +87,9 @@ def prefill(
 ) -> tuple[Float[Array, 'B V'], Any]:
   """Logits after each row's last prompt token, and a cache of `slots` positions; prompts are padded on the right."""
   cache = models.init_cache(cfg, prompts_BP.shape[0], slots, run.dtype)
-  if isinstance(params['layers'], tuple):
-    cache = models.unstack(cache, cfg.n_layers)
-  positions_BP = jnp.broadcast_to(jnp.arange(prompts_BP.shape[1], dtype=jnp.int32), prompts_BP.shape)
-  out = models.hidden(cfg, params, prompts_BP, run=run, positions_BT=positions_BP, cache=cache)
+  order_1P = jnp.arange(prompts_BP.shape[1], dtype=jnp.int32)[None]
+  positions_BP = jnp.where(order_1P < lengths_B[:, None], order_1P, -1)
+  out = models.hidden(cfg, params, prompts_BP, run=run, positions_BT=positions_BP, cache=cache, first=True)
   last_B1D = jnp.take_along_axis(out.x_BTD, (lengths_B - 1)[:, None, None], axis=1)
   return models.unembed(cfg, params, last_B1D)[:, 0], out.cache
 

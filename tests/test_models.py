@@ -17,7 +17,7 @@ from conftest import GPT2, LLAMA, randomized
 from jaxlm import models, objectives
 from jaxlm.errors import InputError
 from jaxlm.models import LowRank, ModelConfig, Run
-from jaxlm.models.attention import attend, causal_mask, rope_angles, rotate
+from jaxlm.models.attention import attend, causal_mask, rope_angles, rope_frequencies, rotate
 from jaxlm.models.linear import dense
 from jaxlm.models.transformer import Block, Norm, _context
 
@@ -194,7 +194,7 @@ def test_layers_start_apart_and_at_the_right_scale():
 
 def test_without_multipliers_nothing_is_multiplied(cfg, params):
   """Bitwise, operation by operation: the stream is the embedding plus what the sub-layers give, logits a product."""
-  ids, ctx = tokens(cfg), _context(cfg, jnp.arange(T, dtype=jnp.int32)[None], None, None)
+  ids, ctx = tokens(cfg), _context(cfg, 'global', jnp.arange(T, dtype=jnp.int32)[None], None)
   x = params['embed'][ids] + (params['positions'][None, :T] if cfg.positions == 'learned' else 0.0)
   looped = {**params, 'layers': models.unstack(params['layers'], cfg.n_layers)}
   for weights in looped['layers']:
@@ -272,14 +272,18 @@ def wide(x):
   return np.asarray(x.astype(jnp.float32), np.float64)
 
 
+def angles_of(positions):
+  return rope_angles(positions, jnp.asarray(rope_frequencies(ModelConfig(head_dim=26), 'global')))
+
+
 def turned64(x_THN):
   return np.stack([[rotate64(head, i, 10000.0) for head in row] for row, i in zip(x_THN, FAR, strict=True)])
 
 
 def test_rotation_far_out_with_bfloat16_activations():
-  N, theta = 26, 10000.0
+  N = 26
   x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 5, N)), jnp.bfloat16)
-  angles = rope_angles(jnp.asarray(FAR)[None], N, theta)
+  angles = angles_of(jnp.asarray(FAR)[None])
   assert angles.dtype == jnp.float32
   expected = turned64(wide(x)[0])
   error = lambda angles: np.abs(wide(rotate(x, angles))[0] - expected).max(axis=(1, 2))
@@ -294,7 +298,7 @@ def test_scores_depend_on_distance_alone_far_out(start):
   """Turned by float32 angles, q at p + 13 and k at p make the score that they make at 13 and 0."""
   N, rng = 26, np.random.default_rng(0)
   q, k = (jnp.asarray(rng.normal(size=(1, 1, 5, N)), jnp.float32) for _ in range(2))
-  at = lambda x, p: rotate(x, rope_angles(jnp.array([[p]], jnp.int32), N, 10000.0))
+  at = lambda x, p: rotate(x, angles_of(jnp.array([[p]], jnp.int32)))
   score = lambda p: jnp.sum(at(q, p + 13) * at(k, p), axis=-1)
   np.testing.assert_allclose(score(int(start)), score(0), atol=0.05)
 
@@ -338,7 +342,7 @@ def test_softmax_over_thousands_of_keys_with_bfloat16_activations():
 
 def test_attention_at_far_positions_with_bfloat16_activations():
   q, k, v, _ = attention_inputs(3)
-  angles = rope_angles(jnp.asarray(FAR)[None], 26, 10000.0)
+  angles = angles_of(jnp.asarray(FAR)[None])
   positions = jnp.asarray(FAR)[None]
   mask = causal_mask(positions, positions)
   q64, k64, v64 = turned64(wide(q)[0])[None], turned64(wide(k)[0])[None], wide(v)
@@ -453,7 +457,7 @@ def test_dropout_drops_and_scales(cfg, params):
   layer = jax.tree.map(lambda x: x[0], params['layers'])
   layer['mlp'] = jax.tree.map(jnp.zeros_like, layer['mlp'])
   x = jnp.asarray(np.random.default_rng(0).normal(size=(B, 29, cfg.d_model)), jnp.float32)
-  ctx = _context(cfg, jnp.arange(29, dtype=jnp.int32)[None], None, None)
+  ctx = _context(cfg, 'global', jnp.arange(29, dtype=jnp.int32)[None], None)
   block = lambda run, key: np.asarray(Block(cfg, run).apply({'params': layer}, x, ctx, None, key)[0]) - x
   whole, dropped = block(Run(), None), block(Run(dropout=0.2), jax.random.key(0))
   kept = dropped != 0

@@ -87,7 +87,7 @@ def test_cached_decoding_is_the_full_forward_pass(style, stacked):
 def test_the_cache_may_be_bfloat16():
   run = Run(jnp.bfloat16)
   logits, kept = sample.prefill(LLAMA, randomized(LLAMA), jnp.array([[5, 17, 3]]), jnp.array([3]), slots=5, run=run)
-  assert (logits.dtype, kept.k.dtype) == (jnp.float32, jnp.bfloat16)
+  assert (logits.dtype, kept[0].k.dtype) == (jnp.float32, jnp.bfloat16)
 
 
 # --- generate

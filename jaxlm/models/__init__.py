@@ -4,6 +4,7 @@ from jaxlm.models.attention import Cache as Cache
 from jaxlm.models.config import ModelConfig as ModelConfig
 from jaxlm.models.config import Run as Run
 from jaxlm.models.linear import LowRank as LowRank
+from jaxlm.models.linear import dense as dense
 from jaxlm.models.linear import linear as linear
 from jaxlm.models.transformer import Hidden as Hidden
 from jaxlm.models.transformer import abstract as abstract

@@ -29,7 +29,21 @@ class ModelConfig:
   gated_mlp: bool = True
   positions: Literal['rope', 'learned'] = 'rope'
   rope_theta: float = 10000.0
-  bias: bool = False
+  rope_theta_local: float | None = None  # of the local layers, which are then not scaled (Gemma 3); None: the same
+  rope_scaling: Literal['none', 'linear', 'llama3', 'yarn'] = 'none'  # how positions past the first training are met
+  rope_factor: float = 1.0  # so many times the length
+  rope_original_len: int = 8192  # the length of the first training
+  rope_low: float = 1.0  # llama3: turns in that length below which a frequency is divided; yarn: the same (beta_slow)
+  rope_high: float = 4.0  # llama3: turns above which it stays; yarn: the same (beta_fast, 32 there)
+  rope_amplitude: float = 1.0  # of the rotated queries and keys (yarn: 0.1 ln(rope_factor) + 1)
+  bias: bool = False  # in every matmul of a layer
+  qkv_bias: bool = False  # in those of queries, keys and values (Qwen 2)
+  norm_at: Literal['pre', 'post', 'both'] = 'pre'  # a sub-layer's input, output (OLMo 2) or both (Gemma 2) are normed
+  qk_norm: Literal['none', 'head', 'whole'] = 'none'  # queries and keys are normed a head (Qwen 3) or whole (OLMo 2)
+  pattern: tuple[Literal['global', 'local'], ...] = ('global',)  # what layers attend to, repeated to the last
+  window: int = 4096  # tokens that a local layer attends to, its own included
+  attention_softcap: float | None = None  # scores become cap * tanh(scores / cap) (Gemma 2)
+  logits_softcap: float | None = None
   tie_embeddings: bool = True
   embedding_multiplier: float = 1.0  # times what enters the first layer
   residual_multiplier: float = 1.0  # times what each sub-layer adds
@@ -37,7 +51,7 @@ class ModelConfig:
   logits_scaling: float = 1.0  # logits are divided by it
 
   def __post_init__(self):
-    sizes = ('d_model', 'n_layers', 'n_heads', 'n_kv_heads', 'head_dim', 'd_ff', 'max_seq_len')
+    sizes = ('d_model', 'n_layers', 'n_heads', 'n_kv_heads', 'head_dim', 'd_ff', 'max_seq_len', 'window')
     at_least(1, 'model', **{name: getattr(self, name) for name in sizes})
     if self.head_dim is None and self.d_model % self.n_heads:
       raise InputError(f'model: d_model={self.d_model} is not a multiple of n_heads={self.n_heads}; set head_dim')
@@ -45,8 +59,11 @@ class ModelConfig:
       raise InputError(f'model: n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}')
     if self.positions == 'rope' and self.head_size % 2:
       raise InputError(f'model: RoPE turns pairs, so head_dim={self.head_size} must be even')
+    if not self.pattern:
+      raise InputError("model.pattern needs a kind of layer, 'global' or 'local'")
     scales = ('embedding_multiplier', 'residual_multiplier', 'attention_multiplier', 'logits_scaling')
-    above_zero = (*scales, 'norm_eps', 'rope_theta')
+    ropes = ('rope_theta', 'rope_theta_local', 'rope_factor', 'rope_low', 'rope_high', 'rope_amplitude')
+    above_zero = (*scales, *ropes, 'norm_eps', 'attention_softcap', 'logits_softcap')
     within('(0, inf)', 'model', **{name: getattr(self, name) for name in above_zero})
 
   @property
@@ -58,6 +75,11 @@ class ModelConfig:
   def head_size(self) -> int:
     """Width of one head."""
     return self.head_dim or self.d_model // self.n_heads
+
+  @property
+  def kinds(self) -> tuple[str, ...]:
+    """What each layer attends to: 'global' or 'local'."""
+    return tuple(self.pattern[i % len(self.pattern)] for i in range(self.n_layers))
 
   @property
   def padded_vocab(self) -> int:

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxlm.errors import InputError
-from jaxlm.models.attention import Cache, attend, causal_mask, rope_angles, rotate
+from jaxlm.models.attention import Cache, attend, causal_mask, rope_angles, rope_frequencies, rotate
 from jaxlm.models.config import ModelConfig, Run
 from jaxlm.models.linear import linear
 from jaxlm.sharding import constrain
@@ -40,11 +40,12 @@ class Hidden(NamedTuple):
 
 
 class Context(NamedTuple):
-  """What every layer reads beside its input: computed once, outside of the scan."""
+  """What every layer of a kind reads beside its input: computed once, outside of the scan."""
 
   angles: Array | None
   mask: Array
   positions: Array
+  own: bool = True  # the mask is for this call's keys, whatever a cache holds
 
 
 def declare(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Any) -> Any:
@@ -97,20 +98,27 @@ class Attention(nn.Module):
 
     def project(name: str, x: Array, i: int, o: int, axes: tuple[str, str], scale: float = 1.0) -> Array:
       w = declare(self, name, (i, o), axes, fan_in(scale))
-      bias = declare(self, f'{name}_bias', (o,), (axes[1],), nn.initializers.zeros) if cfg.bias else None
+      biased = cfg.bias or (cfg.qkv_bias and name != 'o')
+      bias = declare(self, f'{name}_bias', (o,), (axes[1],), nn.initializers.zeros) if biased else None
       return linear(x, w, bias)
 
-    q_BTHN = project('q', x_BTD, D, H * N, ('embed', 'heads')).reshape(B, T, H, N)
-    k_BTKN = project('k', x_BTD, D, K * N, ('embed', 'kv_heads')).reshape(B, T, K, N)
-    v_BTKN = project('v', x_BTD, D, K * N, ('embed', 'kv_heads')).reshape(B, T, K, N)
+    def heads(name: str, n: int, axis: str) -> Array:
+      x = project(name, x_BTD, D, n * N, ('embed', axis))
+      if name == 'v' or cfg.qk_norm == 'none':
+        return x.reshape(B, T, n, N)
+      norm = Norm(cfg, name=f'{name}_norm')
+      return norm(x).reshape(B, T, n, N) if cfg.qk_norm == 'whole' else norm(x.reshape(B, T, n, N))
+
+    q_BTHN, k_BTKN, v_BTKN = heads('q', H, 'heads'), heads('k', K, 'kv_heads'), heads('v', K, 'kv_heads')
     if ctx.angles is not None:
-      q_BTHN, k_BTKN = rotate(q_BTHN, ctx.angles), rotate(k_BTKN, ctx.angles)
+      q_BTHN, k_BTKN = (rotate(x, ctx.angles, cfg.rope_amplitude) for x in (q_BTHN, k_BTKN))
     if cache is not None:
       cache = cache.write(k_BTKN, v_BTKN, ctx.positions)
-      k_BTKN, v_BTKN = cache.k, cache.v
+      if not ctx.own:
+        k_BTKN, v_BTKN = cache.k, cache.v
     q_BTHN = constrain(q_BTHN, ('batch', 'seq', 'act_heads', None), rules)
-    out_BTHN = checkpoint_name(attend(q_BTHN, k_BTKN, v_BTKN, ctx.mask, cfg.attention_multiplier), 'attn_values')
-    out_BTE = out_BTHN.reshape(B, T, H * N)
+    out_BTHN = attend(q_BTHN, k_BTKN, v_BTKN, ctx.mask, cfg.attention_multiplier, cfg.attention_softcap)
+    out_BTE = checkpoint_name(out_BTHN, 'attn_values').reshape(B, T, H * N)
     return project('o', out_BTE, H * N, D, ('heads', 'embed'), branch_scale(cfg)), cache
 
 
@@ -140,7 +148,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-  """One layer: x += attention(norm(x)); x += mlp(norm(x))."""
+  """One layer: x += attention(norm(x)); x += mlp(norm(x)), or with norms elsewhere (`norm_at`)."""
 
   cfg: ModelConfig
   run: Run
@@ -155,10 +163,13 @@ class Block(nn.Module):
         y = jnp.where(keep, y / (1.0 - rate), 0.0).astype(y.dtype)
       return constrain(x + y * self.cfg.residual_multiplier, STREAM, self.run.rules)
 
-    attn, cache = Attention(self.cfg, self.run, name='attn')(Norm(self.cfg, name='attn_norm')(x_BTD), ctx, cache)
-    x_BTD = add(x_BTD, checkpoint_name(attn, 'attn_out'), 0)
-    mlp = MLP(self.cfg, self.run, name='mlp')(Norm(self.cfg, name='mlp_norm')(x_BTD))
-    return add(x_BTD, checkpoint_name(mlp, 'mlp_out'), 1), cache
+    def norm(x: Array, name: str, at: str) -> Array:
+      return Norm(self.cfg, name=name)(x) if self.cfg.norm_at in (at, 'both') else x
+
+    attn, cache = Attention(self.cfg, self.run, name='attn')(norm(x_BTD, 'attn_norm', 'pre'), ctx, cache)
+    x_BTD = add(x_BTD, checkpoint_name(norm(attn, 'attn_post_norm', 'post'), 'attn_out'), 0)
+    mlp = MLP(self.cfg, self.run, name='mlp')(norm(x_BTD, 'mlp_norm', 'pre'))
+    return add(x_BTD, checkpoint_name(norm(mlp, 'mlp_post_norm', 'post'), 'mlp_out'), 1), cache
 
 
 class Outside(nn.Module):
@@ -181,7 +192,7 @@ def init_named(cfg: ModelConfig, key: Array) -> Params:
   """`init`, with every array boxed with its logical axis names (`flax.linen.LogicallyPartitioned`)."""
   outside_key, layers_key = jax.random.split(key)
   x, one = jnp.zeros((1, 1, cfg.d_model)), jnp.zeros((1, 1), jnp.int32)
-  ctx = _context(cfg, one, None, None)
+  ctx = _context(cfg, 'global', one, None)
 
   def layer(key: Array) -> Params:
     return Block(cfg, Run()).init(key, x, ctx, None, None)['params']
@@ -206,10 +217,19 @@ def axes(cfg: ModelConfig) -> Params:
   return jax.tree.map(lambda box: box.names, abstract(cfg), is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
 
 
-def init_cache(cfg: ModelConfig, batch: int, length: int, dtype: Any = jnp.float32) -> Cache:
-  """An empty cache of `length` positions for every layer, stacked [L, B, S, K, N]."""
-  shape = (cfg.n_layers, batch, length, cfg.kv_heads, cfg.head_size)
-  return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+def init_cache(cfg: ModelConfig, batch: int, length: int, dtype: Any = jnp.float32, *, ahead: int = 1) -> Any:
+  """An empty cache of `length` positions for every layer; local layers keep their window, if that is less.
+
+  A tuple of one a layer, [B, S, K, N]. `ahead` is the most tokens that a call after the first will have.
+  """
+
+  def empty(kind: str) -> Cache:
+    kept = cfg.window + ahead - 1
+    ring = kind == 'local' and kept < length
+    shape = (batch, kept if ring else length, cfg.kv_heads, cfg.head_size)
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), ring)
+
+  return tuple(map(empty, cfg.kinds))
 
 
 def unstack(tree_: Any, n_layers: int) -> tuple[Any, ...]:
@@ -217,7 +237,7 @@ def unstack(tree_: Any, n_layers: int) -> tuple[Any, ...]:
   return tuple(jax.tree.map(lambda x, i=i: x[i], tree_) for i in range(n_layers))
 
 
-def remat(fn: Any, policy: str, *, in_loop: bool) -> Any:
+def remat(fn: Any, policy: str, *, in_loop: bool, static: tuple[int, ...] = ()) -> Any:
   """Applies a rematerialisation policy by name: 'none', 'full', 'dots', or the names of what is kept.
 
   Only inside of a loop is XLA free to share subexpressions: elsewhere it would share what is to be computed again.
@@ -229,7 +249,7 @@ def remat(fn: Any, policy: str, *, in_loop: bool) -> Any:
       f'remat {policy!r}: none, {", ".join(REMAT)}, or some of {", ".join(sorted(SAVEABLE))} with commas'
     )
   saved = REMAT.get(policy) or jax.checkpoint_policies.save_only_these_names(*policy.split(','))
-  return jax.checkpoint(fn, policy=saved, prevent_cse=not in_loop)
+  return jax.checkpoint(fn, policy=saved, prevent_cse=not in_loop, static_argnums=static)
 
 
 def hidden(
@@ -241,13 +261,16 @@ def hidden(
   positions_BT: Int[Array, 'R T'] | None = None,
   segment_ids_BT: Int[Array, 'B T'] | None = None,
   cache: Any = None,
+  first: bool = False,
   key: Array | None = None,
 ) -> Hidden:
   """The activations after the last norm, x_BTD in `run.dtype`.
 
   `positions_BT` counts from 0 within a segment (default: along the row); tokens see only their own segment. With a
-  cache, keys and values are written at their positions and the cache is what is attended to. `params['layers']` is a
-  stack (scanned) or a tuple of layers (looped over, the cache then being a tuple too). `key` turns dropout on.
+  cache (see `init_cache`), keys and values are written at their positions, those of negative ones are dropped, and the
+  cache is what is attended to, or at the `first` call, while it is empty, these tokens themselves. `params['layers']`
+  is a stack (scanned, a unit of `cfg.pattern` at a time) or a tuple of layers (looped over, as with a cache any is).
+  `key` turns dropout on.
   """
   B, T = tokens_BT.shape
   if positions_BT is None:
@@ -257,24 +280,30 @@ def hidden(
     x_BTD += jnp.take(params['positions'], positions_BT, axis=0).astype(run.dtype)
   x_BTD = constrain(x_BTD * cfg.embedding_multiplier, STREAM, run.rules)
   layers, block = params['layers'], Block(cfg, run)
+  if cache is not None and not isinstance(layers, tuple):
+    layers = unstack(layers, cfg.n_layers)
   looped = isinstance(layers, tuple)
-  slots = None if cache is None else (cache[0] if looped else cache).k.shape[-3]
-  ctx = _context(cfg, positions_BT, segment_ids_BT, slots)
   keys = None if key is None else jax.random.split(key, cfg.n_layers)
+  real_B1T = (positions_BT >= 0)[:, None]
+  contexts = {kind: _context(cfg, kind, positions_BT, segment_ids_BT) for kind in dict.fromkeys(cfg.kinds)}
 
-  def body(x: Array, layer: tuple) -> Any:
-    weights, layer_cache, layer_key = layer
+  def one(x: Array, layer: tuple, kind: str, layer_cache: Cache | None) -> Any:
+    weights, layer_key = layer
+    ctx = contexts[kind]
+    if layer_cache is not None:
+      ctx = ctx._replace(mask=ctx.mask & real_B1T) if first else _cached(cfg, kind, ctx, layer_cache)
     return block.apply({'params': weights}, x, ctx, layer_cache, layer_key)
 
-  body = remat(body, run.remat, in_loop=not looped and run.unroll < cfg.n_layers)
+  one = remat(one, run.remat, in_loop=not looped and run.unroll < cfg.n_layers, static=(2,))
   if looped:
     caches = []
-    for i, weights in enumerate(layers):
-      x_BTD, new = body(x_BTD, (weights, None if cache is None else cache[i], None if keys is None else keys[i]))
+    for i, (weights, kind) in enumerate(zip(layers, cfg.kinds, strict=True)):
+      layer = weights, None if keys is None else keys[i]
+      x_BTD, new = one(x_BTD, layer, kind, None if cache is None else cache[i])
       caches.append(new)
     cache = None if cache is None else tuple(caches)
   else:
-    x_BTD, cache = jax.lax.scan(body, x_BTD, (layers, cache, keys), length=cfg.n_layers, unroll=run.unroll)
+    x_BTD = _scanned(one, x_BTD, (layers, keys), cfg.kinds, len(cfg.pattern), run.unroll)
   normed_BTD: Any = Norm(cfg).apply({'params': params['final_norm']}, x_BTD)
   return Hidden(normed_BTD, cache, {})
 
@@ -287,7 +316,9 @@ def head(cfg: ModelConfig, params: Params) -> Float[Array, 'D V']:
 def unembed(cfg: ModelConfig, params: Params, x_BTD: Float[Array, 'B T D']) -> Float[Array, 'B T V']:
   """Float32 logits over the true vocabulary."""
   w_DV = head(cfg, params).astype(x_BTD.dtype)
-  return jnp.matmul(x_BTD, w_DV, preferred_element_type=jnp.float32)[..., : cfg.vocab_size] / cfg.logits_scaling
+  logits_BTV = jnp.matmul(x_BTD, w_DV, preferred_element_type=jnp.float32)[..., : cfg.vocab_size] / cfg.logits_scaling
+  cap = cfg.logits_softcap
+  return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)
 
 
 def forward(cfg: ModelConfig, params: Params, tokens_BT: Int[Array, 'B T'], **as_hidden: Any) -> tuple[Array, Any]:
@@ -296,11 +327,41 @@ def forward(cfg: ModelConfig, params: Params, tokens_BT: Int[Array, 'B T'], **as
   return unembed(cfg, params, out.x_BTD), out.cache
 
 
-def _context(cfg: ModelConfig, positions: Array, segments: Array | None, slots: int | None) -> Context:
-  """Angles and mask of a call: against its own tokens, or against the `slots` positions of a cache."""
-  angles = rope_angles(positions, cfg.head_size, cfg.rope_theta) if cfg.positions == 'rope' else None
-  if slots is not None:
-    return Context(angles, causal_mask(positions, jnp.arange(slots, dtype=jnp.int32)[None]), positions)
+def _scanned(one: Any, x_BTD: Array, layers: Any, kinds: tuple[str, ...], period: int, unroll: int) -> Array:
+  """`x_BTD` through a stack of layers: a scan over units of `period` layers, and a loop over those that are left."""
+  units = len(kinds) // period
+  whole = units * period
+
+  def unit(x: Array, stacked: Any) -> tuple[Array, None]:
+    for i in range(period):
+      x, _ = one(x, jax.tree.map(lambda leaf, i=i: leaf[i], stacked), kinds[i], None)
+    return x, None
+
+  if units:
+    folded = jax.tree.map(lambda leaf: leaf[:whole].reshape(units, period, *leaf.shape[1:]), layers)
+    x_BTD, _ = jax.lax.scan(unit, x_BTD, folded, length=units, unroll=min(unroll, units))
+  for i in range(whole, len(kinds)):
+    x_BTD, _ = one(x_BTD, jax.tree.map(lambda leaf, i=i: leaf[i], layers), kinds[i], None)
+  return x_BTD
+
+
+def _context(cfg: ModelConfig, kind: str, positions: Array, segments: Array | None) -> Context:
+  """Angles and mask of a call against its own tokens."""
+  angles = rope_angles(positions, jnp.asarray(rope_frequencies(cfg, kind))) if cfg.positions == 'rope' else None
   order = jnp.arange(positions.shape[1], dtype=jnp.int32)[None]
   # within a row a later token is one further right: position alone would let segments see each other's future
-  return Context(angles, causal_mask(order, order, segments, segments), positions)
+  mask = causal_mask(order, order, segments, segments, cfg.window if kind == 'local' else None)
+  return Context(angles, mask, positions)
+
+
+def _cached(cfg: ModelConfig, kind: str, ctx: Context, cache: Cache) -> Context:
+  """The same against what a cache holds once these tokens are in it."""
+  T = ctx.positions.shape[1]
+  room = cache.slots - cfg.window + 1
+  if cache.ring and room < T:
+    raise ValueError(
+      f'a ring of {cache.slots} positions for a window of {cfg.window} takes {room} tokens at once, not {T}'
+    )
+  there = cache.positions(ctx.positions.max(axis=1, keepdims=True))
+  mask = causal_mask(ctx.positions, there, window=cfg.window if kind == 'local' else None)
+  return ctx._replace(mask=mask, own=False)

@@ -1,0 +1,231 @@
+"""Models in Hugging Face's form: read tensor by tensor onto their shardings, written so that transformers opens them."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from jaxlm import models, sharding, tree
+from jaxlm.data import tokenizer as tokenizers
+from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.errors import InputError
+from jaxlm.interop import hf_config
+from jaxlm.interop.families import FAMILIES, Stored
+from jaxlm.interop.foreign import Foreign
+from jaxlm.models.config import ModelConfig
+
+SHARD_BYTES = 4 << 30  # of a safetensors file
+BUFFERS = ('rotary_emb.inv_freq', '.attn.bias', '.attn.masked_bias')  # tensors in old files that are no weights
+
+
+class Model(NamedTuple):
+  """A model in memory: what is asked of it is `models.forward(cfg, params, tokens)`."""
+
+  cfg: ModelConfig
+  params: Any
+  tokenizer: Tokenizer | None
+  chat_template: str | None
+  generation: dict[str, Any]
+
+
+def open_directory(path: epath.PathLike) -> Foreign:
+  """A folder with config.json and safetensors, in one file or several. Raises InputError for what is not whole."""
+  path = epath.Path(path)
+  config = _json(path / 'config.json')
+  where: dict[str, epath.Path] = {}
+  shapes: dict[str, tuple[int, ...]] = {}
+  for file in _weight_files(path):
+    for name, shape in _header(file).items():
+      if name in where:
+        raise InputError(f'{file}: the tensor {name} is in {where[name].name} too')
+      where[name], shapes[name] = file, shape
+  there = (path / 'tokenizer.json').exists()
+  extra = {name: _json(path / name) if (path / name).exists() else {} for name in ('generation_config.json', _TOKENS)}
+  template = path / 'chat_template.jinja'
+  return Foreign(
+    str(path),
+    config,
+    shapes,
+    lambda name: _read(where[name], name),
+    tokenizers.load(path / 'tokenizer.json') if there else None,
+    template.read_text() if template.exists() else extra[_TOKENS].get('chat_template'),
+    extra['generation_config.json'],
+  )
+
+
+def load(foreign: Foreign, *, mesh: Any = None, rules: Any = sharding.RULES, dtype: Any = jnp.float32) -> Model:
+  """The model with its weights on the devices, one tensor in host memory at a time.
+
+  With a mesh, laid out as training has them. Raises InputError for an architecture, a field, a tensor or a shape that
+  is not understood, and for tensors that nothing asks for.
+  """
+  cfg, names = hf_config.parse(foreign.config, foreign.where), FAMILIES[foreign.config['model_type']].names
+  abstract = models.abstract(cfg)
+  layout = None if mesh is None else dict(tree.items(sharding.state_shardings(abstract, mesh, rules)))
+  used: set[str] = set()
+
+  def leaf(path: str, box: Any) -> jax.Array:
+    stored, shape = names[path], tuple(box.value.shape)
+    place = None if layout is None else layout[path]
+    if '{i}' not in stored.name:
+      return jax.device_put(_fitted(_one(foreign, stored, used), shape, path, foreign.where).astype(dtype), place)
+    whole = jnp.zeros(shape, dtype, device=place)
+    for i in range(shape[0]):
+      part = _one(foreign, stored._replace(name=stored.name.format(i=i)), used)
+      whole = _put(whole, jnp.asarray(_fitted(part, shape[1:], path, foreign.where), dtype), i)
+    return whole
+
+  params = tree.path_map(leaf, abstract, is_leaf=sharding.is_named)
+  _check_unused(foreign, cfg, names, used)
+  return Model(cfg, params, foreign.tokenizer, foreign.chat_template, foreign.generation)
+
+
+def export(model: Model, directory: epath.PathLike, *, dtype: Any = jnp.float32) -> str:
+  """Writes the folder that transformers opens; returns the family. Raises InputError if none has this architecture."""
+  kind = hf_config.family_of(model.cfg)
+  folder = epath.Path(directory)
+  folder.mkdir(parents=True, exist_ok=True)
+  config = hf_config.write(model.cfg, kind) | {'dtype': jnp.dtype(dtype).name, 'torch_dtype': jnp.dtype(dtype).name}
+  if model.tokenizer is not None:
+    ids = {'bos_token_id': model.tokenizer.bos_id, 'eos_token_id': model.tokenizer.eos_id}
+    config |= {**ids, 'pad_token_id': model.tokenizer.pad_id}
+    model.tokenizer.save(folder / 'tokenizer.json')
+  _write_shards(folder, _tensors(model.cfg, model.params, FAMILIES[kind].names, dtype))
+  if model.chat_template:
+    (folder / 'chat_template.jinja').write_text(model.chat_template)
+  if model.generation:
+    (folder / 'generation_config.json').write_text(json.dumps(model.generation, indent=2))
+  (folder / 'config.json').write_text(json.dumps(config, indent=2))
+  return kind
+
+
+_TOKENS = 'tokenizer_config.json'
+_put = jax.jit(lambda whole, part, i: whole.at[i].set(part), donate_argnums=0)
+
+
+def _one(foreign: Foreign, stored: Stored, used: set[str]) -> np.ndarray:
+  """The array that a tensor stands for."""
+  if stored.name not in foreign.shapes:
+    raise InputError(f'{foreign.where}: the tensor {stored.name} is missing')
+  used.add(stored.name)
+  x = foreign.read(stored.name)
+  index, blocks = stored.part
+  if blocks > 1:
+    x = np.split(x, blocks, axis=-1)[index] if x.shape[-1] % blocks == 0 else x
+  x = x.T if stored.transposed else x
+  return x + np.asarray(stored.plus, x.dtype) if stored.plus else x
+
+
+def _fitted(x: np.ndarray, shape: tuple[int, ...], path: str, where: str) -> np.ndarray:
+  """The array in the shape that the model has, its vocabulary filled up with zeros to whole tiles."""
+  missing = [want - have for want, have in zip(shape, x.shape, strict=False)]
+  axis = {'embed': 0, 'head': 1}.get(path)
+  if len(shape) != x.ndim or any(n for i, n in enumerate(missing) if i != axis) or min(missing, default=0) < 0:
+    raise InputError(f'{where}: {path} has the shape {x.shape}, the config makes it {shape}')
+  return np.pad(x, [(0, n) for n in missing]) if any(missing) else x
+
+
+def _check_unused(foreign: Foreign, cfg: ModelConfig, names: Mapping[str, Stored], used: set[str]) -> None:
+  """Refuses tensors that no leaf asked for, but for buffers and a copy of tied embeddings."""
+  left = [name for name in foreign.shapes if name not in used and not name.endswith(BUFFERS)]
+  if cfg.tie_embeddings and names['head'].name in left:
+    same = np.array_equal(foreign.read(names['head'].name), foreign.read(names['embed'].name))
+    if not same:
+      raise InputError(f'{foreign.where}: its embeddings are tied and {names["head"].name} is another matrix')
+    left.remove(names['head'].name)
+  if left:
+    more = f' and {len(left) - 3} more' if len(left) > 3 else ''
+    raise InputError(f'{foreign.where}: tensors that this architecture does not have: {", ".join(left[:3])}{more}')
+
+
+def _tensors(
+  cfg: ModelConfig, params: Any, names: Mapping[str, Stored], dtype: Any
+) -> Iterator[tuple[str, np.ndarray]]:
+  """(name, array) of every tensor of the file, one after another, vocabulary and joined blocks as they are there."""
+  blocks: dict[str, dict[int, np.ndarray]] = {}
+  for path, leaf in tree.items(params):
+    stored = names[path]
+    layers = range(leaf.shape[0]) if '{i}' in stored.name else (None,)
+    for i in layers:
+      x = np.asarray(models.dense(leaf if i is None else jax.tree.map(lambda y, i=i: y[i], leaf)), np.float32)
+      x = x[: cfg.vocab_size] if path == 'embed' else x[:, : cfg.vocab_size] if path == 'head' else x
+      x = (x - stored.plus).T if stored.transposed else x - stored.plus
+      name, (index, count) = stored.name.format(i=i), stored.part
+      parts = blocks.setdefault(name, {}) | {index: x}
+      blocks[name] = parts
+      if len(parts) == count:
+        yield name, np.concatenate([parts[n] for n in range(count)], axis=-1).astype(dtype)
+        del blocks[name]
+
+
+def _write_shards(folder: epath.Path, tensors: Iterator[tuple[str, np.ndarray]]) -> None:
+  from safetensors.numpy import save_file
+
+  shards: list[dict[str, np.ndarray]] = [{}]
+  written: list[tuple[list[str], int]] = []
+
+  def flush() -> None:
+    names, size = list(shards[-1]), sum(x.nbytes for x in shards[-1].values())
+    save_file(shards[-1], str(folder / f'part-{len(written)}.safetensors'), metadata={'format': 'pt'})
+    written.append((names, size))
+    shards[-1] = {}
+
+  for name, x in tensors:
+    if shards[-1] and sum(y.nbytes for y in shards[-1].values()) + x.nbytes > SHARD_BYTES:
+      flush()
+    shards[-1][name] = np.ascontiguousarray(x)
+  flush()
+  count = len(written)
+  called = lambda n: 'model.safetensors' if count == 1 else f'model-{n + 1:05d}-of-{count:05d}.safetensors'
+  for n in range(count):
+    (folder / f'part-{n}.safetensors').rename(folder / called(n))
+  if count > 1:
+    index = {name: called(n) for n, (names, _) in enumerate(written) for name in names}
+    whole = {'metadata': {'total_size': sum(size for _, size in written)}, 'weight_map': index}
+    (folder / 'model.safetensors.index.json').write_text(json.dumps(whole, indent=2))
+
+
+def _weight_files(path: epath.Path) -> list[epath.Path]:
+  index = path / 'model.safetensors.index.json'
+  if not index.exists():
+    if not (path / 'model.safetensors').exists():
+      raise InputError(f'{path}: no model.safetensors: pickled weights are not read; convert them with safetensors')
+    return [path / 'model.safetensors']
+  names = sorted(set(_json(index).get('weight_map', {}).values()))
+  for name in names:
+    if not isinstance(name, str) or '/' in name or not (path / name).exists():
+      raise InputError(f'{index}: names {name!r}, which is no file beside it')
+  return [path / name for name in names]
+
+
+def _header(file: epath.Path) -> dict[str, tuple[int, ...]]:
+  from safetensors import SafetensorError, safe_open
+
+  try:
+    with safe_open(str(file), 'numpy') as opened:
+      return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+  except (SafetensorError, OSError, ValueError) as error:
+    raise InputError(f'{file}: not a whole safetensors file: {error}') from error
+
+
+def _read(file: epath.Path, name: str) -> np.ndarray:
+  from safetensors import safe_open
+
+  with safe_open(str(file), 'flax') as opened:  # numpy has no bfloat16 of its own
+    return np.asarray(opened.get_tensor(name))
+
+
+def _json(path: epath.Path) -> dict[str, Any]:
+  try:
+    found = json.loads(path.read_text())
+  except FileNotFoundError as error:
+    raise InputError(f'{path}: no such file') from error
+  except (ValueError, RecursionError) as error:
+    raise InputError(f'{path}: not JSON: {error}') from error
+  if not isinstance(found, dict):
+    raise InputError(f'{path}: not a JSON object')
+  return found

@@ -1,0 +1,197 @@
+"""config.json to ModelConfig and back, by the tables of `families`; what is not understood is refused by name."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jaxlm.errors import InputError
+from jaxlm.interop.families import ACTIVATIONS, FAMILIES, HARMLESS, KINDS
+from jaxlm.models.config import ModelConfig
+
+ROPE_KEYS = {'rope_type', 'type', 'rope_theta', 'factor', 'original_max_position_embeddings'} | {
+  'low_freq_factor', 'high_freq_factor', 'beta_slow', 'beta_fast', 'attention_factor'
+}  # fmt: skip
+
+
+def parse(config: Mapping[str, Any], where: str) -> ModelConfig:
+  """The architecture that a config.json describes.
+
+  Raises InputError for a family that is not known, a key that is missing, and a key or value that would change the
+  numbers and is not understood.
+  """
+  kind = str(config.get('model_type'))
+  if kind not in FAMILIES:
+    raise InputError(f'{where}: model_type {kind!r} is none of {", ".join(FAMILIES)}')
+  family = FAMILIES[kind]
+  values = {**family.defaults, **config}
+  if missing := [key for key in family.keys if key not in values]:
+    raise InputError(f'{where}: no {", ".join(missing)}')
+  for key, value in config.items():
+    if key in family.only and value != family.only[key]:
+      raise InputError(f'{where}: {key}={value!r} is not supported for {kind}')
+    if key not in {*family.keys, *family.defaults, *family.only, *HARMLESS, *_SPECIAL}:
+      raise InputError(f'{where}: {key}={value!r} is not known to leave the numbers of {kind} as they are')
+  fields = {field: values[key] for key, field in family.keys.items() if values[key] is not None} | dict(family.fixed)
+  activation = _first(values, 'hidden_activation', 'hidden_act', 'activation_function')
+  if activation not in ACTIVATIONS:
+    raise InputError(f'{where}: the activation {activation!r} is none of {", ".join(ACTIVATIONS)}')
+  fields['activation'] = ACTIVATIONS[activation]
+  fields.setdefault('d_ff', 4 * fields['d_model'])
+  if 'query_pre_attn_scalar' in family.defaults:
+    fields['attention_multiplier'] = values['query_pre_attn_scalar'] ** -0.5
+    fields['embedding_multiplier'] = math.sqrt(fields['d_model'])
+  if kind != 'gpt2':
+    fields |= _rope(values, fields['max_seq_len'], where)
+  fields |= _pattern(values, fields['n_layers'], where)
+  try:
+    return ModelConfig(**fields)
+  except (InputError, TypeError) as error:
+    raise InputError(f'{where}: {error}') from error
+
+
+def write(cfg: ModelConfig, kind: str) -> dict[str, Any]:
+  """The config.json of a model as one of a family. What the family cannot say is lost: see `family_of`."""
+  family, cfg = FAMILIES[kind], plain(cfg)
+  config: dict[str, Any] = {'architectures': [family.architecture], 'model_type': kind}
+  config |= {key: getattr(cfg, field) for key, field in family.keys.items()}
+  names = {ours: theirs for theirs, ours in ACTIVATIONS.items()} | {'gelu_tanh': 'gelu_pytorch_tanh'}
+  key = _first(
+    {name: name for name in ('hidden_activation', 'hidden_act', 'activation_function') if name in family.defaults}
+  )
+  config[key] = 'gelu_new' if kind == 'gpt2' and cfg.activation == 'gelu_tanh' else names[cfg.activation]
+  if 'query_pre_attn_scalar' in family.defaults:
+    scalar = (cfg.attention_multiplier or 1.0) ** -2
+    config['query_pre_attn_scalar'] = round(scalar) if math.isclose(scalar, round(scalar)) else scalar
+  if kind != 'gpt2':
+    config |= _written_rope(cfg)
+  local = 'local' in cfg.kinds
+  if 'sliding_window' in family.defaults or 'use_sliding_window' in family.defaults:
+    config['sliding_window'] = cfg.window if local else None
+  if 'use_sliding_window' in family.defaults:
+    config['use_sliding_window'] = local
+  if 'period' in family.defaults or 'use_sliding_window' in family.defaults:
+    back = {ours: theirs for theirs, ours in KINDS.items()}
+    config['layer_types'] = [back[kind] for kind in cfg.kinds]
+  return config
+
+
+def family_of(cfg: ModelConfig) -> str:
+  """The first family whose config says all of this architecture. Raises InputError if there is none."""
+  for kind in FAMILIES:
+    try:
+      again = parse(write(cfg, kind), kind)
+    except InputError:
+      continue
+    if plain(again) == plain(cfg):
+      return kind
+  raise InputError('no family of transformers has all of this architecture; its multipliers, norms or positions differ')
+
+
+def plain(cfg: ModelConfig) -> ModelConfig:
+  """The same architecture with everything that follows from something else written out: equal ones compute alike."""
+  changes: dict[str, Any] = {'n_kv_heads': cfg.kv_heads, 'head_dim': cfg.head_size, 'pattern': _shortest(cfg.kinds)}
+  changes['attention_multiplier'] = cfg.attention_multiplier or cfg.head_size**-0.5
+  standard = ModelConfig()
+  if 'local' not in cfg.kinds:
+    changes |= {'window': standard.window, 'rope_theta_local': None}
+  if cfg.positions != 'rope':
+    changes |= {f.name: f.default for f in dataclasses.fields(cfg) if f.name.startswith('rope_')}
+  if cfg.bias:
+    changes['qkv_bias'] = False
+  return dataclasses.replace(cfg, **changes)
+
+
+_SPECIAL = {
+  *('hidden_act', 'hidden_activation', 'rope_theta', 'rope_scaling', 'rope_parameters', 'rope_local_base_freq'),
+  *('layer_types', 'sliding_window'),
+}
+
+
+def _first(values: Mapping[str, Any], *keys: str) -> Any:
+  return next((values[key] for key in (keys or values) if values.get(key) is not None), None)
+
+
+def _shortest(kinds: tuple[str, ...]) -> tuple[str, ...]:
+  """The shortest pattern that repeats to these."""
+  for n in range(1, len(kinds) + 1):
+    if all(kind == kinds[i % n] for i, kind in enumerate(kinds)):
+      return kinds[:n]
+  return kinds
+
+
+def _pattern(values: Mapping[str, Any], layers: int, where: str) -> dict[str, Any]:
+  window = values.get('sliding_window') if values.get('use_sliding_window', True) else None
+  if window is None:
+    return {}
+  if 'layer_types' in values:
+    if len(values['layer_types']) != layers or not KINDS.keys() >= set(values['layer_types']):
+      raise InputError(f'{where}: layer_types are not {layers} of {", ".join(KINDS)}')
+    kinds = tuple(KINDS[kind] for kind in values['layer_types'])
+  elif 'period' in values:
+    period = _first(values, 'sliding_window_pattern', '_sliding_window_pattern', 'period')
+    kinds = tuple('local' if (i + 1) % period else 'global' for i in range(layers))
+  elif 'use_sliding_window' in values:
+    kinds = tuple('local' if i >= values.get('max_window_layers', 28) else 'global' for i in range(layers))
+  else:
+    kinds = ('local',) * layers
+  return {'pattern': _shortest(kinds), 'window': window} if 'local' in kinds else {}
+
+
+def _rope(values: Mapping[str, Any], length: int, where: str) -> dict[str, Any]:
+  """The rope fields, from `rope_parameters` (one, or one a kind of layer) or the older keys."""
+  found = values.get('rope_parameters') or {}
+  by_kind = found.keys() & KINDS.keys()
+  whole = dict(found.get('full_attention', {}) if by_kind else found)
+  whole.setdefault('rope_theta', values.get('rope_theta') or 10000.0)
+  if not found:
+    whole |= values.get('rope_scaling') or {}
+  local = (found.get('sliding_attention') or {}) if by_kind else {'rope_theta': values.get('rope_local_base_freq')}
+  if local.get('rope_type', 'default') != 'default':
+    raise InputError(f'{where}: rope_parameters of sliding_attention: {local["rope_type"]!r} is not supported')
+  fields = {'rope_theta': float(whole['rope_theta'])}
+  if local.get('rope_theta') and local['rope_theta'] != whole['rope_theta']:
+    fields['rope_theta_local'] = float(local['rope_theta'])
+  return fields | _scaling(whole, length, where)
+
+
+def _scaling(found: Mapping[str, Any], length: int, where: str) -> dict[str, Any]:
+  kind = found.get('rope_type') or found.get('type') or 'default'
+  if unknown := found.keys() - ROPE_KEYS:
+    raise InputError(f'{where}: {", ".join(sorted(unknown))} of the rope parameters is not supported')
+  if kind == 'default':
+    return {}
+  if kind not in ('linear', 'llama3', 'yarn'):
+    raise InputError(f'{where}: rope_type {kind!r} is none of default, linear, llama3, yarn')
+  factor = float(found['factor'])
+  fields = {'rope_scaling': kind, 'rope_factor': factor}
+  if kind == 'linear':
+    return fields
+  fields['rope_original_len'] = found.get('original_max_position_embeddings') or length
+  if kind == 'llama3':
+    return fields | {'rope_low': float(found['low_freq_factor']), 'rope_high': float(found['high_freq_factor'])}
+  amplitude = found.get('attention_factor')
+  return fields | {
+    'rope_low': float(found.get('beta_slow') or 1),
+    'rope_high': float(found.get('beta_fast') or 32),
+    'rope_amplitude': float(0.1 * math.log(factor) + 1 if amplitude is None else amplitude),
+  }
+
+
+def _written_rope(cfg: ModelConfig) -> dict[str, Any]:
+  """Both forms, that of transformers 5 and the one before it."""
+  scaling: dict[str, Any] = {'rope_type': 'default'}
+  if cfg.rope_scaling != 'none':
+    scaling = {'rope_type': cfg.rope_scaling, 'factor': cfg.rope_factor}
+    if cfg.rope_scaling != 'linear':
+      scaling['original_max_position_embeddings'] = cfg.rope_original_len
+    if cfg.rope_scaling == 'llama3':
+      scaling |= {'low_freq_factor': cfg.rope_low, 'high_freq_factor': cfg.rope_high}
+    if cfg.rope_scaling == 'yarn':
+      scaling |= {'beta_slow': cfg.rope_low, 'beta_fast': cfg.rope_high, 'attention_factor': cfg.rope_amplitude}
+  whole = {'rope_theta': cfg.rope_theta, **scaling}
+  if cfg.rope_theta_local is None:
+    old = None if cfg.rope_scaling == 'none' else scaling
+    return {'rope_theta': cfg.rope_theta, 'rope_scaling': old, 'rope_parameters': whole}
+  local = {'rope_theta': cfg.rope_theta_local, 'rope_type': 'default'}
+  return {'rope_parameters': {'full_attention': whole, 'sliding_attention': local}}
