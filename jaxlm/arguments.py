@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -89,6 +89,23 @@ class Generate:
     within('[0, inf)', temperature=self.temperature)
     within('(0, 1]', top_p=self.top_p)
     at_least(1, top_k=self.top_k, max_new_tokens=self.max_new_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Import:
+  """Make a run of a model that others trained, for `generate`, `eval` and `--init`."""
+
+  source: Positional[str]  # a Hugging Face folder, hf://ORG/NAME[@REVISION], or a .gguf file
+  run: str  # the new run's folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+  """Write a run's newest weights as a folder that transformers, vLLM and others open."""
+
+  run: Positional[str]  # the run's folder
+  out: Positional[str]  # a new folder
+  dtype: Literal['float32', 'bfloat16'] = 'float32'
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,8 @@ usage: jaxlm VERB ...          `jaxlm VERB --help` explains a verb
   pretrain     train a language model: jaxlm pretrain CONFIG.py [--run DIR] [--optim.lr 1e-3 ...]
   eval         perplexity and bits per byte on held-out text, by kind and by source
   generate     let a trained run continue a text
+  import       make a run of a model that others trained: a Hugging Face folder, hf://ORG/NAME or a GGUF file
+  export       write a run's weights as a folder that transformers opens
   report       write a run's report.html
   verify       check every file of a run's checkpoints, or of prepared data, against its digest
 """
@@ -206,6 +208,28 @@ def _generate(args: Sequence[str]) -> None:
     print(prompt + text)
 
 
+def _import(args: Sequence[str]) -> None:
+  from jaxlm import arguments
+
+  options = arguments.parse(arguments.Import, args, 'import')
+  from jaxlm import tree
+  from jaxlm.loops import foreign
+
+  print(devices_line(), flush=True)
+  model = foreign.import_run(options.source, options.run)
+  print(f'{options.run}: {tree.size(model.params):,} parameters, {model.cfg.vocab_size:,} tokens')
+
+
+def _export(args: Sequence[str]) -> None:
+  from jaxlm import arguments
+
+  options = arguments.parse(arguments.Export, args, 'export')
+  from jaxlm.loops import foreign
+
+  print(devices_line(), flush=True)
+  print(f'{options.out}: as {foreign.export_run(options.run, options.out, dtype=options.dtype)}, {options.dtype}')
+
+
 def _report(args: Sequence[str]) -> None:
   from jaxlm import arguments
 
@@ -245,6 +269,8 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
   'pretrain': _pretrain,
   'eval': _eval,
   'generate': _generate,
+  'import': _import,
+  'export': _export,
   'report': _report,
   'verify': _verify,
 }

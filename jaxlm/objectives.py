@@ -16,18 +16,26 @@ from jaxlm.models import ModelConfig, Run
 from jaxlm.train.step import LossFn
 
 
-def next_token(cfg: ModelConfig, run: Run, *, z_loss: float = 0.0, chunks: int = 1) -> LossFn:
+def next_token(
+  cfg: ModelConfig, run: Run, *, z_loss: float = 0.0, chunks: int = 1, balance: float = 0.0, router_z: float = 0.0
+) -> LossFn:
   """Pre-training: next-token cross entropy over the batch that `data.packing` makes.
 
-  Metrics: `nll` (nats a token, without the z term) and `bits_per_byte` of the text that the targets stand for.
+  `balance` and `router_z` weigh what keeps the routers of experts balanced (see `models.moe.route`), a micro-batch at a
+  time. Metrics: `nll` (nats a token, without the other terms), `bits_per_byte` of the text that the targets stand for,
+  and with experts `balance` and `router_z`.
   """
 
   def loss_fn(params: Any, batch: Any, key: Any) -> tuple[Sum, dict[str, Any]]:
-    logp_BT, lse_BT = _of_targets(cfg, run, params, batch, chunks, key if run.dropout else None)
+    logp_BT, lse_BT, aux = _of_targets(cfg, run, params, batch, chunks, key if run.dropout else None)
     nats = masked.total(-logp_BT, batch['loss_mask'])
     bytes_ = jnp.sum(batch['target_bytes'], dtype=jnp.float32)
     metrics = {'nll': nats, 'bits_per_byte': Sum(nats.total / math.log(2), bytes_)}
-    return masked.total(z_loss * lse_BT**2 - logp_BT, batch['loss_mask']), metrics
+    loss = masked.total(z_loss * lse_BT**2 - logp_BT, batch['loss_mask'])
+    if aux:
+      loss = Sum(loss.total + loss.weight * (balance * aux['balance'] + router_z * aux['router_z']), loss.weight)
+      metrics |= {name: Sum(value * loss.weight, loss.weight) for name, value in aux.items()}
+    return loss, metrics
 
   return loss_fn
 
@@ -40,7 +48,7 @@ def by_group(cfg: ModelConfig, run: Run, *, groups: int, chunks: int = 1) -> Cal
   quiet = dataclasses.replace(run, dropout=0.0)
 
   def fn(params: Any, batch: Any) -> dict[str, Sum]:
-    logp_BT, _ = _of_targets(cfg, quiet, params, batch, chunks, None)
+    logp_BT, _, _ = _of_targets(cfg, quiet, params, batch, chunks, None)
     mask_BT = batch['loss_mask']
     add = lambda x_BT: jax.ops.segment_sum(x_BT.reshape(-1), batch['group'].reshape(-1), groups)
     nats_G = add(jnp.where(mask_BT > 0, -logp_BT * mask_BT, 0.0))
@@ -50,14 +58,14 @@ def by_group(cfg: ModelConfig, run: Run, *, groups: int, chunks: int = 1) -> Cal
   return fn
 
 
-def _of_targets(cfg: ModelConfig, run: Run, params: Any, batch: Any, chunks: int, key: Any) -> tuple[Array, Array]:
-  """(logp_BT, lse_BT) of the batch's targets."""
+def _of_targets(cfg: ModelConfig, run: Run, params: Any, batch: Any, chunks: int, key: Any) -> tuple[Array, Array, Any]:
+  """(logp_BT, lse_BT) of the batch's targets, and what the layers add to the loss."""
   segments = {'positions_BT': batch['positions'], 'segment_ids_BT': batch['segment_ids']}
   out = models.hidden(cfg, params, batch['tokens'], run=run, key=key, **segments)
   if chunks == 1:
-    return lm.from_logits(models.unembed(cfg, params, out.x_BTD), batch['targets'])
+    return *lm.from_logits(models.unembed(cfg, params, out.x_BTD), batch['targets']), out.aux
   head_DV = models.head(cfg, params)
   scale, cap = cfg.logits_scaling, cfg.logits_softcap
   how = {'temperature': scale, 'softcap': None if cap is None else cap * scale, 'vocab': cfg.vocab_size}
   logp_BT, lse_BT, _ = lm.logprobs(out.x_BTD, head_DV, batch['targets'], chunks=chunks, **how)
-  return logp_BT, lse_BT
+  return logp_BT, lse_BT, out.aux

@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, shapes checked at every call, strict dtypes; tiny models that the tests share."""
 
+import dataclasses
 import functools
 import importlib.metadata
 import os
@@ -61,6 +62,24 @@ GPT2 = ModelConfig(
   bias=True,
   tie_embeddings=True,
 )
+# local and global layers with five over three of a unit, ropes of their own, norms on both sides, soft caps
+MIXED = dataclasses.replace(
+  LLAMA,
+  n_layers=5,
+  pattern=('local', 'global', 'local'),
+  window=3,
+  rope_theta_local=100.0,
+  rope_scaling='linear',
+  rope_factor=8.0,
+  norm_at='both',
+  qk_norm='head',
+  attention_softcap=5.0,
+  logits_softcap=3.0,
+)
+# norms of outputs and of whole queries and keys, experts, a window in every layer
+EXPERTS = dataclasses.replace(
+  LLAMA, norm_at='post', qk_norm='whole', qkv_bias=True, pattern=('local',), window=3, n_experts=5, experts_per_token=2
+)
 
 
 @pytest.fixture
@@ -79,10 +98,10 @@ def randomized(cfg: ModelConfig, seed: int = 5):
   return jax.tree.unflatten(treedef, [jnp.asarray(x) for x in leaves])
 
 
-@pytest.fixture(params=['llama', 'gpt2'])
+@pytest.fixture(params=['llama', 'gpt2', 'mixed', 'experts'])
 def cfg(request):
   """One model of each style."""
-  return {'llama': LLAMA, 'gpt2': GPT2}[request.param]
+  return {'llama': LLAMA, 'gpt2': GPT2, 'mixed': MIXED, 'experts': EXPERTS}[request.param]
 
 
 @pytest.fixture

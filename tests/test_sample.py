@@ -7,14 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GPT2, LLAMA, randomized
+from conftest import EXPERTS, GPT2, LLAMA, MIXED, randomized
 
 from jaxlm import models, sample
+from jaxlm.errors import InputError
 from jaxlm.models import Run
 from jaxlm.sample import Sampling
 
 pytestmark = pytest.mark.usefixtures('strict')
-STYLES = {'llama': LLAMA, 'gpt2': GPT2}
+STYLES = {'llama': LLAMA, 'gpt2': GPT2, 'mixed': MIXED, 'experts': EXPERTS}
 PROMPTS = [[5, 17, 3], [2], [11, 130, 7, 7, 101]]
 NEW = 7
 
@@ -180,12 +181,12 @@ def test_padded_vocabulary_is_never_drawn():
 
 @pytest.mark.parametrize('prompts', [[], [[1], []]])
 def test_an_empty_prompt_is_refused(prompts):
-  with pytest.raises(ValueError, match='at least one token'):
+  with pytest.raises(InputError, match='at least one token'):
     generate(LLAMA, prompts=prompts)
 
 
 def test_learned_positions_end():
-  with pytest.raises(ValueError, match="5 \\+ 57 tokens exceed the model's 61 positions"):
+  with pytest.raises(InputError, match="5 \\+ 57 tokens exceed the model's 61 positions"):
     generate(GPT2, new=57)
 
 

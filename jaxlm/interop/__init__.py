@@ -1,0 +1,59 @@
+"""Models of others, in and out: a Hugging Face folder, the name of one on the hub, or a GGUF file."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from etils import epath
+
+from jaxlm import sharding
+from jaxlm.errors import InputError
+from jaxlm.interop import hf
+from jaxlm.interop.foreign import Foreign as Foreign
+from jaxlm.interop.hf import Model as Model
+from jaxlm.interop.hf import export as export
+
+HUB = 'hf://'
+FILES = ['*.json', '*.safetensors', '*.jinja']
+
+
+def open_source(source: str) -> Foreign:
+  """What a source holds, its tensors unread: a folder, `hf://ORG/NAME[@REVISION]`, or a `.gguf` file.
+
+  Raises InputError for what is none of these, or not whole.
+  """
+  if str(source).startswith(HUB):
+    return hf.open_directory(_from_hub(str(source)))
+  path = epath.Path(source).expanduser()
+  if path.is_dir():
+    return hf.open_directory(path)
+  if path.suffix == '.gguf' and path.exists():
+    from jaxlm.interop import gguf
+
+    return gguf.open_file(path)
+  raise InputError(f'{source}: no folder with config.json, no .gguf file and no hf://ORG/NAME')
+
+
+def load(source: str, *, mesh: Any = None, rules: Any = sharding.RULES, dtype: Any = jnp.float32) -> Model:
+  """The model of a source (see `open_source`): `Model(cfg, params, tokenizer, chat_template, generation)`.
+
+  Weights are read a tensor at a time onto the devices, with a mesh laid out as training has them. Then
+  `models.forward(model.cfg, model.params, tokens_BT)` gives the logits that transformers gives.
+  Raises InputError for an architecture, a config key, a tensor or a shape that is not understood: nothing is guessed.
+  """
+  return hf.load(open_source(source), mesh=mesh, rules=rules, dtype=dtype)
+
+
+def _from_hub(source: str) -> str:
+  try:
+    import huggingface_hub
+  except ImportError as error:
+    raise InputError(f"{source}: reading from the hub needs huggingface_hub: pip install 'jaxlm[hub]'") from error
+  repo, _, revision = source.removeprefix(HUB).removeprefix('models/').partition('@')
+  try:
+    return huggingface_hub.snapshot_download(repo, revision=revision or None, allow_patterns=FILES)
+  except Exception as error:  # of the hub, of its HTTP library, of the file system
+    said = str(error).strip().splitlines()
+    raise InputError(
+      f'{source}: not to be had: {said[0] if said else type(error).__name__}: check name, revision, access and network '
+      '(HF_HUB_OFFLINE=1: only the cache)'
+    ) from error

@@ -78,6 +78,12 @@ def _gemma_names() -> dict[str, Stored]:
   return _llama_names(1.0) | _norms(norms, 1.0)
 
 
+def _expert_names(block: str, gate: str, up: str, down: str) -> dict[str, Stored]:
+  expert = f'model.layers.{{i}}.{block}.experts.{{e}}.'
+  found = {f'layers/mlp/{ours}': linear(f'{expert}{n}') for ours, n in {'gate': gate, 'up': up, 'down': down}.items()}
+  return _llama_names() | found | {'layers/mlp/router': linear(f'model.layers.{{i}}.{block}.gate')}
+
+
 def _gpt2_names() -> dict[str, Stored]:
   h = 'transformer.h.{i}.'
   found = {'embed': Stored('transformer.wte.weight'), 'positions': Stored('transformer.wpe.weight')}
@@ -113,14 +119,16 @@ _SIZES = {
   'rms_norm_eps': 'norm_eps',
   'tie_word_embeddings': 'tie_embeddings',
 }
-_PLAIN = {
-  'num_key_value_heads': None,
-  'head_dim': None,
-  'rms_norm_eps': 1e-6,
-  'tie_word_embeddings': False,
-  'hidden_act': 'silu',
+_MOE = {'num_local_experts': 'n_experts', 'num_experts_per_tok': 'experts_per_token'}
+_OPTIONAL = {'num_key_value_heads': None, 'head_dim': None, 'rms_norm_eps': 1e-6, 'tie_word_embeddings': False}
+_PLAIN = _OPTIONAL | {'hidden_act': 'silu'}
+_GEMMA = _OPTIONAL | {
+  'head_dim': 256,
+  'tie_word_embeddings': True,
+  'query_pre_attn_scalar': 256,
+  'sliding_window': 4096,
+  'hidden_activation': 'gelu_pytorch_tanh',
 }
-_GEMMA = _PLAIN | {'head_dim': 256, 'tie_word_embeddings': True, 'query_pre_attn_scalar': 256, 'sliding_window': 4096}
 _NO_BIAS = {'attention_bias': False, 'mlp_bias': False}
 _MULTIPLIERS = ('embedding_multiplier', 'residual_multiplier', 'attention_multiplier', 'logits_scaling')
 _SOFTCAPS = {'attn_logit_softcapping': 'attention_softcap', 'final_logit_softcapping': 'logits_softcap'}
@@ -188,5 +196,23 @@ FAMILIES: dict[str, Family] = {
     {'norm': 'layernorm', 'positions': 'learned', 'bias': True, 'gated_mlp': False},
     {'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False, 'add_cross_attention': False},
     _gpt2_names(),
+  ),
+  'mixtral': Family(
+    'MixtralForCausalLM',
+    _SIZES | _MOE,
+    _PLAIN | {'rms_norm_eps': 1e-5, 'sliding_window': None},
+    {},
+    {},
+    _expert_names('block_sparse_moe', 'w1', 'w3', 'w2'),
+  ),
+  'qwen3_moe': Family(
+    'Qwen3MoeForCausalLM',
+    {key: field for key, field in _SIZES.items() if field != 'd_ff'}
+    | _MOE
+    | {'moe_intermediate_size': 'd_ff', 'norm_topk_prob': 'normalize_experts'},
+    _PLAIN | {'norm_topk_prob': False, 'use_sliding_window': False, 'intermediate_size': None},
+    {'qk_norm': 'head'},
+    _NO_BIAS | {'mlp_only_layers': [], 'decoder_sparse_step': 1},
+    _expert_names('mlp', 'gate_proj', 'up_proj', 'down_proj'),
   ),
 }

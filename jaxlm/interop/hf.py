@@ -1,7 +1,7 @@
-"""Models in Hugging Face's form: read tensor by tensor onto their shardings, written so that transformers opens them."""
+"""Models as Hugging Face has them: read a tensor at a time onto their shardings, written for transformers to open."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,7 @@ from jaxlm.interop.families import FAMILIES, Stored
 from jaxlm.interop.foreign import Foreign
 from jaxlm.models.config import ModelConfig
 
-SHARD_BYTES = 4 << 30  # of a safetensors file
+SHARD_BYTES = 1 << 30  # of a safetensors file
 BUFFERS = ('rotary_emb.inv_freq', '.attn.bias', '.attn.masked_bias')  # tensors in old files that are no weights
 
 
@@ -75,7 +75,7 @@ def load(foreign: Foreign, *, mesh: Any = None, rules: Any = sharding.RULES, dty
       return jax.device_put(_fitted(_one(foreign, stored, used), shape, path, foreign.where).astype(dtype), place)
     whole = jnp.zeros(shape, dtype, device=place)
     for i in range(shape[0]):
-      part = _one(foreign, stored._replace(name=stored.name.format(i=i)), used)
+      part = _one(foreign, stored._replace(name=stored.name.replace('{i}', str(i))), used)
       whole = _put(whole, jnp.asarray(_fitted(part, shape[1:], path, foreign.where), dtype), i)
     return whole
 
@@ -88,13 +88,16 @@ def export(model: Model, directory: epath.PathLike, *, dtype: Any = jnp.float32)
   """Writes the folder that transformers opens; returns the family. Raises InputError if none has this architecture."""
   kind = hf_config.family_of(model.cfg)
   folder = epath.Path(directory)
+  if (folder / 'config.json').exists():
+    raise InputError(f'{folder}: holds a model already: give a new folder')
   folder.mkdir(parents=True, exist_ok=True)
   config = hf_config.write(model.cfg, kind) | {'dtype': jnp.dtype(dtype).name, 'torch_dtype': jnp.dtype(dtype).name}
   if model.tokenizer is not None:
     ids = {'bos_token_id': model.tokenizer.bos_id, 'eos_token_id': model.tokenizer.eos_id}
     config |= {**ids, 'pad_token_id': model.tokenizer.pad_id}
     model.tokenizer.save(folder / 'tokenizer.json')
-  _write_shards(folder, _tensors(model.cfg, model.params, FAMILIES[kind].names, dtype))
+  single = tree.size(model.params) * jnp.dtype(dtype).itemsize <= SHARD_BYTES
+  _write_shards(folder, _tensors(model.cfg, model.params, FAMILIES[kind].names, dtype), single)
   if model.chat_template:
     (folder / 'chat_template.jinja').write_text(model.chat_template)
   if model.generation:
@@ -109,6 +112,11 @@ _put = jax.jit(lambda whole, part, i: whole.at[i].set(part), donate_argnums=0)
 
 def _one(foreign: Foreign, stored: Stored, used: set[str]) -> np.ndarray:
   """The array that a tensor stands for."""
+  if '{e}' in stored.name:
+    count = next(n for n in range(1 << 16) if stored.name.format(e=n) not in foreign.shapes)
+    if not count:
+      raise InputError(f'{foreign.where}: the tensor {stored.name.format(e=0)} is missing')
+    return np.stack([_one(foreign, stored._replace(name=stored.name.format(e=e)), used) for e in range(count)])
   if stored.name not in foreign.shapes:
     raise InputError(f'{foreign.where}: the tensor {stored.name} is missing')
   used.add(stored.name)
@@ -153,8 +161,11 @@ def _tensors(
     for i in layers:
       x = np.asarray(models.dense(leaf if i is None else jax.tree.map(lambda y, i=i: y[i], leaf)), np.float32)
       x = x[: cfg.vocab_size] if path == 'embed' else x[:, : cfg.vocab_size] if path == 'head' else x
-      x = (x - stored.plus).T if stored.transposed else x - stored.plus
-      name, (index, count) = stored.name.format(i=i), stored.part
+      x = np.swapaxes(x - stored.plus, -1, -2) if stored.transposed else x - stored.plus
+      name, (index, count) = stored.name.replace('{i}', str(i)), stored.part
+      if '{e}' in name:
+        yield from ((name.format(e=e), expert.astype(dtype)) for e, expert in enumerate(x))
+        continue
       parts = blocks.setdefault(name, {}) | {index: x}
       blocks[name] = parts
       if len(parts) == count:
@@ -162,31 +173,32 @@ def _tensors(
         del blocks[name]
 
 
-def _write_shards(folder: epath.Path, tensors: Iterator[tuple[str, np.ndarray]]) -> None:
-  from safetensors.numpy import save_file
+def _write_shards(folder: epath.Path, tensors: Iterator[tuple[str, np.ndarray]], single: bool) -> None:
+  """Files of about SHARD_BYTES, and, where there are several, the index that says what is in which."""
+  from safetensors.numpy import save
 
-  shards: list[dict[str, np.ndarray]] = [{}]
-  written: list[tuple[list[str], int]] = []
+  index: dict[str, str] = {}
+  shard: dict[str, np.ndarray] = {}
+  size = whole = count = 0
 
   def flush() -> None:
-    names, size = list(shards[-1]), sum(x.nbytes for x in shards[-1].values())
-    save_file(shards[-1], str(folder / f'part-{len(written)}.safetensors'), metadata={'format': 'pt'})
-    written.append((names, size))
-    shards[-1] = {}
+    nonlocal size, count
+    count += 1
+    name = 'model.safetensors' if single else f'model-{count:05d}.safetensors'
+    (folder / name).write_bytes(save(shard, metadata={'format': 'pt'}))
+    index.update(dict.fromkeys(shard, name))
+    shard.clear()
+    size = 0
 
   for name, x in tensors:
-    if shards[-1] and sum(y.nbytes for y in shards[-1].values()) + x.nbytes > SHARD_BYTES:
+    if shard and not single and size + x.nbytes > SHARD_BYTES:
       flush()
-    shards[-1][name] = np.ascontiguousarray(x)
+    shard[name] = np.ascontiguousarray(x)  # safetensors writes a view's buffer, not the view
+    size, whole = size + x.nbytes, whole + x.nbytes
   flush()
-  count = len(written)
-  called = lambda n: 'model.safetensors' if count == 1 else f'model-{n + 1:05d}-of-{count:05d}.safetensors'
-  for n in range(count):
-    (folder / f'part-{n}.safetensors').rename(folder / called(n))
-  if count > 1:
-    index = {name: called(n) for n, (names, _) in enumerate(written) for name in names}
-    whole = {'metadata': {'total_size': sum(size for _, size in written)}, 'weight_map': index}
-    (folder / 'model.safetensors.index.json').write_text(json.dumps(whole, indent=2))
+  if not single:
+    found = {'metadata': {'total_size': whole}, 'weight_map': index}
+    (folder / 'model.safetensors.index.json').write_text(json.dumps(found, indent=2))
 
 
 def _weight_files(path: epath.Path) -> list[epath.Path]:

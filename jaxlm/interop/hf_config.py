@@ -24,6 +24,9 @@ def parse(config: Mapping[str, Any], where: str) -> ModelConfig:
   if kind not in FAMILIES:
     raise InputError(f'{where}: model_type {kind!r} is none of {", ".join(FAMILIES)}')
   family = FAMILIES[kind]
+  if 'num_experts' in config:  # what transformers called it before version 5
+    config = {**config, 'num_local_experts': config['num_experts']}
+    del config['num_experts']
   values = {**family.defaults, **config}
   if missing := [key for key in family.keys if key not in values]:
     raise InputError(f'{where}: no {", ".join(missing)}')

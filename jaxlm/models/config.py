@@ -42,6 +42,9 @@ class ModelConfig:
   qk_norm: Literal['none', 'head', 'whole'] = 'none'  # queries and keys are normed a head (Qwen 3) or whole (OLMo 2)
   pattern: tuple[Literal['global', 'local'], ...] = ('global',)  # what layers attend to, repeated to the last
   window: int = 4096  # tokens that a local layer attends to, its own included
+  n_experts: int = 0  # of each feed-forward layer; 0: one plain one
+  experts_per_token: int = 2
+  normalize_experts: bool = True  # the weights of a token's experts are made to add to 1
   attention_softcap: float | None = None  # scores become cap * tanh(scores / cap) (Gemma 2)
   logits_softcap: float | None = None
   tie_embeddings: bool = True
@@ -59,6 +62,12 @@ class ModelConfig:
       raise InputError(f'model: n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}')
     if self.positions == 'rope' and self.head_size % 2:
       raise InputError(f'model: RoPE turns pairs, so head_dim={self.head_size} must be even')
+    if self.n_experts and not 1 <= self.experts_per_token <= self.n_experts:
+      raise InputError(
+        f'model: experts_per_token={self.experts_per_token} must be from 1 to n_experts={self.n_experts}'
+      )
+    if self.n_experts and self.bias:
+      raise InputError('model: experts have no biases here; set bias=False')
     if not self.pattern:
       raise InputError("model.pattern needs a kind of layer, 'global' or 'local'")
     scales = ('embedding_multiplier', 'residual_multiplier', 'attention_multiplier', 'logits_scaling')

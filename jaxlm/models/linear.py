@@ -1,8 +1,11 @@
 """The leaf types a matmul weight may have, and the one function that multiplies by any of them."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 
 @struct.dataclass
@@ -29,6 +32,15 @@ def linear(x: Float[Array, '*batch i'], w: Weight, bias: Float[Array, ' o'] | No
   else:
     y = x @ w.astype(x.dtype)
   return y if bias is None else y + bias.astype(x.dtype)
+
+
+def grouped(x: Float[Array, 'A i'], w: Any, sizes: Int[Array, ' E']) -> Float[Array, 'A o']:
+  """Rows of `x`, sorted into E groups of these sizes, each group times its own matrix of `w` [E, i, o]."""
+  if isinstance(w, LowRank):
+    rows_A = jnp.repeat(jnp.arange(len(sizes)), sizes, total_repeat_length=len(x))
+    update = grouped(grouped(x, w.a, sizes), w.b, sizes)
+    return grouped(x, w.w, sizes) + update * w.scale_L[rows_A, None].astype(x.dtype)
+  return jax.lax.ragged_dot(x, w.astype(x.dtype), sizes)
 
 
 def dense(w: Float[Array, '*stack i o'] | LowRank) -> Float[Array, '*stack i o']:

@@ -15,6 +15,7 @@ from jaxlm.errors import InputError
 from jaxlm.models.attention import Cache, attend, causal_mask, rope_angles, rope_frequencies, rotate
 from jaxlm.models.config import ModelConfig, Run
 from jaxlm.models.linear import linear
+from jaxlm.models.moe import MoE
 from jaxlm.sharding import constrain
 
 Params = Any
@@ -54,8 +55,8 @@ def declare(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[st
 
 
 def fan_in(scale: float = 1.0) -> Any:
-  """Normal initialisation with standard deviation scale / sqrt(first axis)."""
-  return lambda key, shape, dtype: jax.random.normal(key, shape, dtype) * (scale / shape[0] ** 0.5)
+  """Normal initialisation with standard deviation scale / sqrt(last axis but one)."""
+  return lambda key, shape, dtype: jax.random.normal(key, shape, dtype) * (scale / shape[-2] ** 0.5)
 
 
 def branch_scale(cfg: ModelConfig) -> float:
@@ -129,7 +130,7 @@ class MLP(nn.Module):
   run: Run
 
   @nn.compact
-  def __call__(self, x_BTD: Array) -> Array:
+  def __call__(self, x_BTD: Array) -> tuple[Array, dict[str, Array]]:
     cfg, D, F = self.cfg, self.cfg.d_model, self.cfg.d_ff
 
     def project(name: str, x: Array, shape: tuple[int, int], axes: tuple[str, str], scale: float = 1.0) -> Array:
@@ -144,7 +145,7 @@ class MLP(nn.Module):
     else:
       h_BTF = act(h_BTF)
     h_BTF = constrain(h_BTF, ('batch', 'seq', 'act_mlp'), self.run.rules)
-    return project('down', h_BTF, (F, D), ('mlp', 'embed'), branch_scale(cfg))
+    return project('down', h_BTF, (F, D), ('mlp', 'embed'), branch_scale(cfg)), {}
 
 
 class Block(nn.Module):
@@ -154,7 +155,9 @@ class Block(nn.Module):
   run: Run
 
   @nn.compact
-  def __call__(self, x_BTD: Array, ctx: Context, cache: Cache | None, key: Array | None) -> tuple[Array, Cache | None]:
+  def __call__(
+    self, x_BTD: Array, ctx: Context, cache: Cache | None, key: Array | None
+  ) -> tuple[Array, Cache | None, dict[str, Array]]:
 
     def add(x: Array, y: Array, site: int) -> Array:
       rate = self.run.dropout
@@ -168,8 +171,13 @@ class Block(nn.Module):
 
     attn, cache = Attention(self.cfg, self.run, name='attn')(norm(x_BTD, 'attn_norm', 'pre'), ctx, cache)
     x_BTD = add(x_BTD, checkpoint_name(norm(attn, 'attn_post_norm', 'post'), 'attn_out'), 0)
-    mlp = MLP(self.cfg, self.run, name='mlp')(norm(x_BTD, 'mlp_norm', 'pre'))
-    return add(x_BTD, checkpoint_name(norm(mlp, 'mlp_post_norm', 'post'), 'mlp_out'), 1), cache
+    if self.cfg.n_experts:
+      declared = lambda module, name, shape, axes, scale: declare(module, name, shape, axes, fan_in(scale))
+      layer: Any = MoE(self.cfg, ACTIVATIONS[self.cfg.activation], declared, branch_scale(self.cfg), name='mlp')
+    else:
+      layer = MLP(self.cfg, self.run, name='mlp')
+    mlp, aux = layer(norm(x_BTD, 'mlp_norm', 'pre'))
+    return add(x_BTD, checkpoint_name(norm(mlp, 'mlp_post_norm', 'post'), 'mlp_out'), 1), cache, aux
 
 
 class Outside(nn.Module):
@@ -296,16 +304,17 @@ def hidden(
 
   one = remat(one, run.remat, in_loop=not looped and run.unroll < cfg.n_layers, static=(2,))
   if looped:
-    caches = []
+    caches, auxes = [], []
     for i, (weights, kind) in enumerate(zip(layers, cfg.kinds, strict=True)):
       layer = weights, None if keys is None else keys[i]
-      x_BTD, new = one(x_BTD, layer, kind, None if cache is None else cache[i])
+      x_BTD, new, aux = one(x_BTD, layer, kind, None if cache is None else cache[i])
       caches.append(new)
+      auxes.append(aux)
     cache = None if cache is None else tuple(caches)
   else:
-    x_BTD = _scanned(one, x_BTD, (layers, keys), cfg.kinds, len(cfg.pattern), run.unroll)
+    x_BTD, auxes = _scanned(one, x_BTD, (layers, keys), cfg.kinds, len(cfg.pattern), run.unroll)
   normed_BTD: Any = Norm(cfg).apply({'params': params['final_norm']}, x_BTD)
-  return Hidden(normed_BTD, cache, {})
+  return Hidden(normed_BTD, cache, jax.tree.map(lambda *xs: sum(map(jnp.sum, xs)) / cfg.n_layers, *auxes))
 
 
 def head(cfg: ModelConfig, params: Params) -> Float[Array, 'D V']:
@@ -327,22 +336,30 @@ def forward(cfg: ModelConfig, params: Params, tokens_BT: Int[Array, 'B T'], **as
   return unembed(cfg, params, out.x_BTD), out.cache
 
 
-def _scanned(one: Any, x_BTD: Array, layers: Any, kinds: tuple[str, ...], period: int, unroll: int) -> Array:
-  """`x_BTD` through a stack of layers: a scan over units of `period` layers, and a loop over those that are left."""
-  units = len(kinds) // period
-  whole = units * period
+def _scanned(
+  one: Any, x_BTD: Array, layers: Any, kinds: tuple[str, ...], period: int, unroll: int
+) -> tuple[Array, list[dict[str, Array]]]:
+  """`x_BTD` through a stack of layers: a scan over units of `period` layers, and a loop over those that are left.
 
-  def unit(x: Array, stacked: Any) -> tuple[Array, None]:
+  The auxiliary values of layers come stacked or alone.
+  """
+  units = len(kinds) // period
+  whole, auxes = units * period, []
+
+  def unit(x: Array, stacked: Any) -> tuple[Array, list[dict[str, Array]]]:
+    found = []
     for i in range(period):
-      x, _ = one(x, jax.tree.map(lambda leaf, i=i: leaf[i], stacked), kinds[i], None)
-    return x, None
+      x, _, aux = one(x, jax.tree.map(lambda leaf, i=i: leaf[i], stacked), kinds[i], None)
+      found.append(aux)
+    return x, found
 
   if units:
     folded = jax.tree.map(lambda leaf: leaf[:whole].reshape(units, period, *leaf.shape[1:]), layers)
-    x_BTD, _ = jax.lax.scan(unit, x_BTD, folded, length=units, unroll=min(unroll, units))
+    x_BTD, auxes = jax.lax.scan(unit, x_BTD, folded, length=units, unroll=min(unroll, units))
   for i in range(whole, len(kinds)):
-    x_BTD, _ = one(x_BTD, jax.tree.map(lambda leaf, i=i: leaf[i], layers), kinds[i], None)
-  return x_BTD
+    x_BTD, _, aux = one(x_BTD, jax.tree.map(lambda leaf, i=i: leaf[i], layers), kinds[i], None)
+    auxes.append(aux)
+  return x_BTD, auxes
 
 
 def _context(cfg: ModelConfig, kind: str, positions: Array, segments: Array | None) -> Context:

@@ -1,0 +1,58 @@
+"""Foreign models as runs, and runs as foreign models: an import is a run that was saved at step 0."""
+
+import json
+from typing import Any
+
+import jax.numpy as jnp
+from etils import epath
+
+from jaxlm import config as configs
+from jaxlm import interop
+from jaxlm.config import Pretrain
+from jaxlm.errors import InputError
+from jaxlm.files import write_whole
+from jaxlm.loops import writing
+from jaxlm.train import lock
+from jaxlm.train.checkpoint import Checkpoints
+
+TEMPLATE, GENERATION = 'chat_template.jinja', 'generation_config.json'
+
+
+def import_run(source: str, run: Any) -> interop.Model:
+  """Makes a run of a foreign model (see `interop.open_source`): others begin with it by `--init`.
+
+  Raises InputError if the folder holds a checkpoint already, or the source has no tokenizer.
+  """
+  folder = epath.Path(run)
+  with lock.hold(folder):
+    checkpoints = Checkpoints(folder / 'checkpoints')
+    if checkpoints.steps():
+      raise InputError(f'{folder}: holds a run already; use another --run')
+    model = interop.load(source)
+    if model.tokenizer is None:
+      raise InputError(f'{source}: has no tokenizer.json')
+    config = Pretrain(run=str(run), init=source, model=model.cfg)
+    write_whole(folder / 'config.json', configs.to_json(config))
+    model.tokenizer.save(folder / 'tokenizer.json')
+    if model.chat_template:
+      write_whole(folder / TEMPLATE, model.chat_template)
+    write_whole(folder / GENERATION, json.dumps(model.generation, indent=1))
+    meta = {'config': json.loads(configs.to_json(config)), 'tokenizer': model.tokenizer.digest, 'data': ''}
+    checkpoints.save(0, {'params': model.params}, meta)
+    checkpoints.close()
+  return model
+
+
+def export_run(run: Any, directory: Any, *, dtype: str = 'float32') -> str:
+  """Writes a run's newest checkpoint as a folder that transformers opens; returns the family that it is written as."""
+  folder = epath.Path(run)
+  config, params, tokenizer, _ = writing.load(folder)
+  template, generation = folder / TEMPLATE, folder / GENERATION
+  model = interop.Model(
+    config.model,
+    params,
+    tokenizer,
+    template.read_text() if template.exists() else None,
+    json.loads(generation.read_text()) if generation.exists() else {},
+  )
+  return interop.export(model, directory, dtype=jnp.dtype(dtype))

@@ -1,0 +1,75 @@
+"""A feed-forward layer of many experts, of which each token goes through a few; no token is dropped.
+
+S tokens, D model, F ffn of an expert, E experts, A assignments (tokens x experts a token).
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxlm.models.config import ModelConfig
+from jaxlm.models.linear import grouped
+
+
+def route(
+  logits_SE: Float[Array, 'S E'], k: int, normalized: bool
+) -> tuple[Int[Array, 'S k'], Float[Array, 'S k'], dict[str, Array]]:
+  """`(experts_Sk, weights_Sk, aux)`: the k likeliest experts of each token, weighed by their probability.
+
+  `aux` holds what keeps a router balanced, both means over tokens: `balance`, E * sum over experts of the share of
+  tokens that have it times its mean probability (Fedus et al. 2021, arXiv:2101.03961, eq. 4; k where all is even), and
+  `router_z`, the squared log-sum-exp of the logits (Zoph et al. 2022, arXiv:2202.08906, eq. 5).
+  """
+  S, E = logits_SE.shape
+  probs_SE = jax.nn.softmax(logits_SE, axis=-1)
+  weights_Sk, experts_Sk = jax.lax.top_k(probs_SE, k)
+  if normalized:
+    weights_Sk /= jnp.sum(weights_Sk, axis=-1, keepdims=True)
+  share_E = jnp.bincount(experts_Sk.reshape(-1), length=E).astype(jnp.float32) / S
+  balance = E * jnp.sum(share_E * jnp.mean(probs_SE, axis=0))
+  z = jnp.mean(jax.nn.logsumexp(logits_SE, axis=-1) ** 2)
+  return experts_Sk, weights_Sk, {'balance': balance, 'router_z': z}
+
+
+def mix(
+  x_SD: Float[Array, 'S D'], experts_Sk: Int[Array, 'S k'], weights_Sk: Float[Array, 'S k'], weights: Any, act: Any
+) -> Float[Array, 'S D']:
+  """Each token through its experts: assignments sorted by expert, one grouped matmul a projection, summed by weight.
+
+  `weights` are gate, up [E, D, F] and down [E, F, D]; gate may be None.
+  """
+  gate, up, down = weights
+  S, k = experts_Sk.shape
+  E = jax.tree.leaves(down)[0].shape[0]
+  order_A = jnp.argsort(experts_Sk.reshape(-1), stable=True)
+  token_A, sizes_E = order_A // k, jnp.bincount(experts_Sk.reshape(-1), length=E).astype(jnp.int32)
+  x_AD = x_SD[token_A]
+  h_AF = grouped(x_AD, up, sizes_E)
+  h_AF = act(h_AF) if gate is None else act(grouped(x_AD, gate, sizes_E)) * h_AF
+  y_AD = grouped(h_AF, down, sizes_E) * weights_Sk.reshape(-1)[order_A, None].astype(x_SD.dtype)
+  return jnp.zeros_like(x_SD).at[token_A].add(y_AD)
+
+
+class MoE(nn.Module):
+  """Mixture of experts (Mixtral, Jiang et al. 2024, arXiv:2401.04088), routed in float32."""
+
+  cfg: ModelConfig
+  act: Any
+  declare: Any  # (module, name, shape, axes, scale) -> the weight
+  down_scale: float
+
+  @nn.compact
+  def __call__(self, x_BTD: Array) -> tuple[Array, dict[str, Array]]:
+    cfg, D, F, E = self.cfg, self.cfg.d_model, self.cfg.d_ff, self.cfg.n_experts
+    x_SD = x_BTD.reshape(-1, D)
+    router_DE = self.declare(self, 'router', (D, E), ('embed', None), 1.0)
+    logits_SE = jnp.matmul(x_SD.astype(jnp.float32), router_DE.astype(jnp.float32))
+    experts_Sk, weights_Sk, aux = route(logits_SE, cfg.experts_per_token, cfg.normalize_experts)
+    up = self.declare(self, 'up', (E, D, F), ('experts', 'embed', 'mlp'), 1.0)
+    gate = self.declare(self, 'gate', (E, D, F), ('experts', 'embed', 'mlp'), 1.0) if cfg.gated_mlp else None
+    down = self.declare(self, 'down', (E, F, D), ('experts', 'mlp', 'embed'), self.down_scale)
+    y_SD = mix(x_SD, experts_Sk, weights_Sk, (gate, up, down), self.act)
+    return y_SD.reshape(x_BTD.shape), aux

@@ -1,0 +1,159 @@
+"""Every family against transformers: tiny random models in, equal logits, a training step, and out again."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxlm import interop, models, objectives, sample, train
+from jaxlm.models import Run
+
+torch = pytest.importorskip('torch', reason="needs pip install -e '.[parity]'")
+transformers = pytest.importorskip('transformers', reason="needs pip install -e '.[parity]'")
+
+V, T, WINDOW = 131, 29, 7
+BASE = {
+  'vocab_size': V,
+  'hidden_size': 42,
+  'intermediate_size': 53,
+  'num_hidden_layers': 3,
+  'num_attention_heads': 3,
+  'num_key_value_heads': 1,
+  'max_position_embeddings': 97,
+  'pad_token_id': 0,
+  'bos_token_id': 1,
+  'eos_token_id': 2,
+}
+WIDE = BASE | {'hidden_size': 44, 'head_dim': 18}  # heads that do not divide the width
+LLAMA3 = {'rope_type': 'llama3', 'rope_theta': 500.0, 'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0}
+YARN = {'rope_type': 'yarn', 'rope_theta': 500.0, 'factor': 4.0, 'original_max_position_embeddings': 16}
+EXPERTS = {'num_experts_per_tok': 2, 'num_local_experts': 5}
+FAMILIES = {
+  'llama2': ('Llama', BASE),
+  'llama3': ('Llama', BASE | {'rope_parameters': LLAMA3 | {'original_max_position_embeddings': 16}}),
+  'llama-biases': ('Llama', BASE | {'attention_bias': True, 'mlp_bias': True}),
+  'smollm2': ('Llama', BASE | {'tie_word_embeddings': True}),
+  'yarn': ('Llama', BASE | {'rope_parameters': YARN}),
+  'linear': ('Llama', BASE | {'rope_parameters': {'rope_type': 'linear', 'rope_theta': 500.0, 'factor': 4.0}}),
+  'mistral': ('Mistral', WIDE | {'sliding_window': WINDOW}),
+  'granite': ('Granite', BASE | {'residual_multiplier': 0.3, 'embedding_multiplier': 7.0, 'logits_scaling': 3.0}),
+  'qwen2': ('Qwen2', BASE),
+  'qwen2-local': ('Qwen2', BASE | {'use_sliding_window': True, 'sliding_window': WINDOW, 'max_window_layers': 1}),
+  'qwen3': ('Qwen3', WIDE),
+  'olmo2': ('Olmo2', BASE),
+  'gemma2': ('Gemma2', BASE | {'head_dim': 18, 'sliding_window': WINDOW, 'query_pre_attn_scalar': 11}),
+  'gemma3': (
+    'Gemma3Text',
+    BASE | {'num_hidden_layers': 7, 'head_dim': 18, 'sliding_window': WINDOW, 'query_pre_attn_scalar': 11},
+  ),
+  'gpt2': ('GPT2', {'vocab_size': V, 'n_positions': 97, 'n_embd': 42, 'n_layer': 3, 'n_head': 3, 'n_inner': 53}),
+  'mixtral': ('Mixtral', WIDE | EXPERTS),
+  'qwen3-moe': ('Qwen3Moe', WIDE | EXPERTS | {'moe_intermediate_size': 23, 'norm_topk_prob': True}),
+}
+HEADS = {'GPT2': 'GPT2LMHeadModel', 'Gemma3Text': 'Gemma3ForCausalLM'}
+HOW = {'attn_implementation': 'eager', 'experts_implementation': 'eager'}
+
+
+def tokens(rows=3, length=T, seed=0):
+  return np.random.default_rng(seed).integers(3, V, (rows, length)).astype(np.int32)
+
+
+@pytest.fixture(scope='module', params=FAMILIES)
+def family(request, tmp_path_factory):
+  """(the folder that transformers saved, its model, ours)."""
+  name, settings = FAMILIES[request.param]
+  torch.manual_seed(0)
+  config = getattr(transformers, f'{name}Config')(**settings)
+  model = getattr(transformers, HEADS.get(name, f'{name}ForCausalLM'))(config).eval()
+  for weight in model.parameters():
+    torch.nn.init.normal_(weight, std=0.3)
+  folder = tmp_path_factory.mktemp(request.param) / 'hf'
+  model.save_pretrained(folder)
+  return folder, reopened(folder), interop.load(str(folder))
+
+
+def reopened(folder):
+  model, found = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **HOW)
+  assert not found['missing_keys'] and not found['unexpected_keys'] and not found['mismatched_keys']
+  return model.eval()
+
+
+def theirs(model, ids, **kwargs):
+  with torch.no_grad():
+    return model(torch.tensor(ids, dtype=torch.long), **kwargs).logits.numpy()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def ours(cfg, params, ids, positions=None, segments=None):
+  return models.forward(cfg, params, ids, positions_BT=positions, segment_ids_BT=segments)[0]
+
+
+def test_logits_are_equal_at_every_position(family):
+  _, reference, model = family
+  np.testing.assert_allclose(ours(model.cfg, model.params, tokens()), theirs(reference, tokens()), atol=1e-4)
+
+
+def test_packed_rows_are_as_if_alone(family):
+  _, reference, model = family
+  first, second = tokens(1, 11, 1), tokens(1, 18, 2)
+  row = np.concatenate([first, second], axis=1)
+  positions = np.concatenate([np.arange(11), np.arange(18)])[None].astype(np.int32)
+  segments = np.repeat([[1, 2]], [11, 18], axis=1).astype(np.int32)
+  got = ours(model.cfg, model.params, row, positions, segments)
+  want = np.concatenate([theirs(reference, first), theirs(reference, second)], axis=1)
+  np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_decoding_is_the_full_pass_beyond_the_window_and_with_padding(family):
+  """Ragged prompts, padded on the right with junk; then tokens one at a time, against transformers row by row."""
+  _, reference, model = family
+  ids, lengths = tokens(3, 19), np.array([5, 11, 13], np.int32)
+  logits, cache = sample.prefill(model.cfg, model.params, jnp.asarray(ids[:, :13]), jnp.asarray(lengths), slots=32)
+  want = [theirs(reference, ids[row : row + 1])[0] for row in range(3)]
+  decode = jax.jit(functools.partial(sample.decode, model.cfg))
+  for n in range(6):
+    np.testing.assert_allclose(
+      logits, [row[length + n - 1] for row, length in zip(want, lengths, strict=True)], atol=1e-4
+    )
+    fed = np.array([row[length + n] for row, length in zip(ids, lengths, strict=True)])
+    logits, cache = decode(model.params, jnp.asarray(fed), jnp.asarray(lengths + n), cache)
+
+
+def test_padding_on_the_left_changes_nothing(family):
+  """A row padded on the left has positions below 0 there, which a cache drops and nobody sees."""
+  _, reference, model = family
+  ids = tokens(1, 13)
+  padded = np.concatenate([np.full((1, 4), 7, np.int32), ids], axis=1)
+  positions = np.arange(-4, 13, dtype=np.int32)[None]
+  cache = models.init_cache(model.cfg, 1, 32)
+  out = models.hidden(
+    model.cfg, model.params, jnp.asarray(padded), positions_BT=jnp.asarray(positions), cache=cache, first=True
+  )
+  np.testing.assert_allclose(
+    models.unembed(model.cfg, model.params, out.x_BTD)[:, 4:], theirs(reference, ids), atol=1e-4
+  )
+
+
+def test_a_step_later_it_is_exported_and_transformers_agrees(family, tmp_path):
+  folder, _, model = family
+  batch = {'tokens': tokens(3, 12), 'targets': tokens(3, 12, 5), 'loss_mask': np.ones((3, 12), np.float32)}
+  batch |= {
+    'positions': np.broadcast_to(np.arange(12, dtype=np.int32), (3, 12)),
+    'segment_ids': np.ones((3, 12), np.int32),
+  }
+  batch['target_bytes'] = np.ones((3, 12), np.int32)
+  optimizer = optax.sgd(0.05)
+  step = jax.jit(
+    train.make_train_step(objectives.next_token(model.cfg, Run(), balance=0.01, router_z=0.001), optimizer)
+  )
+  state, metrics = step(train.create_state(model.params, optimizer, jax.random.key(0)), batch)
+  assert np.isfinite(float(metrics['loss']))
+  kind = interop.export(model._replace(params=state.params), tmp_path / 'out')
+  again = reopened(tmp_path / 'out')
+  assert type(again).__name__ == type(reopened(folder)).__name__, kind
+  got = ours(model.cfg, state.params, tokens())
+  np.testing.assert_allclose(got, theirs(again, tokens()), atol=1e-4)
+  assert np.abs(np.asarray(got) - theirs(reopened(folder), tokens())).max() > 1e-3
