@@ -43,8 +43,8 @@ def grouped(x: Float[Array, 'A i'], w: Any, sizes: Int[Array, ' E']) -> Float[Ar
   return jax.lax.ragged_dot(x, w.astype(x.dtype), sizes)
 
 
-def dense(w: Float[Array, '*stack i o'] | LowRank) -> Float[Array, '*stack i o']:
-  """The weight as one plain array, any update folded in."""
+def dense(w: Array | LowRank) -> Array:
+  """The weight as one plain array, any update folded in; what is no matrix comes back as it is."""
   if isinstance(w, LowRank):
     return w.w + w.scale_L[..., None, None] * jnp.matmul(w.a, w.b)
   return w
