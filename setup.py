@@ -54,10 +54,12 @@ setup(
     'importlib_resources>=6',  # tensorflow-datasets needs it to download and does not say so
     'grain>=0.2.18',
     'tokenizers>=0.23',
+    'safetensors>=0.5',
     'etils[epath]>=1.12',
     'jaxtyping>=0.3.11',
     'matplotlib>=3.9',
     'numpy>=2.0',
+    'jinja2>=3.1',
     'pyarrow>=15',
     'rich>=13',
     'tensorboardX>=2.6',

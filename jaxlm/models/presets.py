@@ -24,8 +24,9 @@ def _gpt2(layers: int, width: int, heads: int, length: int = 1024) -> ModelConfi
 
 
 def _llama(layers: int, width: int, heads: int, kv: int, ffn: int, **more: Any) -> ModelConfig:
-  sizes: dict[str, Any] = {'d_model': width, 'n_layers': layers, 'n_heads': heads, 'n_kv_heads': kv, 'd_ff': ffn}
-  return ModelConfig(**sizes | {'vocab_size': 32000, 'max_seq_len': 4096, 'tie_embeddings': False} | more)
+  fields: dict[str, Any] = {'d_model': width, 'n_layers': layers, 'n_heads': heads, 'n_kv_heads': kv, 'd_ff': ffn}
+  fields |= {'vocab_size': 32000, 'max_seq_len': 4096, 'tie_embeddings': False} | more
+  return ModelConfig(**fields)
 
 
 def _llama3(*sizes: int, factor: float = 8.0, **more: Any) -> ModelConfig:

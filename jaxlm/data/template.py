@@ -1,0 +1,103 @@
+"""Chat templates (Jinja) rendered apart: a child process, sandboxed, with its time, memory and output limited."""
+
+import atexit
+import json
+import select
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from jaxlm.errors import InputError
+
+SECONDS = 5.0  # for one conversation
+CHARS = 1 << 22  # of one conversation
+MEMORY = 1 << 30  # bytes of address space
+
+
+def worker() -> None:
+  """The child: lines of JSON in ({template, variables, chars}), a line out for each ({text} or {error})."""
+  import datetime
+  import resource
+
+  import jinja2
+  import jinja2.ext
+  from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+  resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+
+  def refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+  environment: Any = ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+  )
+  environment.filters['tojson'] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
+  environment.globals['raise_exception'] = refuse
+  environment.globals['strftime_now'] = lambda form: datetime.datetime.now().astimezone().strftime(form)
+  compiled: dict[str, jinja2.Template] = {}
+  for line in sys.stdin:
+    asked = json.loads(line)
+    try:
+      source = asked['template']
+      if source not in compiled:
+        compiled[source] = environment.from_string(source)
+      parts, length = [], 0
+      for part in compiled[source].generate(**asked['variables']):
+        length += len(part)
+        if length > asked['chars']:
+          raise jinja2.TemplateError(f'it writes more than {asked["chars"]} characters')
+        parts.append(part)
+      found = {'text': ''.join(parts)}
+    except Exception as error:  # whatever a template can do
+      found = {'error': f'{type(error).__name__}: {error}'.splitlines()[0][:300]}
+    print(json.dumps(found), flush=True)
+
+
+class Renderer:
+  """The child that renders, started when it is first needed and again after one that had to be killed."""
+
+  def __init__(self, seconds: float = SECONDS, chars: int = CHARS):
+    self.seconds, self.chars = seconds, chars
+    self._child: subprocess.Popen | None = None
+    self._lock = threading.Lock()
+    atexit.register(self.close)
+
+  def __call__(self, template: str, variables: Mapping[str, Any]) -> str:
+    """The text. Raises InputError for a template that fails, takes too long, or writes too much."""
+    asked = json.dumps({'template': template, 'variables': dict(variables), 'chars': self.chars})
+    with self._lock:
+      child = self._running()
+      try:
+        child.stdin.write(f'{asked}\n'.encode())  # ty: ignore
+        child.stdin.flush()  # ty: ignore
+        line = child.stdout.readline() if select.select([child.stdout], [], [], self.seconds)[0] else None  # ty: ignore
+      except OSError:
+        line = b''
+      if not line:
+        self.close()
+        why = 'ran out of memory or died' if line == b'' else f'took more than {self.seconds:g} seconds'
+        raise InputError(f'chat template: {why}')
+    found = json.loads(line)
+    if 'error' in found:
+      raise InputError(f'chat template: {found["error"]}')
+    return found['text']
+
+  def _running(self) -> subprocess.Popen:
+    if self._child is None or self._child.poll() is not None:
+      code = 'from jaxlm.data import template; template.worker()'
+      self._child = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    return self._child
+
+  def close(self) -> None:
+    """Ends the child."""
+    child, self._child = self._child, None
+    if child is not None:
+      child.kill()
+      for pipe in (child.stdin, child.stdout):
+        pipe.close()  # ty: ignore
+      child.wait()
+
+
+render = Renderer()
