@@ -10,6 +10,7 @@ import pytest
 from conftest import GPT2, LLAMA, randomized
 
 from jaxlm import models, sample
+from jaxlm.errors import InputError
 from jaxlm.models import Run
 from jaxlm.sample import Sampling
 
@@ -180,12 +181,12 @@ def test_padded_vocabulary_is_never_drawn():
 
 @pytest.mark.parametrize('prompts', [[], [[1], []]])
 def test_an_empty_prompt_is_refused(prompts):
-  with pytest.raises(ValueError, match='at least one token'):
+  with pytest.raises(InputError, match='at least one token'):
     generate(LLAMA, prompts=prompts)
 
 
 def test_learned_positions_end():
-  with pytest.raises(ValueError, match="5 \\+ 57 tokens exceed the model's 61 positions"):
+  with pytest.raises(InputError, match="5 \\+ 57 tokens exceed the model's 61 positions"):
     generate(GPT2, new=57)
 
 
