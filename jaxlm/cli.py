@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from jaxlm.errors import InputError, Stopped
 
 if TYPE_CHECKING:
+  from etils import epath
+
   from jaxlm.config import Pretrain
 
 HELP = """\
@@ -249,17 +251,33 @@ def _verify(args: Sequence[str]) -> None:
   from jaxlm.train import checkpoint
 
   folder = epath.Path(options.folder)
-  if (folder / prepared.MARKER).exists():
+  if (folder / prepared.MARKER).exists() or (folder / 'records').exists():
     checked = {folder: prepared.verify(folder)}
   else:
     checkpoints = checkpoint.Checkpoints(folder / 'checkpoints')
     checked = {checkpoints.path(step): checkpoint.verify(checkpoints.path(step)) for step in checkpoints.steps()}
+    checked |= {checkpoints.path(step): [f'no {checkpoint.DIGEST}: not finished'] for step in checkpoints.unfinished()}
+    sound = [path for path, lines in checked.items() if not lines]
+    checked |= _tokenizer_of(folder, max(sound)) if sound else {}
   if not checked:
     raise InputError(f'{folder}: neither prepared data nor a run with a finished checkpoint')
-  for path, lines in checked.items():
+  for path, lines in sorted(checked.items()):
     print(f'{path}: ' + ('; '.join(lines) or 'sound'))
   if damaged := sum(map(bool, checked.values())):
     raise InputError(f'{folder}: {damaged} of {len(checked)} damaged')
+
+
+def _tokenizer_of(run: 'epath.Path', newest: 'epath.Path') -> dict['epath.Path', list[str]]:
+  """What is wrong with a run's tokenizer: nothing where its newest sound checkpoint was trained with it."""
+  from jaxlm import files
+  from jaxlm.data import tokenizer
+  from jaxlm.train import checkpoint
+
+  path = run / 'tokenizer.json'
+  if not path.exists():
+    return {path: ['it is missing']}
+  trained_with = files.read_json(newest / checkpoint.META).get('tokenizer')
+  return {path: [] if tokenizer.load(path).digest == trained_with else ['not the one that the run was trained with']}
 
 
 VERBS: dict[str, Callable[[Sequence[str]], None]] = {

@@ -134,6 +134,7 @@ class Pretrain:
   def __post_init__(self):
     at_least(1, steps=self.steps)
     within('[0, inf)', z_loss=self.z_loss)
+    within('[-9e18, 9e18]', seed=self.seed)  # 64 bits
     if self.profile and not self.profiled:
       raise InputError(f"profile={self.profile!r} is not 'A:B', two steps with A below B")
     if self.profiled and self.profiled[1] > self.steps:

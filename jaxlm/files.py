@@ -16,6 +16,8 @@ from typing import Any
 
 from etils import epath
 
+from jaxlm.errors import InputError
+
 
 def remote(path: Any) -> bool:
   """Whether this is a place on an object store."""
@@ -62,6 +64,17 @@ def write_whole(path: Any, text: str) -> None:
     os.fsync(f.fileno())
   part.replace(path)
   _sync(part.parent)
+
+
+def read_json(path: Any, kind: type = dict) -> Any:
+  """What a file of one JSON object (or list) says. Raises InputError if it was cut short or damaged."""
+  try:
+    found = json.loads(epath.Path(path).read_text())
+  except (ValueError, RecursionError) as error:
+    raise InputError(f'{path}: damaged: not JSON: {error}') from error
+  if not isinstance(found, kind):
+    raise InputError(f'{path}: damaged: not a JSON {"object" if kind is dict else "list"}')
+  return found
 
 
 def settle(folder: Any) -> None:

@@ -2,7 +2,6 @@
 
 import html
 import io
-import json
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from etils import epath
 
 from jaxlm.errors import InputError
+from jaxlm.files import read_json
 from jaxlm.train.metrics import read_rows
 
 Rows = Sequence[Mapping[str, Any]]
@@ -50,7 +50,7 @@ def write(run: Any) -> epath.Path:
   rows = read_rows(run / 'metrics.jsonl')
   if not rows:
     raise InputError(f'{run}: no metrics.jsonl with a row in it: not the folder of a run, or one that has not begun')
-  facts = json.loads((run / 'facts.json').read_text()) if (run / 'facts.json').exists() else {}
+  facts = read_json(run / 'facts.json') if (run / 'facts.json').exists() else {}
   parts = [
     f'<h1>{html.escape(run.name)}</h1>',
     _figures(rows, facts),
@@ -148,7 +148,7 @@ def _rewinds(path: epath.Path) -> str:
     return ''
   lines = ''.join(
     f'<li>loss spike at step {r["spike"]}: back to step {r["step"]}, on with batch {r["cursor"]}</li>'
-    for r in json.loads(path.read_text())
+    for r in read_json(path, list)
   )
   return f'<h2>Rewinds</h2><ul>{lines}</ul>'
 

@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import importlib.metadata
 import os
+import shutil
+import subprocess
 
 FLAGS = (
   '--xla_force_host_platform_device_count=8',
@@ -115,3 +117,14 @@ def kill_points(tmp_path_factory):
   from kill_points import build
 
   return build(tmp_path_factory.mktemp('kill_points')) or pytest.skip('needs Linux and a C compiler called cc')
+
+
+@pytest.fixture
+def disk(tmp_path_factory):
+  """A file system of 2 MB."""
+  folder = tmp_path_factory.mktemp('disk')
+  command = ['mount', '-t', 'tmpfs', '-o', 'size=2m', 'tmpfs', str(folder)]
+  if not shutil.which('mount') or subprocess.run(command, capture_output=True).returncode:
+    pytest.skip('a file system can be mounted by root alone, and on Linux')
+  yield folder
+  subprocess.run(['umount', str(folder)], check=True)

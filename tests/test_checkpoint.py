@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import shutil
-import subprocess
 import time
 from pathlib import Path
 
@@ -179,16 +178,6 @@ def test_a_failed_save_is_raised_and_older_steps_stay(saved):
     checkpoints.wait()
   assert checkpoints.steps() == [3]
   assert json.loads((checkpoints.path(3) / DIGEST).read_text())
-
-
-@pytest.fixture
-def disk(tmp_path):
-  """A file system of 2 MB."""
-  command = ['mount', '-t', 'tmpfs', '-o', 'size=2m', 'tmpfs', str(tmp_path)]
-  if not shutil.which('mount') or subprocess.run(command, capture_output=True).returncode:
-    pytest.skip('a file system can be mounted by root alone, and on Linux')
-  yield tmp_path
-  subprocess.run(['umount', str(tmp_path)], check=True)
 
 
 def test_a_full_disk_costs_the_save_and_its_space_comes_back(disk):

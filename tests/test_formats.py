@@ -116,6 +116,20 @@ def test_damaged_parquet_is_told_with_its_row(tmp_path):
   assert 256 <= len(read) < 1009 and str(info.value).startswith(f'{path}:{len(read)}: ')
 
 
+def test_parquet_text_that_is_no_utf8_is_one_bad_row(tmp_path):
+  texts = ['good text', 'caf\xe9 latin', 'नमस्ते']
+  raw = pa.array([texts[0].encode(), texts[1].encode('latin-1'), texts[2].encode()], pa.binary())
+  column = pa.Array.from_buffers(pa.string(), 3, raw.buffers())
+  large = pa.array(raw.to_pylist(), pa.large_binary()).view(pa.large_string())
+  for name, values in {'plain': column, 'dictionary': column.dictionary_encode(), 'large': large}.items():
+    path = tmp_path / f'{name}.parquet'
+    pq.write_table(pa.table({'text': values, 'source': ['a', None, 'b']}), path)
+    bad: list[InputError] = []
+    found = list(sources.read(sources.files([str(path)])[0], bad.append))
+    assert [(d.text, d.source) for d in found] == [(texts[0], 'a'), (texts[2], 'b')]
+    assert len(bad) == 1 and str(bad[0]).startswith(f'{path}:2: not UTF-8: byte 4 of the line is 0xe9')
+
+
 @pytest.mark.parametrize('packed', ['', '.gz'])
 def test_a_long_text_file_is_read_in_parts_that_join_to_it(tmp_path, monkeypatch, packed):
   monkeypatch.setattr(sources, 'PART_BYTES', 11)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jaxlm import cli, files
 from jaxlm.data import prepare as prep
 from jaxlm.data import prepared
 from jaxlm.data import tokenizer as tok
@@ -226,7 +228,43 @@ def test_bad_input_leaves_what_was_prepared_before(tmp_path, t):
     prepare([str(tmp_path / 'b.jsonl')], t, out)
   with pytest.raises(InputError, match=r'all documents \(60\) fall into validation'):
     prepare([str(tmp_path / 'a.jsonl')], t, out, val_fraction=1 - 1e-9)
+  with pytest.raises(InputError, match='threshold must be between 0 and 1|need datasketch'):
+    prepare([str(tmp_path / 'a.jsonl')], t, out, near=5.0)
   assert snapshot(out) == before
+
+
+def test_the_limit_of_bad_records_holds_for_what_is_there_already(tmp_path, t):
+  source = Path(jsonl(tmp_path / 'a.jsonl', TEXTS))
+  source.write_text(source.read_text() + '{}\n{}\n')
+  os.utime(source, (time.time() - 100,) * 2)
+  first = prepare([str(source)], t, tmp_path / 'out', max_bad=2)
+  before = snapshot(tmp_path / 'out')
+  assert prepare([str(source)], t, tmp_path / 'out', max_bad=3) == first
+  with pytest.raises(InputError, match='2 bad records are more than max_bad=1'):
+    prepare([str(source)], t, tmp_path / 'out', max_bad=1)
+  assert snapshot(tmp_path / 'out') == before
+
+
+def test_a_full_disk_is_one_line(disk, t, tmp_path, capsys):
+  t.save(tmp_path / 'tokenizer.json')
+  source = jsonl(tmp_path / 'a.jsonl', [f'{i} {np.random.default_rng(i).integers(0, 9, 999)}' for i in range(500)])
+  (disk / 'filler').write_bytes(bytes(shutil.disk_usage(disk).free - 200_000))
+  args = ['prepare', source, '--tokenizer', str(tmp_path / 'tokenizer.json'), '--out', str(disk / 'out')]
+  assert cli.main(args) == 1
+  err = capsys.readouterr().err
+  assert err.startswith(f'jaxlm: {disk}/out') and 'No space left on device' in err and err.count('\n') == 1
+
+
+def test_a_recorded_tokenizer_that_the_one_there_does_not_match(tmp_path, t):
+  """The file is as it was, and another version of the library makes another digest of it."""
+  out = tmp_path / 'out'
+  prepare([jsonl(tmp_path / 'a.jsonl', TEXTS)], t, out)
+  raw = json.loads((out / 'prepared.json').read_text())
+  raw.pop('seal')
+  raw['digest'] = '0' * 64
+  (out / 'prepared.json').write_text(json.dumps(raw | {'seal': files.seal(raw)}))
+  with pytest.raises(InputError, match='is not the one that it was prepared with'):
+    load(out)
 
 
 def test_nothing_that_is_not_ours_is_removed(tmp_path, t):

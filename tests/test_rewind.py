@@ -18,9 +18,12 @@ from jaxlm.evals import perplexity
 from jaxlm.loops import writing
 from jaxlm.loops.pretrain import pretrain
 from jaxlm.loops.rewind import Rewinds, Spike
-from jaxlm.models import ModelConfig
+from jaxlm.models import ModelConfig, Run
 from jaxlm.train.checkpoint import Checkpoints
 from jaxlm.train.metrics import read_rows
+
+
+PROMPTS = ('the ', 'w', ' sea', 'ऀ', 'whale an', '12')
 
 
 @pytest.fixture(scope='module')
@@ -96,9 +99,55 @@ def test_what_is_a_spike(tmp_path):
   rewinds = Rewinds(tmp_path, 2.0, 5)
   for step, loss in enumerate([9.0, 1, 1, 1, float('nan'), 1, 1, 1, 1], 1):
     rewinds.check(step, loss)
+    rewinds.row(loss)
   with pytest.raises(Spike, match=r'step 10: loss 2\.100 against a recent median of 1\.000'):
     rewinds.check(10, 2.1)
-  Rewinds(tmp_path, 0.0, 5).check(1, 1e9)
+
+
+@pytest.mark.slow
+def test_no_step_inside_of_a_spike_is_saved(home):
+  """Rows are written every second step, saves fall on others: step 25, the first hard one, is both unlogged and due."""
+  watch = Watch(log_every=2, eval_every=0, prompts=(), save_every=5, keep_last=9, spike=1.5, most_rewinds=9)
+  pretrain(settings(home, 'between', watch=watch))
+  entries = json.loads((home / 'between' / 'rewinds.json').read_text())
+  assert [entry['step'] for entry in entries] == [20] * 4 and entries[0]['spike'] == 25
+
+
+@pytest.mark.slow
+def test_what_is_evaluated_sampled_and_kept_is_the_average_and_the_best(home):
+  watch = Watch(log_every=1, eval_every=5, save_every=5, sample_every=20, keep_last=1, keep_best=1, prompts=PROMPTS)
+  data = Data(str(home / 'data'), 'easy*0.5 + hard*0.5', ('0.5: easy*1',), 17, 'concat', 8)  # and then it forgets
+  ema = Optim(lr=0.1, warmup_steps=2, ema_decay=0.5)
+  run = home / 'averaged'
+  state = pretrain(settings(home, 'averaged', data=data, optim=ema, watch=watch, steps=20))
+  losses = {row['step']: row['eval/loss'] for row in rows(run) if 'eval/loss' in row}
+  best = min(losses, key=losses.__getitem__)
+  assert best < 20 and Checkpoints(run / 'checkpoints').steps() == [best, 20]
+  found = perplexity.evaluate(str(run), batch=8)
+  assert found.whole.nll == pytest.approx(losses[20], rel=1e-5)
+
+  config, average, vocabulary, _ = writing.load(run)
+  key, how = jax.random.fold_in(jax.random.key(config.seed), 20), {'new': 64, 'run': Run()}
+  texts = [writing.complete(config.model, x, vocabulary, PROMPTS, key, **how) for x in (average, state.params)]
+  assert [row['text'] for row in read_rows(run / 'samples.jsonl')][-len(PROMPTS) :] == texts[0] != texts[1]
+
+
+@pytest.mark.slow
+def test_a_run_of_another_tokenizer_is_neither_begun_with_nor_evaluated(home, tmp_path):
+  watch = Watch(log_every=1, eval_every=0, prompts=())
+  pretrain(settings(home, 'own', steps=3, watch=watch))
+  other = tokenizer.train([path.read_text() for path in home.glob('*.jsonl')], 290)
+  prepare.prepare([f'{home}/easy.jsonl'], other, tmp_path / 'data', val_fraction=0.2)
+  theirs = settings(tmp_path, 'begun', steps=3, watch=watch, init=str(home / 'own'), data=Data(str(tmp_path / 'data')))
+  with pytest.raises(InputError, match='has another tokenizer than the data'):
+    pretrain(dataclasses.replace(theirs, data=dataclasses.replace(theirs.data, seq_len=17, global_batch=8)))
+  with pytest.raises(InputError, match='was prepared with another tokenizer than that of'):
+    perplexity.evaluate(str(home / 'own'), [str(tmp_path / 'data')])
+
+  other.save(home / 'own' / 'tokenizer.json')
+  with pytest.raises(InputError, match='tokenizer.json: is not the tokenizer that the run was trained with'):
+    writing.load(home / 'own')
+  assert cli.main(['verify', str(home / 'own')]) == 1
 
 
 @pytest.mark.slow

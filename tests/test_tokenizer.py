@@ -169,7 +169,7 @@ def test_errors(t, tmp_path):
   with pytest.raises(InputError, match="bad.json: .*'</x>'"):
     tok.load(bad)
   (tmp_path / 'bad_config.json').write_text('[')
-  with pytest.raises(InputError, match='bad_config.json: not JSON'):
+  with pytest.raises(InputError, match='bad_config.json: damaged: not JSON'):
     tok.load(bad)
 
 

@@ -63,14 +63,17 @@ def prepare(
   tokenizer and options is left as it is; anything else is started over. `on_progress(done, total)` gets bytes of the
   input files. Up to `max_bad` bad records are left out and listed in `quarantine.jsonl`, with file, line and reason.
   Raises InputError as `sources.documents` does, at one bad record too many, or if every document falls into
-  validation; a folder that was finished before is then still whole.
+  validation; a folder that was finished before is then still whole. Raises OSError for a full disk, which leaves `out`
+  without what was there: two preparations have no room beside each other.
   """
   within('[0, 1)', val_fraction=val_fraction)
   out, found_files, weights = epath.Path(out), sources.files(specs, column), sources.weights(specs)
   inputs = _inputs(found_files, {'val_fraction': val_fraction, 'near': near, 'weights': weights})
   found = read_summary(out)
-  if found and (found.version, found.digest, found.inputs) == (VERSION, tokenizer.digest, inputs):
+  same = found and (found.version, found.digest, found.inputs) == (VERSION, tokenizer.digest, inputs)
+  if found and same and sum(found.dropped['bad'].values()) <= max_bad:
     return found
+  choice = _Choice(val_fraction, near)
   if found:  # bad input must not cost what is there already
     looked_at = _reported(found_files, None, Quarantine(None, max_bad))
     splits = Counter(kept.split for kept in _Choice(val_fraction).kept(looked_at))
@@ -78,7 +81,6 @@ def prepare(
   with _workplace(out) as folder:
     bad = Quarantine(folder / QUARANTINE, max_bad)
     writer = _Writer(folder / 'records', np.dtype('<u2' if tokenizer.vocab_size <= 1 << 16 else '<u4'))
-    choice = _Choice(val_fraction, near)
     kept = choice.kept(_reported(found_files, on_progress, bad))
     for group in _grouped(_pieces(kept)):
       writer.add(group, _tokens(group, tokenizer))
@@ -224,6 +226,7 @@ class _Writer:
     self._groups = {split: array('H') for split in SPLITS}
     self._hashes = {split: hashlib.sha256() for split in SPLITS}
     folder.mkdir(parents=True, exist_ok=True)
+    self._folder = folder
     identity = tfds.core.DatasetIdentity(
       name='tokens', version=tfds.core.Version(f'{VERSION}.0.0'), data_dir=os.fspath(folder), module_name=__name__
     )
@@ -249,11 +252,13 @@ class _Writer:
         self._lengths[split].append(len(part))
         self._groups[split].append(group_id)
         self._begins[split].append(piece.first and start == 0)
-    self._tfds.add_examples(examples)
+    with _told(self._folder):
+      self._tfds.add_examples(examples)
 
   def finish(self, out: epath.Path) -> None:
     """Close the data set and write the index beside it."""
-    self._tfds.close_all()
+    with _told(self._folder):
+      self._tfds.close_all()
     for split in SPLITS:
       lengths = np.frombuffer(self._lengths[split], np.int64)
       offsets = np.concatenate([[0], np.cumsum(lengths)])
@@ -281,6 +286,15 @@ class _Writer:
       for counts in self.by_group.values():
         counts.append(Count())
     return self.groups[key]
+
+
+@contextmanager
+def _told(folder: epath.Path) -> Generator[None]:
+  """Turns what array_record raises for a full disk or a quota into an OSError with the folder's name."""
+  try:
+    yield
+  except RuntimeError as error:
+    raise OSError(None, str(error).splitlines()[0], os.fspath(folder)) from error
 
 
 def _tokens(group: list[_Piece], tokenizer: Tokenizer) -> list[np.ndarray]:

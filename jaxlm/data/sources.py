@@ -284,15 +284,16 @@ def _read_parquet(stream: Any, file: File, on_bad: OnBad) -> Iterator[Document]:
       whole.seek(0)
       stream = whole
     try:
-      table = pyarrow.parquet.ParquetFile(stream)
+      table = pyarrow.parquet.ParquetFile(stream, page_checksum_verification=True)
       there = table.schema_arrow.names
       if file.column not in there:
         raise InputError(f'{path}: no column "{file.column}"; its columns are {", ".join(there)}')
       batches = table.iter_batches(256, columns=[name for name in (file.column, 'source') if name in there])
-      rows = (row for batch in batches for row in batch.to_pylist())
+      rows = (row for batch in batches for row in _undecoded(batch).to_pylist())
       for number, row in enumerate(rows, 1):
         try:
-          wanted = {name: value for name, value in row.items() if name == file.column or value is not None}
+          text = lambda x, number=number: _decode(x, path, number) if isinstance(x, bytes) else x
+          wanted = {name: text(x) for name, x in row.items() if name == file.column or x is not None}
           document = _from_row(wanted, file, number)
         except InputError as error:
           on_bad(error)
@@ -300,6 +301,19 @@ def _read_parquet(stream: Any, file: File, on_bad: OnBad) -> Iterator[Document]:
           yield document
     except pyarrow.ArrowInvalid as error:
       raise _Damaged(f'not a Parquet file, or a damaged one: {error}') from error
+
+
+def _undecoded(batch: Any) -> Any:
+  """A batch of Parquet rows with its strings as bytes, so that one that is no UTF-8 is one bad row."""
+  import pyarrow
+
+  columns = []
+  for column in batch.columns:
+    if pyarrow.types.is_dictionary(column.type):
+      column = column.dictionary_decode()
+    text = pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)
+    columns.append(column.cast(pyarrow.large_binary()) if text else column)
+  return pyarrow.record_batch(columns, names=batch.schema.names)
 
 
 def _from_json(line: str, file: File, number: int) -> Document:

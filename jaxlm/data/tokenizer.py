@@ -16,7 +16,7 @@ from etils import epath
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from jaxlm.errors import InputError
-from jaxlm.files import write_whole
+from jaxlm.files import read_json, write_whole
 
 BOS, EOS, PAD = '<|bos|>', '<|eos|>', '<|pad|>'  # ids 0, 1, 2 of the tokenizers trained here
 ROLES = ('bos', 'eos', 'pad')
@@ -131,7 +131,7 @@ class Tokenizer:
     Other keys of a `tokenizer_config.json` that is there already are kept.
     """
     path = epath.Path(path)
-    config = _read_json(_config_path(path)) if _config_path(path).exists() else {}
+    config = read_json(_config_path(path)) if _config_path(path).exists() else {}
     config.update({f'{role}_token': self.names.get(role) for role in ROLES})
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(_config_path(path), json.dumps(config, indent=2, ensure_ascii=False))
@@ -144,7 +144,7 @@ def load(path: epath.PathLike) -> Tokenizer:
   path = path / 'tokenizer.json' if path.is_dir() else path
   if not path.exists():
     raise InputError(f'{path}: no such tokenizer file')
-  config = _read_json(_config_path(path)) if _config_path(path).exists() else {}
+  config = read_json(_config_path(path)) if _config_path(path).exists() else {}
   try:
     inner = tokenizers.Tokenizer.from_str(path.read_text())
   except Exception as error:  # the library raises bare Exception
@@ -221,16 +221,6 @@ def _script(char: str) -> str:
 
 def _config_path(path: epath.Path) -> epath.Path:
   return path.with_name(f'{path.stem}_config.json')
-
-
-def _read_json(path: epath.Path) -> dict[str, Any]:
-  try:
-    value = json.loads(path.read_text())
-  except ValueError as error:
-    raise InputError(f'{path}: not JSON: {error}') from error
-  if not isinstance(value, dict):
-    raise InputError(f'{path}: expected a JSON object')
-  return value
 
 
 def _content(token: str | dict[str, Any] | None) -> str | None:

@@ -17,7 +17,7 @@ from jaxlm.config import Pretrain
 from jaxlm.data import batches as data_batches
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import InputError, Stopped
-from jaxlm.files import write_whole
+from jaxlm.files import read_json, write_whole
 from jaxlm.loops import corpus, rewind, train, writing
 from jaxlm.loops.corpus import Corpus
 from jaxlm.loops.trace import Trace
@@ -97,7 +97,8 @@ def _train(wired: Wired, state: Any, held_out: list[Any], mesh: Any, on_step: On
     hooks = _hooks(wired, held_out, writer)
     log = _logger(wired, mesh, writer, on_step, int(state.cursor) - int(state.step))
     timing = {'steps': config.steps, 'log_every': config.watch.log_every, 'stop': stop}
-    state = train.fit(wired.built.step, state, _stream(wired, state), log=log, hooks=hooks, profile=profile, **timing)
+    watched: Any = {'profile': profile, 'check': wired.rewinds.check if config.watch.spike else None}
+    state = train.fit(wired.built.step, state, _stream(wired, state), log=log, hooks=hooks, **watched, **timing)
     if int(state.step) < config.steps:
       hooks[-1][1](int(state.step), state)
       checkpoints.wait()
@@ -210,7 +211,7 @@ def _describe(wired: Wired, mesh: Any) -> None:
 def add_facts(run: epath.Path, facts: dict[str, dict[str, Any]]) -> None:
   """Adds sections to `facts.json`, which the report shows as tables."""
   path = run / 'facts.json'
-  old = json.loads(path.read_text()) if path.exists() else {}
+  old = read_json(path) if path.exists() else {}
   write_whole(path, json.dumps(old | facts, indent=1, ensure_ascii=False))
 
 
@@ -284,7 +285,7 @@ def _logger(wired: Wired, mesh: Any, writer: metrics.Writer, on_step: OnStep, of
   def log(step: int, values: dict[str, float]) -> None:
     seconds = values.pop('step_time')
     wait = values.pop('data_wait')
-    wired.rewinds.check(step, values['loss'])
+    wired.rewinds.row(values['loss'])
     tokens = batches.size(step - 1 + offset) * config.data.seq_len
     row = {f'train/{k}': v for k, v in values.items()}
     row['train/lr'] = float(built.schedule(max(0, step - 1 - values['skipped'])))

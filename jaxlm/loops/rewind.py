@@ -8,7 +8,7 @@ from typing import Any
 from etils import epath
 
 from jaxlm.errors import InputError
-from jaxlm.files import write_whole
+from jaxlm.files import read_json, write_whole
 from jaxlm.train.metrics import read_rows
 
 FILE = 'rewinds.json'
@@ -32,7 +32,7 @@ class Rewinds:
   def __init__(self, run: Any, factor: float, most: int):
     self._run, self._factor, self._most = epath.Path(run), factor, most
     path = self._run / FILE
-    self.entries: list[dict[str, int]] = json.loads(path.read_text()) if path.exists() else []
+    self.entries: list[dict[str, int]] = read_json(path, list) if path.exists() else []
     self._losses: deque[float] = deque(maxlen=RECENT)
 
   def begin(self, step: int) -> int | None:
@@ -42,10 +42,13 @@ class Rewinds:
     return next((entry['cursor'] for entry in reversed(self.entries) if entry['step'] == step), None)
 
   def check(self, step: int, loss: float) -> None:
-    """Raises Spike if the loss exceeds `factor` times the median of the rows before it."""
+    """Raises Spike if the loss exceeds `factor` times the median of the rows before it; for every step."""
     median = statistics.median(self._losses) if len(self._losses) >= FEWEST else None
-    if self._factor and median is not None and loss > self._factor * median:
+    if median is not None and loss > self._factor * median:
       raise Spike(step, loss, median)
+
+  def row(self, loss: float) -> None:
+    """To be told the loss of every row, once it was checked."""
     if loss == loss:
       self._losses.append(loss)
 

@@ -22,6 +22,7 @@ def fit(
   hooks: tuple[Hook, ...] = (),
   stop: Callable[[], bool] = lambda: False,
   profile: Callable[[int, Any], None] = lambda done, state: None,
+  check: Callable[[int, float], None] | None = None,
 ) -> Any:
   """Runs `step` until `state.step` is `steps` and returns the last state.
 
@@ -30,12 +31,16 @@ def fit(
   batch, on average since the row before. Hooks run in order at their multiples (0: never) and at the end, after all up
   to that step was logged; their time is not the steps'. `stop()` is asked after every step and ends the loop early,
   hooks at their multiples being done. `profile(done, state)` is called before each step and at the end.
+  `check(step, loss)`, if there is one, gets every step's loss, before its row and its hooks.
   """
   done = int(state.step)
-  since, waited, unread = (time.perf_counter(), done), 0.0, None
+  since, waited, unread, unchecked = (time.perf_counter(), done), 0.0, None, None
 
   def read() -> None:
-    nonlocal since, waited, unread
+    nonlocal since, waited, unread, unchecked
+    if check and unchecked:
+      check(unchecked[0], float(unchecked[1]['loss']))
+      unchecked = None
     if unread is None:
       return
     number, metrics = unread
@@ -53,6 +58,7 @@ def fit(
       state, metrics = step(state, batch)
     read()
     done += 1
+    unchecked = done, metrics
     if done % log_every == 0 or done == steps:
       unread = done, metrics
     due = [act for every, act in hooks if (every and done % every == 0) or done == steps]

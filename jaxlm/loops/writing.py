@@ -1,5 +1,6 @@
 """What a model writes: texts completed by parameters at hand, or by those of a saved run."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,24 +44,31 @@ def load(run: Any, layout: Any = None) -> tuple[Pretrain, Any, Tokenizer, int]:
   """(config, parameters, tokenizer, step) of a run's newest checkpoint: its average, where the optimizer keeps one.
 
   `layout` gives the sharding of each parameter (a tree like them); without it all are on the first device. The
-  optimizer's state is read only where the average is in it. Raises InputError if the run has no checkpoint.
+  optimizer's state is read only where the average is in it. Raises InputError if the run has no checkpoint, a damaged
+  one, or another tokenizer than it was trained with.
   """
   run = epath.Path(run)
   checkpoints = checkpoint.Checkpoints(run / 'checkpoints')
   steps = checkpoints.steps()
   if not steps:
     raise InputError(f'{run}: holds no finished checkpoint; train one with `jaxlm pretrain ... --run {run}`')
-  config = configs.from_json(Pretrain, (run / 'config.json').read_text())
+  step, where = steps[-1], checkpoints.path(steps[-1])
+  if damaged := checkpoint.verify(where):
+    raise InputError(f'{where}: damaged: {"; ".join(damaged)}')
+  meta, vocabulary = checkpoints.meta(step), tokenizers.load(run / 'tokenizer.json')
+  if vocabulary.digest != meta['tokenizer']:
+    raise InputError(f'{run / "tokenizer.json"}: is not the tokenizer that the run was trained with: put that one back')
+  config = configs.from_json(Pretrain, json.dumps(meta['config']))
   params = jax.eval_shape(lambda: models.init(config.model, jax.random.key(0)))
   like = {'params': params}
   if config.optim.ema_decay or config.optim.name == 'schedule_free':
     like['opt_state'] = jax.eval_shape(program.make_optimizer(config).init, params)
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
-  found = checkpoints.restore(steps[-1], like, partial=True)
+  found = checkpoints.restore(step, like, partial=True, verified=True)
   params = optim.eval_params(found.get('opt_state'), found['params'])
   params = params if layout is None else jax.device_put(params, layout)
-  return config, params, tokenizers.load(run / 'tokenizer.json'), steps[-1]
+  return config, params, vocabulary, step
 
 
 def continue_texts(

@@ -48,6 +48,11 @@ class Checkpoints:
     named = [p for p in files.children(self.directory) if p.name.isdigit()]
     return sorted(int(p.name) for p in named if (p / DIGEST).exists() and not (p / ASIDE).exists())
 
+  def unfinished(self) -> list[int]:
+    """Steps whose folder is there without what acknowledges it, oldest first."""
+    named = [p for p in files.children(self.directory) if p.name.isdigit()]
+    return sorted(int(p.name) for p in named if not (p / DIGEST).exists())
+
   def newest_sound(self, say: Say) -> int | None:
     """The newest step whose every file is as it was saved, or None where nothing was saved.
 
@@ -55,6 +60,8 @@ class Checkpoints:
     no step is sound.
     """
     steps, damaged = self.steps(), {}
+    for step in self.unfinished():
+      say(f'{self.path(step)}: no {DIGEST}: the save did not end, or the file was deleted; does not count')
     for step in reversed(steps):
       lines = verify(self.path(step))
       if not lines:
@@ -191,7 +198,10 @@ def verify(path: epath.Path) -> list[str]:
     return [f'{DIGEST}: {type(e).__name__}']
   if not isinstance(expected, dict) or expected.pop(DIGEST, None) != files.seal(expected):
     return [f'{DIGEST} has changed']
-  return files.changes(expected, _digests(path))
+  changed = files.changes(expected, _digests(path))
+  if not changed and path.name.isdigit() and (step := files.read_json(path / META).get('step')) != int(path.name):
+    return [f'{META} is of step {step}']
+  return changed
 
 
 def _written(response: Any, path: epath.Path) -> None:

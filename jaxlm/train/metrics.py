@@ -15,6 +15,7 @@ from tensorboardX import summary
 from tensorboardX.proto import event_pb2, summary_pb2
 from tensorboardX.record_writer import masked_crc32c
 
+from jaxlm.errors import InputError
 from jaxlm.files import Appended, write_whole
 from jaxlm.models import ModelConfig
 
@@ -134,7 +135,18 @@ def _checksum(data: bytes) -> bytes:
 
 
 def read_rows(path: Any) -> list[dict[str, Any]]:
-  """The rows of a `.jsonl` that a run writes; a last line that a kill cut short is left out."""
-  path = epath.Path(path)
+  """The rows of a `.jsonl` that a run writes; a last line that a kill cut short is left out.
+
+  Raises InputError, naming the line, where another is no row.
+  """
+  path, rows = epath.Path(path), []
   lines = path.read_bytes().split(b'\n') if path.exists() else []
-  return [json.loads(line) for line in lines[:-1]]
+  for number, line in enumerate(lines[:-1], 1):
+    try:
+      row = json.loads(line)
+    except ValueError:
+      row = None
+    if not isinstance(row, dict) or not isinstance(row.get('step'), int):
+      raise InputError(f'{path}:{number}: damaged: no row with a step: mend the line, or remove it')
+    rows.append(row)
+  return rows
