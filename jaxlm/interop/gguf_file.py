@@ -6,7 +6,7 @@ more than its own bytes. Tensors are read and not mapped: pages of a mapped file
 
 import struct
 from collections.abc import Callable
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -16,7 +16,7 @@ from gguf.quants import dequantize
 
 from jaxlm.errors import InputError
 
-KINDS = 'F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q3_K Q4_K Q5_K Q6_K'.split()
+KINDS = ('F32', 'F16', 'BF16', 'Q8_0', 'Q4_0', 'Q4_1', 'Q5_0', 'Q5_1', 'Q2_K', 'Q3_K', 'Q4_K', 'Q5_K', 'Q6_K')
 STORED = {'F32': np.dtype('<f4'), 'F16': np.dtype('<f2'), 'BF16': np.dtype(ml_dtypes.bfloat16)}
 NUMBERS = {0: 'u1', 1: 'i1', 2: '<u2', 3: '<i2', 4: '<u4', 5: '<i4', 6: '<f4', 10: '<u8', 11: '<i8', 12: '<f8'}
 BOOL, STRING, ARRAY = 7, 8, 9
@@ -24,7 +24,7 @@ HEADER_BYTES = 1 << 28  # the largest vocabularies need 20 MB
 STRINGS = 1 << 21  # Gemma 3 has 262,144 tokens, Llama 3 280,147 merges
 NAME_BYTES = 256  # ggml itself takes 64
 MAX_DIMS = 4
-CHUNK = 1 << 22  # bytes dequantized at a time
+CHUNK = 1 << 20  # bytes dequantized at a time
 AGAIN = 'download or convert it again'
 
 
@@ -79,7 +79,8 @@ def _floats(raw: bytes, kind: str, rows: int, width: int) -> np.ndarray:
   if kind in STORED:
     return np.frombuffer(raw, STORED[kind]).reshape(rows, width)
   with np.errstate(all='ignore'):  # a scale may be damaged: infinite is then what the file says
-    return dequantize(np.frombuffer(raw, np.uint8).reshape(rows, -1), GGMLQuantizationType[kind])
+    # one long row: the library takes sixteen at a time, and its blocks know nothing of rows
+    return dequantize(np.frombuffer(raw, np.uint8)[None], GGMLQuantizationType[kind]).reshape(rows, width)
 
 
 def open_container(path: epath.PathLike) -> GGUFFile:
@@ -101,7 +102,7 @@ def shown(name: str) -> str:
 class _Header:
   """A cursor that never reads past the end of the file."""
 
-  def __init__(self, file: BinaryIO, size: int, where: str):
+  def __init__(self, file: IO[Any], size: int, where: str):
     self.file, self.size, self.where = file, size, where
     self.at = self.strings = 0
 
