@@ -94,9 +94,10 @@ def open_container(path: epath.PathLike) -> GGUFFile:
     raise InputError(f'{path}: cannot be read: {error.strerror or error}') from error
 
 
-def shown(name: str) -> str:
-  """A name of the file's for a message: on one line and short."""
-  return repr(name if len(name) <= 80 else f'{name[:77]}...')
+def shown(value: Any) -> str:
+  """A name or a value of the file's for a message: on one line and short."""
+  text = ' '.join(repr(value).split())
+  return text if len(text) <= 80 else f'{text[:77]}...'
 
 
 class _Header:
