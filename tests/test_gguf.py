@@ -4,15 +4,11 @@ Files are written by the `gguf` library, under the names that its own table give
 """
 
 import hashlib
-import json
 import os
 import random
 import struct
-import subprocess
-import sys
 import time
 import tracemalloc
-import zipfile
 from pathlib import Path
 
 import gguf
@@ -20,7 +16,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
 from gguf.constants import GGML_QUANT_SIZES
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 
 from jaxlm.errors import InputError
 from jaxlm.interop import gguf_config, gguf_file
@@ -28,13 +24,6 @@ from jaxlm.interop.gguf import open_file
 
 V, D, H, K, N, F, M, E, P = 131, 11, 6, 2, 10, 17, 13, 5, 61  # as in conftest: distinct, so that swapped axes fail
 LAYERS = 2
-TEXTS = [
-  "Call me Ishmael. It's 1851, ISN'T it?\n\n\tThe whale -- 12345 tons!  \r\n",
-  'Café naïve — ₹500 and नमस्ते दुनिया 🙂\n\n  two  spaces',
-  'cafe\u0301 int main(void) { return x[0] != NULL ? 1 : -1; }',
-  '',
-  ' ',
-]
 
 # --- models as Hugging Face has them ---
 
@@ -157,7 +146,10 @@ def write(path: Path, architecture: str, keys: dict, tensors: dict, more: dict |
   writer = gguf.GGUFWriter(path, architecture)
   for key, value in keys.items():
     add(writer, f'{architecture}.{key}', value)
-  for key, value in (more or {}).items():
+  more = dict(more or {})
+  if 'general.alignment' in more:
+    writer.add_custom_alignment(more.pop('general.alignment'))
+  for key, value in more.items():
     add(writer, key, value)
   for name, value in tensors.items():
     if isinstance(value, tuple):
@@ -580,9 +572,9 @@ def test_a_file_cut_anywhere_is_refused(tmp_path):
   whole, size = path.read_bytes(), path.stat().st_size
   end = max(e.offset + e.rows * e.row_bytes for e in gguf_file.open_container(path).tensors.values())
   cut = tmp_path / 'cut.gguf'
-  lengths = [*range(header + 1), *range(header, size, 997), *range(end - 9, size)]
-  for length in lengths:
-    cut.write_bytes(whole[:length])
+  cut.write_bytes(whole)
+  for length in [*range(size - 1, end - 9, -1), *range(end - 9, header, -997), *range(header, -1, -1)]:
+    os.truncate(cut, length)
     began = time.perf_counter()
     if length >= end:  # what fills up the last tensor's alignment holds nothing
       assert contents(cut) == contents(path)
@@ -597,12 +589,14 @@ def test_flipped_bytes_of_the_header_raise_nothing_else(tmp_path):
   """A header has no checksum, so another number may be a sound file: then all of it must be there to read."""
   path, header = with_tokenizer(tmp_path / 'a.gguf')
   whole, rng, flipped = path.read_bytes(), random.Random(11), tmp_path / 'flipped.gguf'
+  flipped.write_bytes(whole)
   refused = 0
   for _ in range(1500):
     data = bytearray(whole)
     for _ in range(rng.choice((1, 1, 2, 8))):
       data[rng.randrange(header)] = rng.choice((0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)))
-    flipped.write_bytes(data)
+    with flipped.open('r+b') as file:  # in place: much faster than a new file
+      file.write(data[:header])
     began = time.perf_counter()
     try:
       contents(flipped)

@@ -70,11 +70,21 @@ def build(where: str, metadata: dict[str, Any], architecture: str) -> Tokenizer 
     raise
   except Exception as error:  # the library raises bare Exception
     raise vocabulary.fail(f'it is no tokenizer: {" ".join(str(error).split())[:80]}') from error
-  controls = sorted(tokenizer.control_ids)
-  for i, ids in zip(controls, tokenizer.encode_batch([vocabulary.tokens[i] for i in controls]), strict=True):
-    if not tokenizer.control_ids.isdisjoint(ids):
-      raise vocabulary.fail(f'the text {shown(vocabulary.tokens[i])} would become a control token')
+  _check_controls(tokenizer, vocabulary, kind == 'gpt2')
   return tokenizer
+
+
+def _check_controls(tokenizer: Tokenizer, vocabulary: '_Vocabulary', byte_level: bool) -> None:
+  """Raises InputError if some text would become a control token: by a merge, as a single letter, as a whole word."""
+  controls = {vocabulary.tokens[i] for i in tokenizer.control_ids}
+  made = {merge.replace(' ', '') for merge in vocabulary.get('merges', list, [])} if byte_level else set()
+  made |= {token for token in controls if len(token) == 1}
+  texts = [*controls, *(decoders.ByteLevel().decode([t]) if byte_level else t.replace(SPACE, ' ') for t in controls)]
+  for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+    if not tokenizer.control_ids.isdisjoint(ids):
+      made.add(vocabulary.tokens[next(i for i in ids if i in tokenizer.control_ids)])
+  if made & controls:
+    raise vocabulary.fail(f'a text would become the control token {shown(min(made & controls))}')
 
 
 class _Vocabulary:
