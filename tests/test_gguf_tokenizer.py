@@ -207,7 +207,10 @@ def refused_tokenizers():
   yield 'spaces', sentencepiece(remove_extra_whitespaces=True), 'remove_extra_whitespaces is not translated'
   yield 'merge', byte_level(theirs, 'gpt-2', merges=['a b c']), "merge 0, 'a b c'"
   yield 'merge of none', byte_level(theirs, 'gpt-2', merges=['zzzz qqqq']), "merge 0, 'zzzz qqqq'"
-  for name, pre, i in (('merge', 'gpt-2', 290), ('byte', 'gpt-2', 200), ('word', 'llama-bpe', 258)):
+  data = byte_level(trained('llama-bpe'), 'llama-bpe')
+  made = {merge.replace(' ', '') for merge in data['tokenizer.ggml.merges']}
+  whole = next(i for i, t in enumerate(data['tokenizer.ggml.tokens']) if i > 258 and t.isascii() and t not in made)
+  for name, pre, i in (('merge', 'gpt-2', 290), ('byte', 'gpt-2', 200), ('word', 'llama-bpe', whole)):
     control = byte_level(trained(pre), pre)
     control['tokenizer.ggml.token_type'] = np.where(np.arange(len(control['tokenizer.ggml.tokens'])) == i, 3, 1)
     yield f'a {name} as control', control, 'a text would become the control token'
