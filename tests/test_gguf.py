@@ -200,6 +200,17 @@ def test_gemmas_layers_and_scales(tmp_path):
       assert made['query_pre_attn_scalar'] == scalar
 
 
+def test_generation_and_template(tmp_path):
+  ids = {'bos': 3, 'eos': 5, 'eot': 7, 'eom': 5, 'padding': 11}
+  more = {f'tokenizer.ggml.{role}_token_id': i for role, i in ids.items()}
+  more |= {'general.sampling.temp': 0.6, 'general.sampling.top_k': 20, 'general.sampling.penalty_repeat': 1.1}
+  opened = open_file(small(tmp_path / 'a.gguf', more=more | {'tokenizer.chat_template': '{{ messages }}'}))
+  assert opened.chat_template == '{{ messages }}' and opened.where == str(tmp_path / 'a.gguf')
+  sampling = {'do_sample': True, 'temperature': 0.6, 'top_k': 20, 'repetition_penalty': 1.1}
+  assert opened.generation == {'bos_token_id': 3, 'eos_token_id': [5, 7], 'pad_token_id': 11, **sampling}
+  assert opened.config['eos_token_id'] == 5
+
+
 # --- what is refused by name ---
 
 REFUSED = [
@@ -230,6 +241,13 @@ REFUSED = [
   ('qwen3moe', {'expert_shared_count': 1}, {}, 'expert_shared_count'),
   ('gemma2', {'attn_logit_softcapping': None}, {}, 'it has no gemma2.attn_logit_softcapping'),
   ('gemma3', {'rope.freq_base': None}, {}, 'it has no gemma3.rope.freq_base'),
+  (
+    'llama',
+    {},
+    {'tokenizer.ggml.model': 'gpt2', 'tokenizer.ggml.pre': 'gpt-2', 'tokenizer.ggml.eos_token_id': 0}
+    | {'tokenizer.ggml.tokens': [f'<{i}>' for i in range(V + 1)]},
+    '132 tokens for an embedding of 131 rows',
+  ),
   ('gpt2', {'context_length': 60}, {}, 'context_length=60'),
 ]
 

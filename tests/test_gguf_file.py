@@ -172,7 +172,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path):
     if length >= end:  # what fills up the last tensor's alignment holds nothing
       assert contents(cut) == contents(path)
     else:
-      with pytest.raises(InputError) as caught:
+      with pytest.raises(InputError, match='not a whole GGUF file|do not fit|does not begin') as caught:
         open_file(cut)
       assert str(caught.value).startswith(f'{cut}: ') and '\n' not in str(caught.value)
     assert time.perf_counter() - began < 1

@@ -27,6 +27,7 @@ TEXTS = [
   ' ',
   '\n',
 ]
+NUMBERS = [' 12345', '12345', ' 1 12 1851'] * 9
 TYPED = 'a <|bos|> b<|eos|> <s></s><unk> <0x41>'
 CONTROLS = ['<|bos|>', '<|eos|>']
 
@@ -58,13 +59,14 @@ WORDS = {
 def trained(pre: str) -> Tokenizer:
   """A tokenizer as its makers have it; one token in ten is of no merge, so that `ignore_merges` counts."""
   inner = Tokenizer(models.BPE())
-  inner.pre_tokenizer, inner.decoder = WORDS[pre], decoders.ByteLevel()
+  inner.pre_tokenizer, inner.decoder = GPT2, decoders.ByteLevel()
   if pre == 'qwen2':
     inner.normalizer = normalizers.NFC()
   controls = [AddedToken(t, special=True, normalized=False) for t in CONTROLS]
   alphabet = pre_tokenizers.ByteLevel.alphabet()
   trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=controls, initial_alphabet=alphabet, show_progress=False)
-  inner.train_from_iterator([*TEXTS, TYPED] * 3, trainer)
+  inner.train_from_iterator([*TEXTS, TYPED] * 3 + NUMBERS, trainer)
+  inner.pre_tokenizer = WORDS[pre]  # the merges are of wider words, so that where a text is cut is seen
   whole = json.loads(inner.to_str())
   whole['model']['ignore_merges'] = pre == 'llama-bpe'
   del whole['model']['merges'][::10]
@@ -93,7 +95,7 @@ def byte_level(inner: Tokenizer, pre: str, **more) -> dict:
 def test_byte_level_ids_are_the_makers(pre):
   theirs = trained(pre)
   ours = build('x', byte_level(theirs, pre), 'llama')
-  for text in [*TEXTS, TYPED]:
+  for text in [*TEXTS, *NUMBERS[:3], TYPED]:
     assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids, text
     assert ours.decode(ours.encode(text)) == (text if pre != 'qwen2' else normalizers.NFC().normalize_str(text))
   assert ours.names == {'bos': '<|bos|>', 'eos': '<|eos|>'} and ours.control_ids == {0, 1}
@@ -210,7 +212,8 @@ def refused_tokenizers():
   data = byte_level(trained('llama-bpe'), 'llama-bpe')
   made = {merge.replace(' ', '') for merge in data['tokenizer.ggml.merges']}
   whole = next(i for i, t in enumerate(data['tokenizer.ggml.tokens']) if i > 258 and t.isascii() and t not in made)
-  for name, pre, i in (('merge', 'gpt-2', 290), ('byte', 'gpt-2', 200), ('word', 'llama-bpe', whole)):
+  byte = data['tokenizer.ggml.tokens'].index('à')  # 0xE0, the first of three in Hindi's letters
+  for name, pre, i in (('merge', 'gpt-2', 290), ('byte', 'gpt-2', byte), ('word', 'llama-bpe', whole)):
     control = byte_level(trained(pre), pre)
     control['tokenizer.ggml.token_type'] = np.where(np.arange(len(control['tokenizer.ggml.tokens'])) == i, 3, 1)
     yield f'a {name} as control', control, 'a text would become the control token'
