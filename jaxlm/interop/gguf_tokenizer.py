@@ -13,7 +13,7 @@ from jaxlm.interop.gguf_file import shown
 PREFIX = 'tokenizer.ggml.'
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # token_type
 SPACE = '\u2581'  # what SentencePiece writes for a space
-LONGEST = 1024  # characters of a token; the longest of Llama 3 has 128
+LONGEST = 1024  # characters of a token: the work of finding its merges grows with their square
 # What GGUF says about other tasks than ours, or what changes neither ids nor text here.
 IGNORED = ('add_sep_token', 'token_type_count', 'scores')
 
