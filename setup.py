@@ -50,6 +50,7 @@ setup(
     'chex>=0.1.92',
     'tensorflow-datasets>=4.9.10',
     'array-record>=0.8.6',
+    'gguf>=0.19',
     'google-crc32c>=1.9',
     'importlib_resources>=6',  # tensorflow-datasets needs it to download and does not say so
     'grain>=0.2.18',
