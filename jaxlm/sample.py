@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxlm import models
 from jaxlm.errors import InputError
@@ -27,6 +27,9 @@ class Sampling:
   temperature_B: Any = 1.0
   top_k_B: Any = None  # only the k likeliest tokens
   top_p_B: Any = None  # only the likeliest tokens that together reach this probability
+  min_p_B: Any = None  # only tokens of at least this share of the likeliest one's probability
+  repetition_B: Any = None  # logits of tokens seen before are divided by it, or multiplied if negative
+  seed_B: Any = None  # a row's own randomness, whatever batch it is in
 
 
 @struct.dataclass
@@ -41,10 +44,15 @@ class Rollout:
 
 
 def truncate(logits_BV: Float[Array, 'B V'], sampling: Sampling) -> Float[Array, 'B V']:
-  """Logits with what top-k and top-p (Holtzman et al. 2019, arXiv:1904.09751) leave out set to -inf.
+  """Logits with what top-k, top-p (Holtzman et al. 2019, arXiv:1904.09751) and min-p (Nguyen et al. 2024,
+  arXiv:2407.01082) leave out set to -inf, in this order.
 
   The token that crosses `top_p` is kept, so at least one always is.
   """
+  if sampling.min_p_B is not None:
+    best_B1, share_B1 = logits_BV.max(axis=-1, keepdims=True), _column(sampling.min_p_B, logits_BV)
+    rest_BV = truncate(logits_BV, sampling.replace(min_p_B=None))  # ty: ignore
+    return jnp.where(logits_BV >= best_B1 + jnp.log(share_B1), rest_BV, -jnp.inf)
   if sampling.top_k_B is None and sampling.top_p_B is None:
     return logits_BV
   ordered_BV = jnp.sort(logits_BV, axis=-1, descending=True)
@@ -53,7 +61,7 @@ def truncate(logits_BV: Float[Array, 'B V'], sampling: Sampling) -> Float[Array,
     k_B = jnp.clip(jnp.broadcast_to(sampling.top_k_B, logits_BV.shape[:1]), 1, logits_BV.shape[1])
     floor_B1 = jnp.take_along_axis(ordered_BV, k_B[:, None] - 1, axis=-1)
   if sampling.top_p_B is not None:
-    p_B1 = jnp.broadcast_to(jnp.asarray(sampling.top_p_B, jnp.float32), logits_BV.shape[:1])[:, None]
+    p_B1 = _column(sampling.top_p_B, logits_BV)
     probs_BV = jax.nn.softmax(jnp.where(ordered_BV >= floor_B1, ordered_BV, -jnp.inf), axis=-1)
     before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV
     kept_BV = (before_BV < p_B1) | (p_B1 >= 1.0)  # 1 leaves nothing out, however the sum is rounded
@@ -62,18 +70,34 @@ def truncate(logits_BV: Float[Array, 'B V'], sampling: Sampling) -> Float[Array,
   return jnp.where(logits_BV >= floor_B1, logits_BV, -jnp.inf)
 
 
+def _column(value_B: Any, logits_BV: Array) -> Array:
+  """A value a row, or one for all, as float32 [B, 1]."""
+  return jnp.broadcast_to(jnp.asarray(value_B, jnp.float32), logits_BV.shape[:1])[:, None]
+
+
+def penalized(logits_BV: Float[Array, 'B V'], seen_BV: Bool[Array, 'B V'], penalty_B: Any) -> Float[Array, 'B V']:
+  """Logits of seen tokens divided by the penalty where positive, else multiplied (Keskar et al. 2019,
+  arXiv:1909.05858, as transformers has it)."""
+  penalty_B1 = _column(penalty_B, logits_BV)
+  return jnp.where(seen_BV, jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1), logits_BV)
+
+
 def draw(
-  logits_BV: Float[Array, 'B V'], sampling: Sampling, keys_B: Array
+  logits_BV: Float[Array, 'B V'], sampling: Sampling, keys_B: Array, bent_BV: Float[Array, 'B V'] | None = None
 ) -> tuple[Int[Array, ' B'], Float[Array, ' B'], Float[Array, ' B']]:
-  """`(token_B, logp_B, sampled_logp_B)`: one token a row, drawn with the row's own key."""
-  temperature_B1 = jnp.broadcast_to(jnp.asarray(sampling.temperature_B, jnp.float32), logits_BV.shape[:1])[:, None]
+  """`(token_B, logp_B, sampled_logp_B)`: one token a row, drawn with the row's own key.
+
+  `bent_BV` are the logits after penalties: what is drawn from, where `logp_B` is of the model's own.
+  """
+  bent_BV = logits_BV if bent_BV is None else bent_BV
+  temperature_B1 = _column(sampling.temperature_B, logits_BV)
   greedy_B1 = temperature_B1 <= 0
-  scaled_BV = logits_BV / jnp.where(greedy_B1, 1.0, temperature_B1)
-  cut_BV = truncate(scaled_BV, sampling)
+  temperature_B1 = jnp.where(greedy_B1, 1.0, temperature_B1)
+  cut_BV = truncate(bent_BV / temperature_B1, sampling)
   drawn_B = jax.vmap(jax.random.categorical)(keys_B, cut_BV)
-  token_B = jnp.where(greedy_B1[:, 0], jnp.argmax(logits_BV, axis=-1), drawn_B).astype(jnp.int32)
+  token_B = jnp.where(greedy_B1[:, 0], jnp.argmax(bent_BV, axis=-1), drawn_B).astype(jnp.int32)
   pick = lambda x_BV: jnp.take_along_axis(jax.nn.log_softmax(x_BV, axis=-1), token_B[:, None], axis=-1)[:, 0]
-  return token_B, pick(scaled_BV), jnp.where(greedy_B1[:, 0], 0.0, pick(cut_BV))
+  return token_B, pick(logits_BV / temperature_B1), jnp.where(greedy_B1[:, 0], 0.0, pick(cut_BV))
 
 
 def prefill(
@@ -108,7 +132,27 @@ def decode(
   return models.unembed(cfg, params, out.x_BTD)[:, 0], out.cache
 
 
-def generate(
+@struct.dataclass
+class Decoding:
+  """A batch in the middle of being continued; `advance` goes on with it."""
+
+  logits_BV: Array  # for the token that comes next
+  cache: Any
+  seen_BV: Any  # tokens of prompt and continuation, where a repetition penalty needs them
+  n: Array  # tokens made so far
+  lengths_B: Array  # of the prompts
+  keys_B: Array
+  out: Rollout
+
+
+def unstacked(cfg: ModelConfig, params: Any) -> Any:
+  """The parameters with their layers as a tuple, as decoding reads them: half the time of a scanned step."""
+  if isinstance(params['layers'], tuple):
+    return params
+  return {**params, 'layers': models.unstack(params['layers'], cfg.n_layers)}
+
+
+def begin(
   cfg: ModelConfig,
   params: Any,
   prompts: Sequence[Sequence[int]],
@@ -116,12 +160,10 @@ def generate(
   *,
   max_new_tokens: int,
   sampling: Sampling = Sampling(),
-  stop_ids: Sequence[int] = (),
   run: Run = Run(),
-) -> Rollout:
-  """Continues every prompt (non-empty token ids, of any lengths) until a stop id or `max_new_tokens`.
+) -> Decoding:
+  """The prompts (non-empty token ids, of any lengths) read, with room for `max_new_tokens` more.
 
-  A row's tokens depend on its prompt, its place in the batch and `key`, not on the other rows' prompts.
   Raises InputError for an empty prompt, or when a model of learned positions would run past its last.
   """
   lengths = np.array([len(p) for p in prompts], np.int32)
@@ -135,39 +177,67 @@ def generate(
   padded = np.zeros((len(prompts), width), np.int32)
   for row, prompt in zip(padded, prompts, strict=True):
     row[: len(prompt)] = prompt
+  return _begin(cfg, run, max_new_tokens, params, jnp.asarray(padded), jnp.asarray(lengths), sampling, key)
+
+
+def generate(
+  cfg: ModelConfig,
+  params: Any,
+  prompts: Sequence[Sequence[int]],
+  key: Array,
+  *,
+  max_new_tokens: int,
+  sampling: Sampling = Sampling(),
+  stop_ids: Sequence[int] = (),
+  run: Run = Run(),
+) -> Rollout:
+  """Continues every prompt until a stop id or `max_new_tokens`.
+
+  A row's tokens depend on its prompt, its place in the batch (or its seed) and `key`, not on the other rows' prompts.
+  Raises InputError as `begin` does.
+  """
+  state = begin(cfg, params, prompts, key, max_new_tokens=max_new_tokens, sampling=sampling, run=run)
   stop = jnp.asarray(list(stop_ids), jnp.int32)
-  return _generate(cfg, run, max_new_tokens, params, jnp.asarray(padded), jnp.asarray(lengths), sampling, stop, key)
+  return advance(cfg, run, max_new_tokens, params, state, sampling, stop).out
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _generate(
-  cfg: ModelConfig,
-  run: Run,
-  new: int,
-  params: Any,
-  prompts_BP: Array,
-  lengths_B: Array,
-  sampling: Any,
-  stop: Any,
-  key: Any,
-) -> Rollout:
+def _begin(
+  cfg: ModelConfig, run: Run, new: int, params: Any, prompts_BP: Array, lengths_B: Array, sampling: Any, key: Any
+) -> Decoding:
   B, P = prompts_BP.shape
-  params = {**params, 'layers': models.unstack(params['layers'], cfg.n_layers)}  # half the time of a scanned step
-  logits_BV, cache = prefill(cfg, params, prompts_BP, lengths_B, slots=P + new, run=run)
-  row_keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(B))
-  empty = Rollout(
-    jnp.zeros((B, new), jnp.int32),
-    jnp.zeros(B, jnp.int32),
-    jnp.zeros((B, new)),
-    jnp.zeros((B, new)),
-    jnp.zeros(B, bool),
-  )
+  logits_BV, cache = prefill(cfg, unstacked(cfg, params), prompts_BP, lengths_B, slots=P + new, run=run)
+  if sampling.seed_B is None:
+    keys_B = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(B))
+  else:
+    keys_B = jax.vmap(jax.random.key)(jnp.broadcast_to(sampling.seed_B, B))
+  seen_BV = None
+  if sampling.repetition_B is not None:
+    real_BP = jnp.arange(P)[None] < lengths_B[:, None]
+    rows_B1 = jnp.arange(B)[:, None]
+    seen_BV = jnp.zeros((B, cfg.vocab_size), bool).at[rows_B1, prompts_BP].max(real_BP)
+  zeros_BN = jnp.zeros((B, new))
+  tokens_BN, none_B = jnp.zeros((B, new), jnp.int32), jnp.zeros(B, jnp.int32)
+  out = Rollout(tokens_BN, none_B, zeros_BN, zeros_BN, jnp.zeros(B, bool))
+  return Decoding(logits_BV, cache, seen_BV, jnp.int32(0), lengths_B, keys_B, out)
 
-  def body(carry: tuple) -> tuple:
-    n, logits_BV, cache, out = carry
-    live_B = ~out.stopped_B
-    token_B, *logps = draw(logits_BV, sampling, jax.vmap(partial(jax.random.fold_in, data=n))(row_keys))
+
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def advance(
+  cfg: ModelConfig, run: Run, steps: int, params: Any, state: Decoding, sampling: Sampling, stop: Int[Array, ' s']
+) -> Decoding:
+  """Up to `steps` more tokens in each row that has not stopped, as long as there is room; `state` is used up."""
+  params = unstacked(cfg, params)
+  last = jnp.minimum(state.n + steps, state.out.tokens_BN.shape[1])
+
+  def body(state: Decoding) -> Decoding:
+    n, out, seen_BV = state.n, state.out, state.seen_BV
+    live_B, keys_B = ~out.stopped_B, jax.vmap(partial(jax.random.fold_in, data=n))(state.keys_B)
+    bent_BV = None if seen_BV is None else penalized(state.logits_BV, seen_BV, sampling.repetition_B)
+    token_B, *logps = draw(state.logits_BV, sampling, keys_B, bent_BV)
     put = lambda x_BN, x_B: x_BN.at[:, n].set(jnp.where(live_B, x_B, 0))
+    if seen_BV is not None:
+      seen_BV = seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
     out = Rollout(
       put(out.tokens_BN, token_B),
       out.lengths_B + live_B.astype(jnp.int32),
@@ -175,8 +245,7 @@ def _generate(
       put(out.sampled_logp_BN, logps[1]),
       out.stopped_B | jnp.isin(token_B, stop),
     )
-    logits_BV, cache = decode(cfg, params, token_B, lengths_B + n, cache, run=run)
-    return n + 1, logits_BV, cache, out
+    logits_BV, cache = decode(cfg, params, token_B, state.lengths_B + n, state.cache, run=run)
+    return Decoding(logits_BV, cache, seen_BV, n + 1, state.lengths_B, state.keys_B, out)
 
-  unfinished = lambda carry: (carry[0] < new) & ~jnp.all(carry[3].stopped_B)
-  return jax.lax.while_loop(unfinished, body, (jnp.int32(0), logits_BV, cache, empty))[3]
+  return jax.lax.while_loop(lambda state: (state.n < last) & ~jnp.all(state.out.stopped_B), body, state)
