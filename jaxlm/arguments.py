@@ -92,6 +92,25 @@ class Generate:
 
 
 @dataclasses.dataclass(frozen=True)
+class Chat:
+  """Talk to a model in the terminal. /reset forgets the conversation, /exit ends it; ctrl-c stops an answer."""
+
+  model: Positional[str]  # a run's folder, a Hugging Face folder, hf://ORG/NAME or a .gguf file
+  system: str | None = None  # the system message
+  max_new_tokens: int = 512  # of an answer
+  temperature: float | None = None  # 0: always the likeliest token; where not given, as the model's own config says
+  top_k: int | None = None
+  top_p: float | None = None
+  min_p: float | None = None
+  seed: int = 0
+
+  def __post_init__(self):
+    within('[0, inf)', temperature=self.temperature)
+    within('(0, 1]', top_p=self.top_p, min_p=self.min_p)
+    at_least(1, top_k=self.top_k, max_new_tokens=self.max_new_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
 class Import:
   """Make a run of a model that others trained, for `generate`, `eval` and `--init`."""
 

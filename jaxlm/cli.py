@@ -3,7 +3,7 @@
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,7 @@ usage: jaxlm VERB ...          `jaxlm VERB --help` explains a verb
   pretrain     train a language model: jaxlm pretrain CONFIG.py [--run DIR] [--optim.lr 1e-3 ...]
   eval         perplexity and bits per byte on held-out text, by kind and by source
   generate     let a trained run continue a text
+  chat         talk to a model in the terminal
   import       make a run of a model that others trained: a Hugging Face folder, hf://ORG/NAME or a GGUF file
   export       write a run's weights as a folder that transformers opens
   report       write a run's report.html
@@ -210,6 +211,27 @@ def _generate(args: Sequence[str]) -> None:
     print(prompt + text)
 
 
+def _chat(args: Sequence[str]) -> None:
+  from jaxlm import arguments
+
+  options = arguments.parse(arguments.Chat, args, 'chat')
+  import jax
+
+  from jaxlm.console import conversation
+  from jaxlm.loops import chatting
+
+  print(devices_line(), file=sys.stderr, flush=True)
+  model = chatting.open_model(options.model)
+  asked = {name: getattr(options, name) for name in ('temperature', 'top_k', 'top_p', 'min_p')}
+  sampling, key = chatting.sampling_of(model.generation, **asked), jax.random.key(options.seed)
+
+  def answer(turn: int, so_far: list[dict[str, str]]) -> Iterator[str]:
+    new = options.max_new_tokens
+    return chatting.answer(model, so_far, jax.random.fold_in(key, turn), sampling=sampling, max_new_tokens=new)
+
+  conversation(answer, options.system)
+
+
 def _import(args: Sequence[str]) -> None:
   from jaxlm import arguments
 
@@ -287,6 +309,7 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
   'pretrain': _pretrain,
   'eval': _eval,
   'generate': _generate,
+  'chat': _chat,
   'import': _import,
   'export': _export,
   'report': _report,

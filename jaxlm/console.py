@@ -2,9 +2,10 @@
 
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -147,3 +148,33 @@ class Training:
     elif now - self._printed > PLAIN_EVERY or step == self.total:
       self._printed = now
       self.say(f'step {step}/{self.total}  {figures(row)}  left {left}')
+
+
+def conversation(answer: Callable[[int, list[dict[str, str]]], Iterator[str]], system: str | None = None) -> None:
+  """Turns in the terminal until the input ends: `answer(turn, messages)` gives the pieces of what is said back."""
+  start = [{'role': 'system', 'content': system}] if system else []
+  messages, turn = list(start), 0
+  while True:
+    try:
+      said = input('> ' if sys.stdin.isatty() else '')
+    except (EOFError, KeyboardInterrupt):
+      print()
+      return
+    if said.strip() == '/exit':
+      return
+    if said.strip() == '/reset':
+      messages = list(start)
+      continue
+    if not said.strip():
+      continue
+    messages.append({'role': 'user', 'content': said})
+    told = ''
+    try:
+      for piece in answer(turn, messages):
+        told += piece
+        print(piece, end='', flush=True)
+    except KeyboardInterrupt:
+      print(' ...', end='')
+    print('\n')
+    messages.append({'role': 'assistant', 'content': told})
+    turn += 1

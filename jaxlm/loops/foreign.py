@@ -10,7 +10,7 @@ from jaxlm import config as configs
 from jaxlm import interop
 from jaxlm.config import Pretrain
 from jaxlm.errors import InputError
-from jaxlm.files import write_whole
+from jaxlm.files import read_json, write_whole
 from jaxlm.loops import writing
 from jaxlm.train import lock
 from jaxlm.train.checkpoint import Checkpoints
@@ -45,14 +45,18 @@ def import_run(source: str, run: Any) -> interop.Model:
 
 def export_run(run: Any, directory: Any, *, dtype: str = 'float32') -> str:
   """Writes a run's newest checkpoint as a folder that transformers opens; returns the family that it is written as."""
+  return interop.export(as_model(run), directory, dtype=jnp.dtype(dtype))
+
+
+def as_model(run: Any) -> interop.Model:
+  """A run's newest weights with its tokenizer, and the template and the generation config that it came with, if any."""
   folder = epath.Path(run)
   config, params, tokenizer, _ = writing.load(folder)
   template, generation = folder / TEMPLATE, folder / GENERATION
-  model = interop.Model(
+  return interop.Model(
     config.model,
     params,
     tokenizer,
     template.read_text() if template.exists() else None,
-    json.loads(generation.read_text()) if generation.exists() else {},
+    read_json(generation) if generation.exists() else {},
   )
-  return interop.export(model, directory, dtype=jnp.dtype(dtype))
