@@ -22,7 +22,6 @@ from jaxlm.models import ModelConfig, Run
 from jaxlm.train.checkpoint import Checkpoints
 from jaxlm.train.metrics import read_rows
 
-
 PROMPTS = ('the ', 'w', ' sea', 'ऀ', 'whale an', '12')
 
 
