@@ -82,10 +82,10 @@ def coordinates(cfg: ModelConfig, params: Any, tokens_BT: Any) -> dict[str, jax.
   seen: dict[str, list[Any]] = {'attn': [], 'mlp': []}
   for weights in models.unstack(params['layers'], cfg.n_layers):
     run = {'capture_intermediates': lambda module, _: module.name in seen, 'mutable': 'intermediates'}
-    (x_BTD, _), found = Block(cfg, Run()).apply({'params': weights}, x_BTD, ctx, None, None, **run)
+    (x_BTD, _, _), found = Block(cfg, Run()).apply({'params': weights}, x_BTD, ctx, None, None, **run)
     for name, values in seen.items():
       out = found['intermediates'][name]['__call__'][0]
-      values.append(jnp.mean(jnp.square((out[0] if name == 'attn' else out) / branch_scale(cfg))))
+      values.append(jnp.mean(jnp.square(out[0] / branch_scale(cfg))))
   squares = {name: jnp.mean(jnp.stack(values)) for name, values in seen.items()}
   return jax.tree.map(jnp.sqrt, squares | {'stream': jnp.mean(jnp.square(x_BTD))})
 

@@ -127,6 +127,10 @@ VARIANTS = {
 }
 
 
+PLAIN = pytest.mark.parametrize('cfg', ['llama', 'gpt2'], indirect=True)  # what the reference here knows
+DENSE = pytest.mark.parametrize('cfg', ['llama', 'gpt2', 'mixed'], indirect=True)
+
+
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_forward_against_float64(variant):
   cfg = VARIANTS[variant]
@@ -137,6 +141,7 @@ def test_forward_against_float64(variant):
     np.testing.assert_allclose(got, forward64(cfg, params, row), atol=1e-4)
 
 
+@PLAIN
 def test_forward_with_segments_and_positions_against_float64(cfg, params):
   ids, positions, segments = tokens(cfg), [0, 1, 2, 0, 1, 0, 1], [1, 1, 1, 2, 2, 3, 3]
   many = lambda x: jnp.tile(jnp.asarray(x, jnp.int32), (B, 1))
@@ -145,6 +150,7 @@ def test_forward_with_segments_and_positions_against_float64(cfg, params):
     np.testing.assert_allclose(got, forward64(cfg, params, row, positions, segments), atol=1e-4)
 
 
+@DENSE  # a rounding sends tokens to other experts
 def test_bfloat16_stays_near_and_keeps_float32_logits(cfg, params):
   ids = tokens(cfg)
   exact, rounded = jitted(cfg)(params, ids), jitted(cfg, dtype=jnp.bfloat16)(params, ids)
@@ -192,6 +198,7 @@ def test_layers_start_apart_and_at_the_right_scale():
     assert not np.any(np.asarray(layers['attn']['q'][0] == layers['attn']['q'][n]))
 
 
+@PLAIN
 def test_without_multipliers_nothing_is_multiplied(cfg, params):
   """Bitwise, operation by operation: the stream is the embedding plus what the sub-layers give, logits a product."""
   ids, ctx = tokens(cfg), _context(cfg, 'global', jnp.arange(T, dtype=jnp.int32)[None], None)
@@ -199,9 +206,9 @@ def test_without_multipliers_nothing_is_multiplied(cfg, params):
   looped = {**params, 'layers': models.unstack(params['layers'], cfg.n_layers)}
   for weights in looped['layers']:
     keep = {'capture_intermediates': True, 'mutable': 'intermediates'}
-    (_, _), found = Block(cfg, Run()).apply({'params': weights}, x, ctx, None, None, **keep)
+    _, found = Block(cfg, Run()).apply({'params': weights}, x, ctx, None, None, **keep)
     x = x + found['intermediates']['attn']['__call__'][0][0]
-    x = x + found['intermediates']['mlp']['__call__'][0]
+    x = x + found['intermediates']['mlp']['__call__'][0][0]
   normed = Norm(cfg).apply({'params': params['final_norm']}, x)
   np.testing.assert_array_equal(models.hidden(cfg, looped, ids).x_BTD, normed)
   product = jnp.matmul(normed, models.head(cfg, params))[..., : cfg.vocab_size]
@@ -355,6 +362,15 @@ def test_attention_at_far_positions_with_bfloat16_activations():
 # --- trap 11: what may not change what is computed
 
 
+def test_a_later_token_changes_nothing_before_it(cfg, params):
+  ids = tokens(cfg)
+  for at in (3, T - 1):
+    other = jitted(cfg)(params, ids.at[:, at].set((ids[:, at] + 1) % cfg.vocab_size))
+    same = np.asarray(other == jitted(cfg)(params, ids)).all(axis=(0, 2))
+    assert same[:at].all() and not same[at:].any()
+
+
+@DENSE  # a grouped matmul has no Jacobian by rows
 def test_causality_by_gradient(cfg, params):
   """d x[t] / d input[s] is exactly zero for s > t and is not for s <= t."""
   ids = jnp.arange(2, 2 + T, dtype=jnp.int32)[None]  # all distinct: a row of the embedding is one position's input
@@ -473,9 +489,10 @@ def adapted(cfg, b):
   rng = np.random.default_rng(17)
 
   def low_rank(w):
-    L, i, o = w.shape
-    draw = lambda *shape: jnp.asarray(rng.normal(0.0, 0.3, shape), jnp.float32)
-    return LowRank(w, draw(L, i, 3), b * draw(L, 3, o), jnp.asarray(np.linspace(0.5, 2.0, L), jnp.float32))
+    *stack, i, o = w.shape
+    draw = lambda *shape: jnp.asarray(rng.normal(0.0, 0.3, (*stack, *shape)), jnp.float32)
+    scale = np.linspace(0.5, 2.0, np.prod(stack)).reshape(stack)
+    return LowRank(w, draw(i, 3), b * draw(3, o), jnp.asarray(scale, jnp.float32))
 
   params = randomized(cfg)
   layers = params['layers']
