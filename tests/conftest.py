@@ -135,7 +135,7 @@ def disk(tmp_path_factory):
   if not shutil.which('mount') or subprocess.run(command, capture_output=True).returncode:
     pytest.skip('a file system can be mounted by root alone, and on Linux')
   yield folder
-  subprocess.run(['umount', str(folder)], check=True)
+  subprocess.run(['umount', '--lazy', str(folder)], check=True)  # a writer that failed may hold a file open
 
 
 @pytest.fixture(scope='session')

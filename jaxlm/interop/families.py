@@ -129,19 +129,20 @@ _GEMMA = _OPTIONAL | {
   'sliding_window': 4096,
   'hidden_activation': 'gelu_pytorch_tanh',
 }
-_NO_BIAS = {'attention_bias': False, 'mlp_bias': False}
+_BIASES = {'attention_bias': False, 'mlp_bias': False}  # both or neither
+_NO_BIAS = dict(_BIASES)
 _MULTIPLIERS = ('embedding_multiplier', 'residual_multiplier', 'attention_multiplier', 'logits_scaling')
 _SOFTCAPS = {'attn_logit_softcapping': 'attention_softcap', 'final_logit_softcapping': 'logits_softcap'}
 
 FAMILIES: dict[str, Family] = {
-  'llama': Family('LlamaForCausalLM', _SIZES, _PLAIN, {}, _NO_BIAS, _llama_names()),
+  'llama': Family('LlamaForCausalLM', _SIZES, _PLAIN | _BIASES, {}, {}, _llama_names()),
   'mistral': Family('MistralForCausalLM', _SIZES, _PLAIN | {'sliding_window': 4096}, {}, {}, _llama_names()),
   'granite': Family(
     'GraniteForCausalLM',
     _SIZES | {name: name for name in _MULTIPLIERS},
-    _PLAIN | dict.fromkeys(_MULTIPLIERS, 1.0),
+    _PLAIN | _BIASES | dict.fromkeys(_MULTIPLIERS, 1.0),
     {},
-    _NO_BIAS,
+    {},
     _llama_names(),
   ),
   'qwen2': Family(

@@ -41,6 +41,10 @@ def parse(config: Mapping[str, Any], where: str) -> ModelConfig:
     raise InputError(f'{where}: the activation {activation!r} is none of {", ".join(ACTIVATIONS)}')
   fields['activation'] = ACTIVATIONS[activation]
   fields.setdefault('d_ff', 4 * fields['d_model'])
+  if 'attention_bias' in family.defaults:
+    if values['attention_bias'] != values['mlp_bias']:
+      raise InputError(f'{where}: attention_bias and mlp_bias must be alike')
+    fields['bias'] = bool(values['mlp_bias'])
   if 'query_pre_attn_scalar' in family.defaults:
     fields['attention_multiplier'] = values['query_pre_attn_scalar'] ** -0.5
     fields['embedding_multiplier'] = math.sqrt(fields['d_model'])
@@ -66,6 +70,8 @@ def write(cfg: ModelConfig, kind: str) -> dict[str, Any]:
   if 'query_pre_attn_scalar' in family.defaults:
     scalar = (cfg.attention_multiplier or 1.0) ** -2
     config['query_pre_attn_scalar'] = round(scalar) if math.isclose(scalar, round(scalar)) else scalar
+  if 'attention_bias' in family.defaults:
+    config |= {'attention_bias': cfg.bias, 'mlp_bias': cfg.bias}
   if kind != 'gpt2':
     config |= _written_rope(cfg)
   local = 'local' in cfg.kinds
