@@ -13,6 +13,7 @@ from jaxlm import models, sharding, tree
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import InputError
+from jaxlm.files import read_json
 from jaxlm.interop import hf_config
 from jaxlm.interop.families import FAMILIES, Stored
 from jaxlm.interop.foreign import Foreign
@@ -232,12 +233,6 @@ def _read(file: epath.Path, name: str) -> np.ndarray:
 
 
 def _json(path: epath.Path) -> dict[str, Any]:
-  try:
-    found = json.loads(path.read_text())
-  except FileNotFoundError as error:
-    raise InputError(f'{path}: no such file') from error
-  except (ValueError, RecursionError) as error:
-    raise InputError(f'{path}: not JSON: {error}') from error
-  if not isinstance(found, dict):
-    raise InputError(f'{path}: not a JSON object')
-  return found
+  if not path.exists():
+    raise InputError(f'{path}: no such file')
+  return read_json(path)
