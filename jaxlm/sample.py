@@ -1,6 +1,6 @@
 """Generation: prefill a ragged batch of prompts, then decode it token by token with a key/value cache.
 
-B rows, P prompt length (padded), N new tokens, V vocabulary.
+B rows, P prompt length (padded), N new tokens, V vocabulary, J tokens that one pass reads, k = J - 1 of them drafted.
 """
 
 from collections.abc import Sequence
@@ -11,25 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from jaxlm import models
+from jaxlm import draws, models, speculate
+from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.draws import Sampling as Sampling
 from jaxlm.errors import InputError
 from jaxlm.models import ModelConfig, Run
+from jaxlm.speculate import Draft as Draft
+from jaxlm.speculate import Lookup as Lookup
 
+PIECE = 16  # tokens between two looks for a stop string
 PROMPT_MULTIPLE = 64  # prompts are padded to a multiple of this, so that few lengths mean few compilations
-
-
-@struct.dataclass
-class Sampling:
-  """How the next token is drawn, one value a row. None leaves the step out; temperature 0 is greedy."""
-
-  temperature_B: Any = 1.0
-  top_k_B: Any = None  # only the k likeliest tokens
-  top_p_B: Any = None  # only the likeliest tokens that together reach this probability
-  min_p_B: Any = None  # only tokens of at least this share of the likeliest one's probability
-  repetition_B: Any = None  # logits of tokens seen before are divided by it, or multiplied if negative
-  seed_B: Any = None  # a row's own randomness, whatever batch it is in
 
 
 @struct.dataclass
@@ -40,64 +33,8 @@ class Rollout:
   lengths_B: Int[Array, ' B']  # new tokens of each row, the stop id included
   logp_BN: Float[Array, 'B N']  # at the temperature, before truncation: what training compares with
   sampled_logp_BN: Float[Array, 'B N']  # after truncation: what was really drawn from
-  stopped_B: Any  # whether the row ended by a stop id rather than for want of room
-
-
-def truncate(logits_BV: Float[Array, 'B V'], sampling: Sampling) -> Float[Array, 'B V']:
-  """Logits with what top-k, top-p (Holtzman et al. 2019, arXiv:1904.09751) and min-p (Nguyen et al. 2024,
-  arXiv:2407.01082) leave out set to -inf, in this order.
-
-  The token that crosses `top_p` is kept, so at least one always is.
-  """
-  if sampling.min_p_B is not None:
-    best_B1, share_B1 = logits_BV.max(axis=-1, keepdims=True), _column(sampling.min_p_B, logits_BV)
-    rest_BV = truncate(logits_BV, sampling.replace(min_p_B=None))  # ty: ignore
-    return jnp.where(logits_BV >= best_B1 + jnp.log(share_B1), rest_BV, -jnp.inf)
-  if sampling.top_k_B is None and sampling.top_p_B is None:
-    return logits_BV
-  ordered_BV = jnp.sort(logits_BV, axis=-1, descending=True)
-  floor_B1 = ordered_BV[:, -1:]
-  if sampling.top_k_B is not None:
-    k_B = jnp.clip(jnp.broadcast_to(sampling.top_k_B, logits_BV.shape[:1]), 1, logits_BV.shape[1])
-    floor_B1 = jnp.take_along_axis(ordered_BV, k_B[:, None] - 1, axis=-1)
-  if sampling.top_p_B is not None:
-    p_B1 = _column(sampling.top_p_B, logits_BV)
-    probs_BV = jax.nn.softmax(jnp.where(ordered_BV >= floor_B1, ordered_BV, -jnp.inf), axis=-1)
-    before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV
-    kept_BV = (before_BV < p_B1) | (p_B1 >= 1.0)  # 1 leaves nothing out, however the sum is rounded
-    kept_BV = (kept_BV & (ordered_BV >= floor_B1)).at[:, 0].set(True)
-    floor_B1 = jnp.min(jnp.where(kept_BV, ordered_BV, jnp.inf), axis=-1, keepdims=True)
-  return jnp.where(logits_BV >= floor_B1, logits_BV, -jnp.inf)
-
-
-def _column(value_B: Any, logits_BV: Array) -> Array:
-  """A value a row, or one for all, as float32 [B, 1]."""
-  return jnp.broadcast_to(jnp.asarray(value_B, jnp.float32), logits_BV.shape[:1])[:, None]
-
-
-def penalized(logits_BV: Float[Array, 'B V'], seen_BV: Bool[Array, 'B V'], penalty_B: Any) -> Float[Array, 'B V']:
-  """Logits of seen tokens divided by the penalty where positive, else multiplied (Keskar et al. 2019,
-  arXiv:1909.05858, as transformers has it)."""
-  penalty_B1 = _column(penalty_B, logits_BV)
-  return jnp.where(seen_BV, jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1), logits_BV)
-
-
-def draw(
-  logits_BV: Float[Array, 'B V'], sampling: Sampling, keys_B: Array, bent_BV: Float[Array, 'B V'] | None = None
-) -> tuple[Int[Array, ' B'], Float[Array, ' B'], Float[Array, ' B']]:
-  """`(token_B, logp_B, sampled_logp_B)`: one token a row, drawn with the row's own key.
-
-  `bent_BV` are the logits after penalties: what is drawn from, where `logp_B` is of the model's own.
-  """
-  bent_BV = logits_BV if bent_BV is None else bent_BV
-  temperature_B1 = _column(sampling.temperature_B, logits_BV)
-  greedy_B1 = temperature_B1 <= 0
-  temperature_B1 = jnp.where(greedy_B1, 1.0, temperature_B1)
-  cut_BV = truncate(bent_BV / temperature_B1, sampling)
-  drawn_B = jax.vmap(jax.random.categorical)(keys_B, cut_BV)
-  token_B = jnp.where(greedy_B1[:, 0], jnp.argmax(bent_BV, axis=-1), drawn_B).astype(jnp.int32)
-  pick = lambda x_BV: jnp.take_along_axis(jax.nn.log_softmax(x_BV, axis=-1), token_B[:, None], axis=-1)[:, 0]
-  return token_B, pick(logits_BV / temperature_B1), jnp.where(greedy_B1[:, 0], 0.0, pick(cut_BV))
+  stopped_B: Any  # whether the row ended by a stop id or string rather than for want of room
+  passes_B: Any  # of the model after the prompt's: fewer than new tokens where drafts were right
 
 
 def prefill(
@@ -107,10 +44,14 @@ def prefill(
   lengths_B: Int[Array, ' B'],
   *,
   slots: int,
+  ahead: int = 1,
   run: Run = Run(),
 ) -> tuple[Float[Array, 'B V'], Any]:
-  """Logits after each row's last prompt token, and a cache of `slots` positions; prompts are padded on the right."""
-  cache = models.init_cache(cfg, prompts_BP.shape[0], slots, run.dtype)
+  """Logits after each row's last prompt token, and a cache of `slots` positions; prompts are padded on the right.
+
+  `ahead` is the most tokens that `decode` will read at once.
+  """
+  cache = models.init_cache(cfg, prompts_BP.shape[0], slots, run.dtype, ahead=ahead)
   order_1P = jnp.arange(prompts_BP.shape[1], dtype=jnp.int32)[None]
   positions_BP = jnp.where(order_1P < lengths_B[:, None], order_1P, -1)
   out = models.hidden(cfg, params, prompts_BP, run=run, positions_BT=positions_BP, cache=cache, first=True)
@@ -121,28 +62,30 @@ def prefill(
 def decode(
   cfg: ModelConfig,
   params: Any,
-  token_B: Int[Array, ' B'],
+  tokens_BJ: Int[Array, 'B J'],
   position_B: Int[Array, ' B'],
   cache: Any,
   *,
   run: Run = Run(),
-) -> tuple[Float[Array, 'B V'], Any]:
-  """Logits after one more token in each row, at its own position, and the cache with it."""
-  out = models.hidden(cfg, params, token_B[:, None], run=run, positions_BT=position_B[:, None], cache=cache)
-  return models.unembed(cfg, params, out.x_BTD)[:, 0], out.cache
+) -> tuple[Float[Array, 'B J V'], Any]:
+  """Logits after each of J more tokens in each row, the first at its own position, and the cache with them."""
+  positions_BJ = position_B[:, None] + jnp.arange(tokens_BJ.shape[1])
+  out = models.hidden(cfg, params, tokens_BJ, run=run, positions_BT=positions_BJ, cache=cache)
+  return models.unembed(cfg, params, out.x_BTD), out.cache
 
 
 @struct.dataclass
 class Decoding:
   """A batch in the middle of being continued; `advance` goes on with it."""
 
-  logits_BV: Array  # for the token that comes next
+  token_B: Array  # the last one made: the cache does not know it yet
   cache: Any
-  seen_BV: Any  # tokens of prompt and continuation, where a repetition penalty needs them
-  n: Array  # tokens made so far
   lengths_B: Array  # of the prompts
   keys_B: Array
   out: Rollout
+  seen_BV: Any = None  # tokens of prompt and continuation, where a repetition penalty needs them
+  text_BS: Any = None  # prompt and continuation, where drafts are made of them
+  draft_cache: Any = None
 
 
 def unstacked(cfg: ModelConfig, params: Any) -> Any:
@@ -160,24 +103,30 @@ def begin(
   *,
   max_new_tokens: int,
   sampling: Sampling = Sampling(),
+  stop_ids: Sequence[int] = (),
   run: Run = Run(),
+  draft: Lookup | Draft | None = None,
 ) -> Decoding:
-  """The prompts (non-empty token ids, of any lengths) read, with room for `max_new_tokens` more.
+  """The prompts (non-empty token ids, of any lengths) read and one token made, with room for `max_new_tokens`.
 
-  Raises InputError for an empty prompt, or when a model of learned positions would run past its last.
+  Raises InputError for an empty prompt, a draft model of another vocabulary, or when a model of learned positions would
+  run past its last.
   """
   lengths = np.array([len(p) for p in prompts], np.int32)
   if not len(lengths) or not lengths.min():
     raise InputError('every prompt needs at least one token (the BOS)')
-  if cfg.positions == 'learned' and lengths.max() + max_new_tokens > cfg.max_seq_len:
-    raise InputError(f"{lengths.max()} + {max_new_tokens} tokens exceed the model's {cfg.max_seq_len} positions")
-  width = -(-int(lengths.max()) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
-  if cfg.positions == 'learned':
-    width = min(width, cfg.max_seq_len)
+  readers = [cfg, draft.cfg] if isinstance(draft, Draft) else [cfg]
+  if readers[-1].vocab_size != cfg.vocab_size:
+    raise InputError(f'the draft model has {readers[-1].vocab_size:,} tokens, and the model {cfg.vocab_size:,}')
+  ends = [c.max_seq_len for c in readers if c.positions == 'learned']
+  if lengths.max() + max_new_tokens > min(ends, default=np.inf):
+    raise InputError(f"{lengths.max()} + {max_new_tokens} tokens exceed the model's {min(ends)} positions")
+  width = min(-(-int(lengths.max()) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE, *ends, 2**31)
   padded = np.zeros((len(prompts), width), np.int32)
   for row, prompt in zip(padded, prompts, strict=True):
     row[: len(prompt)] = prompt
-  return _begin(cfg, run, max_new_tokens, params, jnp.asarray(padded), jnp.asarray(lengths), sampling, key)
+  arrays = jnp.asarray(padded), jnp.asarray(lengths), jnp.asarray(list(stop_ids), jnp.int32)
+  return _begin(cfg, run, max_new_tokens, params, *arrays, sampling, key, draft)
 
 
 def generate(
@@ -189,63 +138,170 @@ def generate(
   max_new_tokens: int,
   sampling: Sampling = Sampling(),
   stop_ids: Sequence[int] = (),
+  stop: Sequence[str] = (),
+  tokenizer: Tokenizer | None = None,
   run: Run = Run(),
+  draft: Lookup | Draft | None = None,
 ) -> Rollout:
-  """Continues every prompt until a stop id or `max_new_tokens`.
+  """Continues every prompt until a stop id, a `stop` string (which needs the tokenizer) or `max_new_tokens`.
 
   A row's tokens depend on its prompt, its place in the batch (or its seed) and `key`, not on the other rows' prompts.
+  With a `draft` (see `jaxlm.speculate`) greedy tokens are the same, and sampled ones are distributed the same.
   Raises InputError as `begin` does.
   """
-  state = begin(cfg, params, prompts, key, max_new_tokens=max_new_tokens, sampling=sampling, run=run)
-  stop = jnp.asarray(list(stop_ids), jnp.int32)
-  return advance(cfg, run, max_new_tokens, params, state, sampling, stop).out
+  if stop and tokenizer is None:
+    raise InputError('stop strings need the tokenizer')
+  control = [tokenizer.control_id(text) for text in stop] if tokenizer is not None else []
+  ids = [*stop_ids, *(i for i in control if i is not None)]
+  how = {'max_new_tokens': max_new_tokens, 'sampling': sampling, 'run': run, 'draft': draft}
+  state = begin(cfg, params, prompts, key, stop_ids=ids, **how)
+  steps, checked = PIECE if stop else max_new_tokens, 0
+  while True:
+    state = advance(cfg, run, steps, params, state, sampling, jnp.asarray(ids, jnp.int32), draft)
+    if tokenizer is not None and stop:
+      state = state.replace(out=_stopped_at(state.out, stop, tokenizer, checked))
+    done = np.asarray(state.out.stopped_B | (state.out.lengths_B >= max_new_tokens))
+    if done.all():
+      return state.out
+    checked = int(np.asarray(state.out.lengths_B)[~done].min())
+
+
+def _stopped_at(out: Rollout, stop: Sequence[str], tokenizer: Tokenizer, checked: int) -> Rollout:
+  """The rollout with every row ended by the token that completes a stop string; none does before `checked` tokens."""
+  tokens_BN, lengths_B = np.asarray(out.tokens_BN), np.array(out.lengths_B)
+  found_B = np.zeros(len(lengths_B), bool)
+  for row, tokens_N in enumerate(tokens_BN):
+    has = lambda n, tokens_N=tokens_N: any(text in tokenizer.decode(tokens_N[:n].tolist()) for text in stop)
+    if has(lengths_B[row]):
+      found_B[row] = True
+      lengths_B[row] = next(n for n in range(min(checked, lengths_B[row]), lengths_B[row] + 1) if has(n))
+  kept_BN = jnp.asarray(np.arange(tokens_BN.shape[1]) < lengths_B[:, None])
+  cut = lambda x_BN: jnp.where(kept_BN, x_BN, jnp.zeros_like(x_BN))
+  rows = (cut(out.tokens_BN), jnp.asarray(lengths_B), cut(out.logp_BN), cut(out.sampled_logp_BN))
+  return Rollout(*rows, out.stopped_B | jnp.asarray(found_B), out.passes_B)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _begin(
-  cfg: ModelConfig, run: Run, new: int, params: Any, prompts_BP: Array, lengths_B: Array, sampling: Any, key: Any
+  cfg: ModelConfig,
+  run: Run,
+  new: int,
+  params: Any,
+  prompts_BP: Array,
+  lengths_B: Array,
+  stop: Array,
+  sampling: Any,
+  key: Any,
+  draft: Any,
 ) -> Decoding:
   B, P = prompts_BP.shape
-  logits_BV, cache = prefill(cfg, unstacked(cfg, params), prompts_BP, lengths_B, slots=P + new, run=run)
+  ahead = draft.length if draft else 0
+  how = {'slots': P + new, 'ahead': ahead + 1, 'run': run}
+  logits_BV, cache = prefill(cfg, unstacked(cfg, params), prompts_BP, lengths_B, **how)
+  draft_cache, text_BS, seen_BV = None, None, None
+  if isinstance(draft, Draft):
+    _, draft_cache = prefill(draft.cfg, unstacked(draft.cfg, draft.params), prompts_BP, lengths_B, **how)
   if sampling.seed_B is None:
     keys_B = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(B))
   else:
     keys_B = jax.vmap(jax.random.key)(jnp.broadcast_to(sampling.seed_B, B))
-  seen_BV = None
+  rows_B = jnp.arange(B)
   if sampling.repetition_B is not None:
     real_BP = jnp.arange(P)[None] < lengths_B[:, None]
-    rows_B1 = jnp.arange(B)[:, None]
-    seen_BV = jnp.zeros((B, cfg.vocab_size), bool).at[rows_B1, prompts_BP].max(real_BP)
-  zeros_BN = jnp.zeros((B, new))
-  tokens_BN, none_B = jnp.zeros((B, new), jnp.int32), jnp.zeros(B, jnp.int32)
-  out = Rollout(tokens_BN, none_B, zeros_BN, zeros_BN, jnp.zeros(B, bool))
-  return Decoding(logits_BV, cache, seen_BV, jnp.int32(0), lengths_B, keys_B, out)
+    seen_BV = jnp.zeros((B, cfg.vocab_size), bool).at[rows_B[:, None], prompts_BP].max(real_BP)
+  token_B, *logps = draws.draw(logits_BV, sampling, jax.vmap(partial(jax.random.fold_in, data=0))(keys_B), seen_BV)
+  if seen_BV is not None:
+    seen_BV = seen_BV.at[rows_B, token_B].set(True)
+  if draft is not None:
+    text_BS = jnp.zeros((B, P + new), jnp.int32).at[:, :P].set(prompts_BP).at[rows_B, lengths_B].set(token_B)
+  first = lambda x_B: jnp.zeros((B, new), x_B.dtype).at[:, 0].set(x_B)
+  out = Rollout(
+    first(token_B), jnp.ones(B, jnp.int32), *map(first, logps), jnp.isin(token_B, stop), jnp.zeros(B, jnp.int32)
+  )
+  return Decoding(token_B, cache, lengths_B, keys_B, out, seen_BV, text_BS, draft_cache)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def advance(
-  cfg: ModelConfig, run: Run, steps: int, params: Any, state: Decoding, sampling: Sampling, stop: Int[Array, ' s']
+  cfg: ModelConfig,
+  run: Run,
+  steps: int,
+  params: Any,
+  state: Decoding,
+  sampling: Sampling,
+  stop: Int[Array, ' s'],
+  draft: Lookup | Draft | None = None,
 ) -> Decoding:
-  """Up to `steps` more tokens in each row that has not stopped, as long as there is room; `state` is used up."""
+  """At least `steps` more tokens in each row that has not stopped, as long as there is room; `state` is used up."""
   params = unstacked(cfg, params)
-  last = jnp.minimum(state.n + steps, state.out.tokens_BN.shape[1])
+  if isinstance(draft, Draft):
+    draft = draft.replace(params=unstacked(draft.cfg, draft.params))  # ty: ignore
+  goal_B = jnp.minimum(state.out.lengths_B + steps, state.out.tokens_BN.shape[1])
 
-  def body(state: Decoding) -> Decoding:
-    n, out, seen_BV = state.n, state.out, state.seen_BV
-    live_B, keys_B = ~out.stopped_B, jax.vmap(partial(jax.random.fold_in, data=n))(state.keys_B)
-    bent_BV = None if seen_BV is None else penalized(state.logits_BV, seen_BV, sampling.repetition_B)
-    token_B, *logps = draw(state.logits_BV, sampling, keys_B, bent_BV)
-    put = lambda x_BN, x_B: x_BN.at[:, n].set(jnp.where(live_B, x_B, 0))
-    if seen_BV is not None:
-      seen_BV = seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
-    out = Rollout(
-      put(out.tokens_BN, token_B),
-      out.lengths_B + live_B.astype(jnp.int32),
-      put(out.logp_BN, logps[0]),
-      put(out.sampled_logp_BN, logps[1]),
-      out.stopped_B | jnp.isin(token_B, stop),
+  def goes_on(state: Decoding) -> Array:
+    return jnp.any(~state.out.stopped_B & (state.out.lengths_B < goal_B))
+
+  return jax.lax.while_loop(goes_on, partial(_pass, cfg, run, params, sampling, stop, draft), state)
+
+
+def _pass(cfg: ModelConfig, run: Run, params: Any, sampling: Sampling, stop: Array, draft: Any, state: Decoding) -> Any:
+  """One pass of the model: over the last token and, after it, what was drafted."""
+  out, n_B, rows_B = state.out, state.out.lengths_B, jnp.arange(len(state.token_B))
+  N = out.tokens_BN.shape[1]
+  live_B, position_B = ~out.stopped_B & (n_B < N), state.lengths_B + n_B - 1
+  keys_B = jax.vmap(jax.random.fold_in)(state.keys_B, n_B)
+  drafted_Bk, chances_BkV, draft_cache = _drafted(cfg, run, draft, sampling, position_B, keys_B, state)
+  fed_BJ = jnp.concatenate([state.token_B[:, None], drafted_Bk], axis=1)
+  logits_BJV, cache = decode(cfg, params, fed_BJ, position_B, state.cache, run=run)
+  seen_BJV = None
+  if state.seen_BV is not None:
+    drafted_BkV = jax.nn.one_hot(drafted_Bk, cfg.vocab_size, dtype=bool)
+    seen_BJV = jax.lax.associative_scan(
+      jnp.logical_or, jnp.concatenate([state.seen_BV[:, None], drafted_BkV], axis=1), axis=1
     )
-    logits_BV, cache = decode(cfg, params, token_B, state.lengths_B + n, state.cache, run=run)
-    return Decoding(logits_BV, cache, seen_BV, n + 1, state.lengths_B, state.keys_B, out)
+  over = partial(jax.vmap, in_axes=1, out_axes=1)
+  target_BJV = over(lambda logits_BV, seen_BV: draws.log_chances(logits_BV, sampling, seen_BV))(logits_BJV, seen_BJV)
+  tokens_BJ, count_B = speculate.accept(target_BJV, drafted_Bk, chances_BkV, keys_B)
+  logp_BJ = draws.pick(over(lambda logits_BV: draws.log_model(logits_BV, sampling))(logits_BJV), tokens_BJ)
 
-  return jax.lax.while_loop(lambda state: (state.n < last) & ~jnp.all(state.out.stopped_B), body, state)
+  order_J = jnp.arange(tokens_BJ.shape[1])
+  ends_BJ = jnp.isin(tokens_BJ, stop)
+  count_B = jnp.minimum(count_B, jnp.where(ends_BJ.any(axis=1), jnp.argmax(ends_BJ, axis=1) + 1, N))
+  count_B = jnp.where(live_B, jnp.minimum(count_B, N - n_B), 0)
+  made_BJ = order_J < count_B[:, None]
+
+  def put(x_BS: Array, at_B: Array, x_BJ: Array) -> Array:
+    slots_BJ = jnp.where(made_BJ, at_B[:, None] + order_J, x_BS.shape[1])
+    return x_BS.at[rows_B[:, None], slots_BJ].set(x_BJ, mode='drop')
+
+  out = Rollout(
+    put(out.tokens_BN, n_B, tokens_BJ),
+    n_B + count_B,
+    put(out.logp_BN, n_B, logp_BJ),
+    put(out.sampled_logp_BN, n_B, draws.pick(target_BJV, tokens_BJ)),
+    out.stopped_B | jnp.any(ends_BJ & made_BJ, axis=1),
+    out.passes_B + live_B.astype(jnp.int32),
+  )
+  newest_B = jnp.take_along_axis(tokens_BJ, jnp.maximum(count_B - 1, 0)[:, None], axis=1)[:, 0]
+  seen_BV, text_BS = state.seen_BV, state.text_BS
+  if seen_BV is not None:
+    seen_BV = seen_BV.at[rows_B[:, None], tokens_BJ].max(made_BJ)
+  if text_BS is not None:
+    text_BS = put(text_BS, state.lengths_B + n_B, tokens_BJ)
+  token_B = jnp.where(live_B, newest_B, state.token_B)
+  return Decoding(token_B, cache, state.lengths_B, state.keys_B, out, seen_BV, text_BS, draft_cache)
+
+
+def _drafted(
+  cfg: ModelConfig, run: Run, draft: Any, sampling: Sampling, position_B: Array, keys_B: Array, state: Decoding
+) -> tuple[Array, Array, Any]:
+  """`(tokens_Bk, log-probabilities_BkV, cache)` that a pass is to check; without a draft k is 0."""
+  B, V = len(position_B), cfg.vocab_size
+  if draft is None:
+    return jnp.zeros((B, 0), jnp.int32), jnp.zeros((B, 0, V)), None
+  if isinstance(draft, Lookup):
+    tokens_Bk = speculate.look_up(state.text_BS, position_B, draft)
+    return tokens_Bk, jnp.log(jax.nn.one_hot(tokens_Bk, V)), None
+  pair_B2 = jnp.take_along_axis(state.text_BS, position_B[:, None] + jnp.arange(-1, 1), axis=1)
+  keys_B = jax.vmap(partial(jax.random.fold_in, data=2))(keys_B)
+  return speculate.draw_ahead(draft, pair_B2, position_B, state.draft_cache, sampling, keys_B, state.seen_BV, run)

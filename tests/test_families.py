@@ -119,7 +119,8 @@ def test_decoding_is_the_full_pass_beyond_the_window_and_with_padding(family):
       logits, [row[length + n - 1] for row, length in zip(want, lengths, strict=True)], atol=1e-4
     )
     fed = np.array([row[length + n] for row, length in zip(ids, lengths, strict=True)])
-    logits, cache = decode(model.params, jnp.asarray(fed), jnp.asarray(lengths + n), cache)
+    logits, cache = decode(model.params, jnp.asarray(fed)[:, None], jnp.asarray(lengths + n), cache)
+    logits = logits[:, 0]
 
 
 def test_padding_on_the_left_changes_nothing(family):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import EXPERTS, GPT2, LLAMA, MIXED, randomized
 
-from jaxlm import models, sample
+from jaxlm import draws, models, sample
 from jaxlm.errors import InputError
 from jaxlm.models import Run
 from jaxlm.sample import Sampling
@@ -74,13 +74,14 @@ def test_cached_decoding_is_the_full_forward_pass(style, stacked):
   for row, prompt in zip(padded, PROMPTS, strict=True):
     row[: len(prompt)] = prompt
   prefill = jax.jit(lambda *args: sample.prefill(cfg, *args, slots=6 + 4))
-  decode = jax.jit(lambda *args: sample.decode(cfg, *args))
+  decode = jax.jit(lambda params, token, *args: sample.decode(cfg, params, token[:, None], *args))
   logits, kept = prefill(params, jnp.asarray(padded), lengths)
   rows = [list(p) for p in PROMPTS]
   forced = np.random.default_rng(0).integers(0, cfg.vocab_size, (4, 3)).astype(np.int32)
   for n, tokens in enumerate(forced):
     np.testing.assert_allclose(logits, [full_logits(cfg, row)[-1] for row in rows], atol=1e-5)
     logits, kept = decode(params, jnp.asarray(tokens), lengths + n, kept)
+    logits = logits[:, 0]
     rows = [[*row, int(t)] for row, t in zip(rows, tokens, strict=True)]
   np.testing.assert_allclose(logits, [full_logits(cfg, row)[-1] for row in rows], atol=1e-5)
 
@@ -208,7 +209,7 @@ LOGITS = (2.0 * RNG.normal(size=(5, 13))).astype(np.float32)
 @pytest.mark.parametrize('k', [None, 1, 3, 13, 50])
 @pytest.mark.parametrize('p', [None, 0.0, 0.3, 0.9, 1.0])
 def test_truncation_against_numpy(k, p):
-  got = np.asarray(sample.truncate(jnp.asarray(LOGITS), Sampling(top_k_B=k, top_p_B=p)))
+  got = np.asarray(draws.truncate(jnp.asarray(LOGITS), Sampling(top_k_B=k, top_p_B=p)))
   expected = np.stack([truncated64(row.astype(np.float64), k, p) for row in LOGITS])
   np.testing.assert_array_equal(np.isfinite(got), np.isfinite(expected))
   np.testing.assert_array_equal(got[np.isfinite(got)], LOGITS[np.isfinite(got)])
@@ -216,12 +217,12 @@ def test_truncation_against_numpy(k, p):
 
 def test_top_p_of_1_leaves_nothing_out_of_a_large_vocabulary():
   logits = jnp.asarray(10 * np.random.default_rng(0).normal(size=(3, 50021)), jnp.float32)  # rounding: 400 were left
-  np.testing.assert_array_equal(sample.truncate(logits, Sampling(top_p_B=1.0)), logits)
+  np.testing.assert_array_equal(draws.truncate(logits, Sampling(top_p_B=1.0)), logits)
 
 
 def test_truncation_may_differ_by_row():
   k, p = [1, 2, 3, 5, 13], [1.0, 0.2, 0.9, 0.5, 0.7]
-  got = np.asarray(sample.truncate(jnp.asarray(LOGITS), Sampling(top_k_B=jnp.array(k), top_p_B=jnp.array(p))))
+  got = np.asarray(draws.truncate(jnp.asarray(LOGITS), Sampling(top_k_B=jnp.array(k), top_p_B=jnp.array(p))))
   expected = np.stack([truncated64(row.astype(np.float64), a, b) for row, a, b in zip(LOGITS, k, p, strict=True)])
   np.testing.assert_array_equal(np.isfinite(got), np.isfinite(expected))
 
@@ -229,8 +230,8 @@ def test_truncation_may_differ_by_row():
 def test_a_row_is_drawn_with_its_own_key():
   keys, sampling = jax.random.split(jax.random.key(3), 5), Sampling(temperature_B=jnp.linspace(0.5, 2.0, 5))
   turned = np.array([3, 0, 4, 1, 2])
-  token_B, *_ = sample.draw(jnp.asarray(LOGITS), sampling, keys)
-  again = sample.draw(jnp.asarray(LOGITS[turned]), Sampling(sampling.temperature_B[turned]), keys[turned])
+  token_B, *_ = draws.draw(jnp.asarray(LOGITS), sampling, keys)
+  again = draws.draw(jnp.asarray(LOGITS[turned]), Sampling(sampling.temperature_B[turned]), keys[turned])
   np.testing.assert_array_equal(again[0], token_B[turned])
 
 
@@ -241,12 +242,12 @@ def test_a_row_is_drawn_with_its_own_key():
   ids=['plain', 'temperature', 'top-k', 'top-p'],
 )
 def test_draws_follow_the_distribution(how, critical):
-  draws = 20011
-  rows = jnp.broadcast_to(jnp.asarray(LOGITS[1]), (draws, 13))
-  tokens, logp, sampled_logp = jax.jit(sample.draw)(rows, Sampling(**how), jax.random.split(jax.random.key(0), draws))
+  n = 20011
+  rows = jnp.broadcast_to(jnp.asarray(LOGITS[1]), (n, 13))
+  tokens, logp, sampled_logp = jax.jit(draws.draw)(rows, Sampling(**how), jax.random.split(jax.random.key(0), n))
   scaled = LOGITS[1].astype(np.float64) / how.get('temperature_B', 1.0)
   cut = truncated64(scaled, how.get('top_k_B'), how.get('top_p_B'))
-  expected, counts = draws * np.exp(log_softmax(cut)), np.bincount(tokens, minlength=13)
+  expected, counts = n * np.exp(log_softmax(cut)), np.bincount(tokens, minlength=13)
   assert not counts[expected == 0].any()
   alive = expected > 0
   assert np.sum((counts - expected)[alive] ** 2 / expected[alive]) < critical

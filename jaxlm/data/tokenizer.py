@@ -86,6 +86,11 @@ class Tokenizer:
     """Ids that stand for no text."""
     return frozenset(i for i, t in self.inner.get_added_tokens_decoder().items() if t.special)
 
+  def control_id(self, text: str) -> int | None:
+    """The id of the control token that is spelled like that, if there is one."""
+    found = self.inner.token_to_id(text)
+    return found if found in self.control_ids else None
+
   @cached_property
   def digest(self) -> str:
     """sha256 of the canonical JSON: equal digests give equal ids for every text."""
