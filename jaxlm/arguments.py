@@ -73,21 +73,28 @@ class Eval:
 
 @dataclasses.dataclass(frozen=True)
 class Generate:
-  """Let a trained run continue a text."""
+  """Let a model continue a text."""
 
-  run: Positional[str]  # the run's folder
+  model: Positional[str]  # a run's folder, a Hugging Face folder, hf://ORG/NAME or a .gguf file
   prompt: tuple[str, ...] = ('The ',)
   max_new_tokens: int = 128
   temperature: float = 0.8  # 0: always the likeliest token
   top_k: int | None = None
   top_p: float | None = 0.95
+  min_p: float | None = None  # only tokens of at least this share of the likeliest one's probability
+  repetition_penalty: float | None = None  # above 1: what was said before is less likely
+  stop: tuple[str, ...] = ()  # texts before which to stop
+  draft: str | None = None  # speculative decoding: 'lookup', or a smaller model of the same vocabulary
   seed: int = 0
 
   def __post_init__(self):
     if not self.prompt:
       raise InputError('prompt needs a text')
+    if '' in self.stop:
+      raise InputError('stop needs texts that are not empty')
     within('[0, inf)', temperature=self.temperature)
-    within('(0, 1]', top_p=self.top_p)
+    within('(0, inf)', repetition_penalty=self.repetition_penalty)
+    within('(0, 1]', top_p=self.top_p, min_p=self.min_p)
     at_least(1, top_k=self.top_k, max_new_tokens=self.max_new_tokens)
 
 
@@ -102,10 +109,13 @@ class Chat:
   top_k: int | None = None
   top_p: float | None = None
   min_p: float | None = None
+  repetition_penalty: float | None = None
+  draft: str | None = None  # speculative decoding: 'lookup', or a smaller model of the same vocabulary
   seed: int = 0
 
   def __post_init__(self):
     within('[0, inf)', temperature=self.temperature)
+    within('(0, inf)', repetition_penalty=self.repetition_penalty)
     within('(0, 1]', top_p=self.top_p, min_p=self.min_p)
     at_least(1, top_k=self.top_k, max_new_tokens=self.max_new_tokens)
 

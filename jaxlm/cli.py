@@ -12,6 +12,7 @@ from jaxlm.errors import InputError, Stopped
 if TYPE_CHECKING:
   from etils import epath
 
+  from jaxlm import sample
   from jaxlm.config import Pretrain
 
 HELP = """\
@@ -22,7 +23,7 @@ usage: jaxlm VERB ...          `jaxlm VERB --help` explains a verb
   prepare      turn text into a prepared data set
   pretrain     train a language model: jaxlm pretrain CONFIG.py [--run DIR] [--optim.lr 1e-3 ...]
   eval         perplexity and bits per byte on held-out text, by kind and by source
-  generate     let a trained run continue a text
+  generate     let a model continue a text
   chat         talk to a model in the terminal
   import       make a run of a model that others trained: a Hugging Face folder, hf://ORG/NAME or a GGUF file
   export       write a run's weights as a folder that transformers opens
@@ -200,15 +201,32 @@ def _generate(args: Sequence[str]) -> None:
   from jaxlm import arguments
 
   options = arguments.parse(arguments.Generate, args, 'generate')
-  from jaxlm.loops import writing
+  import jax
+
+  from jaxlm.loops import foreign, writing
+  from jaxlm.models import Run
   from jaxlm.sample import Sampling
 
   print(devices_line(), file=sys.stderr, flush=True)
-  sampling = Sampling(options.temperature, options.top_k, options.top_p)
-  new = options.max_new_tokens
-  texts = writing.continue_texts(options.run, options.prompt, options.seed, new=new, sampling=sampling)
+  model, draft = foreign.open_model(options.model), _draft(options.draft)
+  truncation = options.top_k, options.top_p, options.min_p
+  sampling = Sampling(options.temperature, *truncation, options.repetition_penalty)
+  how = {'new': options.max_new_tokens, 'run': Run(), 'sampling': sampling, 'stop': options.stop, 'draft': draft}
+  key = jax.random.key(options.seed)
+  texts = writing.complete(model.cfg, model.params, model.tokenizer, options.prompt, key, **how)  # ty: ignore
   for prompt, text in zip(options.prompt, texts, strict=True):
     print(prompt + text)
+
+
+def _draft(asked: str | None) -> 'sample.Lookup | sample.Draft | None':
+  """What drafts tokens: 'lookup', or a model."""
+  from jaxlm import sample
+  from jaxlm.loops import foreign
+
+  if asked in (None, 'lookup'):
+    return sample.Lookup() if asked else None
+  model = foreign.open_model(asked)
+  return sample.Draft(model.cfg, sample.unstacked(model.cfg, model.params))
 
 
 def _chat(args: Sequence[str]) -> None:
@@ -221,13 +239,15 @@ def _chat(args: Sequence[str]) -> None:
   from jaxlm.loops import chatting
 
   print(devices_line(), file=sys.stderr, flush=True)
-  model = chatting.open_model(options.model)
-  asked = {name: getattr(options, name) for name in ('temperature', 'top_k', 'top_p', 'min_p')}
+  model, draft = chatting.open_model(options.model), _draft(options.draft)
+  asked = {name: getattr(options, name) for name in ('temperature', 'top_k', 'top_p', 'min_p')} | {
+    'repetition': options.repetition_penalty
+  }
   sampling, key = chatting.sampling_of(model.generation, **asked), jax.random.key(options.seed)
 
   def answer(turn: int, so_far: list[dict[str, str]]) -> Iterator[str]:
-    new = options.max_new_tokens
-    return chatting.answer(model, so_far, jax.random.fold_in(key, turn), sampling=sampling, max_new_tokens=new)
+    how = {'sampling': sampling, 'max_new_tokens': options.max_new_tokens, 'draft': draft}
+    return chatting.answer(model, so_far, jax.random.fold_in(key, turn), **how)
 
   conversation(answer, options.system)
 

@@ -39,10 +39,13 @@ def settings(run: str, *, short: bool = False) -> Pretrain:
 
 def quickstart(run: str, *, short: bool = False) -> epath.Path:
   """Runs or continues the whole life in the folder `run`; prints what happens and returns the report's path."""
+  import jax
+
   from jaxlm import report
   from jaxlm.data import prepare, sources, tokenizer
   from jaxlm.evals import compression
   from jaxlm.loops import pretrain, writing
+  from jaxlm.models import Run
 
   began = time.monotonic()
   config = settings(run, short=short)
@@ -87,7 +90,8 @@ def quickstart(run: str, *, short: bool = False) -> epath.Path:
   )
 
   print('5. it writes')
-  texts = writing.continue_texts(run, PROMPTS, 1, new=80)
+  config, params, vocabulary, _ = writing.load(run)
+  texts = writing.complete(config.model, params, vocabulary, PROMPTS, jax.random.key(1), new=80, run=Run())
   for prompt, text in zip(PROMPTS, texts, strict=True):
     print(f'   {prompt}{text}'.replace('\n', '\n   '))
   page = report.write(run)

@@ -153,6 +153,7 @@ def generate(
     raise InputError('stop strings need the tokenizer')
   control = [tokenizer.control_id(text) for text in stop] if tokenizer is not None else []
   ids = [*stop_ids, *(i for i in control if i is not None)]
+  params = jax.jit(unstacked, static_argnums=0)(cfg, params)
   how = {'max_new_tokens': max_new_tokens, 'sampling': sampling, 'run': run, 'draft': draft}
   state = begin(cfg, params, prompts, key, stop_ids=ids, **how)
   steps, checked = PIECE if stop else max_new_tokens, 0

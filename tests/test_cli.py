@@ -125,6 +125,13 @@ def test_the_verbs_in_a_row(trained, capsys):
   assert out.startswith('the quick')
   again = run(capsys, 'generate', str(trained), '--prompt', 'the quick', '--max-new-tokens', '5', '--seed', '3')
   assert again[1] == out
+  greedy = ['generate', str(trained), '--prompt', 'the quick', '--max-new-tokens', '9', '--temperature', '0']
+  code, out, _ = run(capsys, *greedy)
+  for draft in ('lookup', str(trained)):
+    assert run(capsys, *greedy, '--draft', draft)[1] == out
+  more = out.removeprefix('the quick').strip()
+  stopped = run(capsys, *greedy, '--stop', more[2], '--min-p', '0.1', '--repetition-penalty', '1.0')[1]
+  assert stopped.strip('\n') == out[: out.index(more[2], len('the quick'))].strip('\n')
   code, out, _ = run(capsys, 'report', str(trained))
   assert code == 0
   page = (trained / 'report.html').read_text()
@@ -278,7 +285,15 @@ def test_numbers_out_of_range(capsys, tmp_path, prepared):
   assert "remat 'foo'" in one_line(capsys, 'pretrain', *data, *SIZES, '--compute.remat', 'foo')
   learned = ['--model.positions', 'learned', '--model.max-seq-len', '8']
   assert 'max_seq_len=8' in one_line(capsys, 'pretrain', *data, *SIZES, *learned)
-  for flags in ('--temperature -1', '--temperature nan', '--top-k 0', '--top-p 0', '--max-new-tokens 0'):
+  for flags in (
+    '--temperature -1',
+    '--temperature nan',
+    '--top-k 0',
+    '--top-p 0',
+    '--min-p 2',
+    '--max-new-tokens 0',
+    '--repetition-penalty 0',
+  ):
     assert 'must be' in one_line(capsys, 'generate', 'somewhere', *flags.split())
 
 

@@ -17,7 +17,7 @@ LAYERS = (
   ('report', 'evals', 'console', 'arguments', 'plan', 'inspector', 'serve'),
   ('loops',),
   ('objectives', 'config', 'program', 'scale'),
-  ('train', 'sample', 'rl', 'lora', 'interop'),
+  ('train', 'sample', 'draws', 'speculate', 'rl', 'lora', 'interop'),
   ('models', 'losses', 'data'),
   ('tree', 'masked', 'sharding', 'errors', 'files'),
 )

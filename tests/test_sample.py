@@ -1,15 +1,18 @@
 """Sampling: the cache against the full forward pass, the distribution drawn from, and what a row depends on."""
 
 import dataclasses
+import itertools
 from functools import cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from conftest import EXPERTS, GPT2, LLAMA, MIXED, randomized
 
 from jaxlm import draws, models, sample
+from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import InputError
 from jaxlm.models import Run
 from jaxlm.sample import Sampling
@@ -173,6 +176,48 @@ def test_a_stop_id_ends_its_row_and_no_other():
   for padded in (out.tokens_BN, out.logp_BN, out.sampled_logp_BN):
     assert not padded[0, 3:].any()
   np.testing.assert_array_equal(out.tokens_BN[1:], free.tokens_BN[1:])
+
+
+def words(eos):
+  """A tokenizer whose token i is two letters, the first of a to k, the second of n to y; `eos` is a control token."""
+  vocabulary = {chr(97 + i // 12) + chr(110 + i % 12): i for i in range(131) if i != eos} | {'<eos>': eos}
+  inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token='an'))
+  inner.decoder = tokenizers.decoders.Fuse()
+  inner.add_special_tokens(['<eos>'])
+  return Tokenizer(inner, {'eos': '<eos>'})
+
+
+@pytest.mark.parametrize('draft', [None, sample.Lookup(3)], ids=['plain', 'draft'])
+def test_a_stop_string_ends_its_row_at_the_token_that_completes_it(draft):
+  """One that lies across two tokens, past the first piece; rows that do not have it go on."""
+  new, tokenizer = 3 * sample.PIECE, words(eos=0)
+  free = generate(LLAMA, new=new, sampling=Sampling(0.7))
+  ids = free.tokens_BN[1].tolist()
+  across = lambda row: [(a % 12, b // 12) for a, b in itertools.pairwise(row)]
+  at = next(n for n in range(sample.PIECE + 2, new) if across(ids)[n] not in across(ids[: n + 1]))
+  stop = tokenizer.decode(ids[at : at + 2])[1:3]
+  how = {'new': new, 'stop': (stop, 'zz'), 'tokenizer': tokenizer}
+  out = generate(LLAMA, **how, sampling=Sampling(0.7), draft=draft)
+  if draft is None:
+    assert out.lengths_B[1] == at + 2 and out.stopped_B[1]
+    np.testing.assert_array_equal(out.tokens_BN[1, : at + 2], ids[: at + 2])
+  for tokens, logp, n, stopped in zip(out.tokens_BN, out.logp_BN, out.lengths_B, out.stopped_B, strict=True):
+    assert (stop in tokenizer.decode(tokens[:n].tolist())) == bool(stopped)
+    assert stop not in tokenizer.decode(tokens[: n - 1].tolist())
+    assert n == new or stopped
+    assert not tokens[n:].any() and not logp[n:].any()
+
+
+def test_a_stop_string_that_is_a_control_token_stops_at_its_id():
+  free = generate(LLAMA)
+  eos = int(free.tokens_BN[0, 3])
+  out = generate(LLAMA, stop=('<eos>',), tokenizer=words(eos))
+  assert out.lengths_B[0] == free.tokens_BN[0].tolist().index(eos) + 1 and out.stopped_B[0]
+
+
+def test_stop_strings_need_a_tokenizer():
+  with pytest.raises(InputError, match='stop strings need the tokenizer'):
+    generate(LLAMA, stop=('x',))
 
 
 def test_padded_vocabulary_is_never_drawn():

@@ -48,10 +48,11 @@ def test_logits_and_likelihood_are_those_of_transformers(model, forward, name):
   assert abs(nll - float(GOLDEN[f'{name}_nll'])) < 1e-3
 
 
-def test_all_greedy_tokens_are_those_of_transformers(model):
+@pytest.mark.parametrize('draft', [None, sample.Lookup()], ids=['plain', 'look-up'])
+def test_all_greedy_tokens_are_those_of_transformers(model, draft):
   prompts = [GOLDEN[f'{name}_ids'].tolist() for name in PROMPTS]
   out = sample.generate(
-    model.cfg, model.params, prompts, jax.random.key(0), max_new_tokens=32, sampling=sample.Sampling(0.0)
+    model.cfg, model.params, prompts, jax.random.key(0), max_new_tokens=32, sampling=sample.Sampling(0.0), draft=draft
   )
   for row, name in zip(np.asarray(out.tokens_BN), PROMPTS, strict=True):
     np.testing.assert_array_equal(row, GOLDEN[f'{name}_greedy'], err_msg=name)

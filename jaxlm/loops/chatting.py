@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
 from jaxlm import interop, models, sample
 from jaxlm.data import chat
@@ -20,10 +19,7 @@ BROKEN = '\ufffd'  # what a character of which a token is still missing decodes 
 
 def open_model(source: str) -> interop.Model:
   """A run's newest weights, or a foreign model. Raises InputError if it has no tokenizer or no chat template."""
-  run = (epath.Path(source) / 'checkpoints').exists()
-  model = foreign.as_model(source) if run else interop.load(source)
-  if model.tokenizer is None:
-    raise InputError(f'{source}: has no tokenizer')
+  model = foreign.open_model(source)
   if not model.chat_template:
     raise InputError(
       f'{source}: has no chat template: it continues texts (`jaxlm generate`), and has not learnt to chat'
@@ -50,16 +46,23 @@ def stop_ids(model: interop.Model) -> list[int]:
 
 
 def answer(
-  model: interop.Model, messages: Sequence[chat.Message], key: Any, *, sampling: Sampling, max_new_tokens: int
+  model: interop.Model,
+  messages: Sequence[chat.Message],
+  key: Any,
+  *,
+  sampling: Sampling,
+  max_new_tokens: int,
+  draft: sample.Lookup | sample.Draft | None = None,
 ) -> Iterator[str]:
   """The pieces of the assistant's next message, as soon as they are whole characters."""
   tokenizer: Any = model.tokenizer
   ids = chat.encode(model.chat_template or '', messages, tokenizer, generation=True)
-  run, stop = models.Run(), jnp.asarray(stop_ids(model), jnp.int32)
-  state = sample.begin(model.cfg, model.params, [ids], key, max_new_tokens=max_new_tokens, sampling=sampling, run=run)
+  run, stop = models.Run(), stop_ids(model)
+  how = {'max_new_tokens': max_new_tokens, 'sampling': sampling, 'stop_ids': stop, 'run': run, 'draft': draft}
+  state = sample.begin(model.cfg, model.params, [ids], key, **how)
   told = ''
   while True:
-    state = sample.advance(model.cfg, run, PIECE, model.params, state, sampling, stop)
+    state = sample.advance(model.cfg, run, PIECE, model.params, state, sampling, jnp.asarray(stop, jnp.int32), draft)
     length, stopped = int(state.out.lengths_B[0]), bool(state.out.stopped_B[0])
     text = tokenizer.decode(np.asarray(state.out.tokens_BN)[0, : length - stopped].tolist())
     done = stopped or length >= max_new_tokens

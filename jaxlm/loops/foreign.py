@@ -48,6 +48,14 @@ def export_run(run: Any, directory: Any, *, dtype: str = 'float32') -> str:
   return interop.export(as_model(run), directory, dtype=jnp.dtype(dtype))
 
 
+def open_model(source: str) -> interop.Model:
+  """A run's newest weights, or a foreign model. Raises InputError if it is neither, or has no tokenizer."""
+  model = as_model(source) if (epath.Path(source) / 'checkpoints').exists() else interop.load(source)
+  if model.tokenizer is None:
+    raise InputError(f'{source}: has no tokenizer')
+  return model
+
+
 def as_model(run: Any) -> interop.Model:
   """A run's newest weights with its tokenizer, and the template and the generation config that it came with, if any."""
   folder = epath.Path(run)

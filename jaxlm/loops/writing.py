@@ -30,14 +30,17 @@ def complete(
   new: int,
   run: models.Run,
   sampling: sample.Sampling = SAMPLING,
+  stop: Sequence[str] = (),
+  draft: sample.Lookup | sample.Draft | None = None,
 ) -> list[str]:
-  """What the model writes after each prompt, as text, stopping where it ends a document."""
+  """What the model writes after each prompt, as text, to the end of a document or before a `stop` string."""
   start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
   ids = [start + tokenizer.encode(p) for p in prompts]
-  stop = (tokenizer.eos_id,)
-  out = sample.generate(cfg, params, ids, key, max_new_tokens=new, sampling=sampling, stop_ids=stop, run=run)
+  ends = {'stop_ids': (tokenizer.eos_id,), 'stop': stop, 'tokenizer': tokenizer}
+  out = sample.generate(cfg, params, ids, key, max_new_tokens=new, sampling=sampling, run=run, draft=draft, **ends)
   tokens_BN, lengths_B = np.asarray(out.tokens_BN), np.asarray(out.lengths_B)
-  return [tokenizer.decode(row[:n].tolist()) for row, n in zip(tokens_BN, lengths_B, strict=True)]
+  texts = [tokenizer.decode(row[:n].tolist()) for row, n in zip(tokens_BN, lengths_B, strict=True)]
+  return [text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))] for text in texts]
 
 
 def load(run: Any, layout: Any = None) -> tuple[Pretrain, Any, Tokenizer, int]:
@@ -69,12 +72,3 @@ def load(run: Any, layout: Any = None) -> tuple[Pretrain, Any, Tokenizer, int]:
   params = optim.eval_params(found.get('opt_state'), found['params'])
   params = params if layout is None else jax.device_put(params, layout)
   return config, params, vocabulary, step
-
-
-def continue_texts(
-  run: Any, prompts: Sequence[str], seed: int, *, new: int, sampling: sample.Sampling = SAMPLING
-) -> list[str]:
-  """What the newest checkpoint of a run writes after each prompt. Raises InputError if the run has none."""
-  config, params, vocabulary, _ = load(run)
-  key = jax.random.key(seed)
-  return complete(config.model, params, vocabulary, prompts, key, new=new, run=models.Run(), sampling=sampling)
