@@ -42,8 +42,8 @@ def test_json_with_an_unknown_field():
     configs.from_json(Pretrain, '{"optim": {"lrr": 1}}')
 
 
-def test_gpt2_style_config_is_gpt2_small():
-  config = configs.load(str(ROOT / 'configs' / 'pretrain' / 'gpt2_style.py')).model
+def test_the_gpt2_config_is_gpt2_small():
+  config = configs.load(str(ROOT / 'configs' / 'gpt2' / '124m.py')).model
   config = dataclasses.replace(config, vocab_size=50257)
   shapes = jax.eval_shape(lambda: models.init(config, jax.random.key(0)))
   size = sum(x.size for x in jax.tree.leaves(shapes)) - (50304 - 50257) * 768
