@@ -158,7 +158,12 @@ def test_a_source_becomes_a_run_and_a_folder_again(tmp_path, capsys):
   assert cli.main(['export', run, str(tmp_path / 'again')]) == 0
   for name in ('config.json', 'model.safetensors', 'tokenizer.json', 'chat_template.jinja'):
     assert (tmp_path / 'hf' / name).read_bytes() == (tmp_path / 'again' / name).read_bytes(), name
-  assert json.loads((tmp_path / 'again' / 'generation_config.json').read_text()) == {'temperature': 0.5}
+  assert json.loads((tmp_path / 'again' / 'generation_config.json').read_text()) == {
+    'temperature': 0.5,
+    'bos_token_id': 0,
+    'eos_token_id': 1,
+    'pad_token_id': 2,
+  }
   assert cli.main(['import', str(tmp_path / 'hf'), '--run', run]) == 1
   assert 'holds a run already' in capsys.readouterr().err
   assert cli.main(['export', run, str(tmp_path / 'again')]) == 1

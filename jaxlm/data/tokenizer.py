@@ -138,6 +138,7 @@ class Tokenizer:
     path = epath.Path(path)
     config = read_json(_config_path(path)) if _config_path(path).exists() else {}
     config.update({f'{role}_token': self.names.get(role) for role in ROLES})
+    config['tokenizer_class'] = 'PreTrainedTokenizerFast'  # transformers would else split as the family's own does
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(_config_path(path), json.dumps(config, indent=2, ensure_ascii=False))
     write_whole(path, self.inner.to_str(pretty=True))

@@ -11,7 +11,7 @@ from etils import epath
 
 from jaxlm import models, sharding, tree
 from jaxlm.data import tokenizer as tokenizers
-from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.data.tokenizer import ROLES, Tokenizer
 from jaxlm.errors import InputError
 from jaxlm.files import read_json
 from jaxlm.interop import hf_config
@@ -93,16 +93,17 @@ def export(model: Model, directory: epath.PathLike, *, dtype: Any = jnp.float32)
     raise InputError(f'{folder}: holds a model already: give a new folder')
   folder.mkdir(parents=True, exist_ok=True)
   config = hf_config.write(model.cfg, kind) | {'dtype': jnp.dtype(dtype).name, 'torch_dtype': jnp.dtype(dtype).name}
+  generation = dict(model.generation)
   if model.tokenizer is not None:
-    ids = {'bos_token_id': model.tokenizer.bos_id, 'eos_token_id': model.tokenizer.eos_id}
-    config |= {**ids, 'pad_token_id': model.tokenizer.pad_id}
+    ids = {f'{role}_token_id': getattr(model.tokenizer, f'{role}_id') for role in ROLES}
+    config, generation = config | ids, ids | generation
     model.tokenizer.save(folder / 'tokenizer.json')
   single = tree.size(model.params) * jnp.dtype(dtype).itemsize <= SHARD_BYTES
   _write_shards(folder, _tensors(model.cfg, model.params, FAMILIES[kind].names, dtype), single)
   if model.chat_template:
     (folder / 'chat_template.jinja').write_text(model.chat_template)
-  if model.generation:
-    (folder / 'generation_config.json').write_text(json.dumps(model.generation, indent=2))
+  if generation:
+    (folder / 'generation_config.json').write_text(json.dumps(generation, indent=2))
   (folder / 'config.json').write_text(json.dumps(config, indent=2))
   return kind
 
