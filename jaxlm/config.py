@@ -128,12 +128,14 @@ class Pretrain:
   watch: Watch = Watch()
   steps: int = 1000
   z_loss: float = 0.0
+  balance_loss: float = 0.01  # models with experts: weight of what keeps their load even (router_aux_loss_coef)
+  router_z_loss: float = 0.001  # models with experts: weight of what keeps their routers' logits small
   seed: int = 0
   profile: str = ''  # 'A:B': a trace of these steps into the run's folder, for TensorBoard or Perfetto
 
   def __post_init__(self):
     at_least(1, steps=self.steps)
-    within('[0, inf)', z_loss=self.z_loss)
+    within('[0, inf)', z_loss=self.z_loss, balance_loss=self.balance_loss, router_z_loss=self.router_z_loss)
     within('[-9e18, 9e18]', seed=self.seed)  # 64 bits
     if self.profile and not self.profiled:
       raise InputError(f"profile={self.profile!r} is not 'A:B', two steps with A below B")

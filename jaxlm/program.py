@@ -80,7 +80,8 @@ def build(config: Pretrain, mesh: Mesh, rules: sharding.Rules = sharding.RULES, 
   layout = lambda tree_: jax.tree.map(lambda x: x.sharding, tree_)
   whole = NamedSharding(mesh, PartitionSpec())
 
-  loss_fn = objectives.next_token(cfg, run, z_loss=config.z_loss, chunks=compute.loss_chunks)
+  weights = {'z_loss': config.z_loss, 'balance': config.balance_loss, 'router_z': config.router_z_loss}
+  loss_fn = objectives.next_token(cfg, run, **weights, chunks=compute.loss_chunks)
   evaluate = objectives.by_group(cfg, run, groups=groups, chunks=compute.loss_chunks)
   return Program(
     jax.jit(create, out_shardings=shardings),

@@ -27,7 +27,7 @@ from jaxlm.models.config import ModelConfig
 BATCH_EXPONENT = 0.4  # the best batch grows as tokens^0.4 (Bergsma et al. 2025, arXiv:2505.13738)
 DIALLED = {  # what the dial sets
   'model': (
-    *('n_layers', 'd_model', 'n_heads', 'n_kv_heads', 'd_ff'),
+    *('n_layers', 'd_model', 'n_heads', 'n_kv_heads', 'd_ff', 'shared_d_ff'),
     *('attention_multiplier', 'residual_multiplier', 'logits_scaling'),
   ),
   'data': ('global_batch', 'batch_warmup'),
@@ -95,14 +95,20 @@ def shape(base: ModelConfig, depth: int, named: Named | None = None) -> ModelCon
   heads, kv = min(pairs, key=misfit, default=(nearest, named.get('n_kv_heads') or nearest))
   width = heads * base.head_size if base.head_dim is None else round(base.d_model * heads / base.n_heads)
   width = named.get('d_model', width)
-  tile = math.gcd(base.d_ff, 128)  # what divided a matmul's tiles or a mesh still does
+
+  def ffn(name: str) -> int:
+    was = getattr(base, name)
+    tile = math.gcd(was, 128)  # what divided a matmul's tiles or a mesh still does
+    return named.get(name, max(tile, tile * round(was * width / base.d_model / tile)) if was else 0)
+
   return dataclasses.replace(
     base,
     n_layers=named.get('n_layers', depth),
     d_model=width,
     n_heads=heads,
     n_kv_heads=named.get('n_kv_heads', None if base.n_kv_heads is None else kv),
-    d_ff=named.get('d_ff', max(tile, tile * round(base.d_ff * width / base.d_model / tile))),
+    d_ff=ffn('d_ff'),
+    shared_d_ff=ffn('shared_d_ff'),
   )
 
 

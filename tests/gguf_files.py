@@ -8,7 +8,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-V, D, H, K, N, F, M, E, P = 131, 11, 6, 2, 10, 17, 13, 5, 61  # as in conftest: distinct, so that swapped axes fail
+V, D, H, K, N, F, M, S, E, P = 131, 11, 6, 2, 10, 17, 13, 19, 5, 61  # as in conftest: distinct, so that swapped axes fail
 LAYERS = 2
 
 
@@ -20,7 +20,7 @@ def layer_shapes(kind: str) -> dict[str, tuple[int, ...]]:
     return shapes | {f'{name}.{what}': (D,) for name in ('ln_1', 'ln_2') for what in ('weight', 'bias')}
   linear = {'q_proj': (H * N, D), 'k_proj': (K * N, D), 'v_proj': (K * N, D), 'o_proj': (D, H * N)}
   shapes = {f'self_attn.{name}.weight': shape for name, shape in linear.items()}
-  if kind == 'qwen2':
+  if kind in ('qwen2', 'qwen2moe'):
     shapes |= {f'self_attn.{name}.bias': shape[:1] for name, shape in linear.items() if name != 'o_proj'}
   if kind == 'llama-biased':
     shapes |= {f'self_attn.{name}.bias': shape[:1] for name, shape in linear.items()}
@@ -37,7 +37,9 @@ def layer_shapes(kind: str) -> dict[str, tuple[int, ...]]:
     names = {'w1': (F, D), 'w3': (F, D), 'w2': (D, F)}
     shapes |= {f'block_sparse_moe.experts.{e}.{w}.weight': s for e in range(E) for w, s in names.items()}
     return shapes | {'block_sparse_moe.gate.weight': (E, D)}
-  if kind == 'qwen3moe':
+  if kind in ('qwen2moe', 'qwen3moe'):
+    shared = {f'mlp.shared_expert.{w}.weight': tuple(S if n == F else n for n in s) for w, s in mlp.items()}
+    shapes |= shared | {'mlp.shared_expert_gate.weight': (1, D)} if kind == 'qwen2moe' else {}
     mlp = {name: tuple(M if n == F else n for n in shape) for name, shape in mlp.items()}
     shapes |= {f'mlp.experts.{e}.{w}.weight': s for e in range(E) for w, s in mlp.items()}
     return shapes | {'mlp.gate.weight': (E, D)}
@@ -80,8 +82,8 @@ def converted(architecture: str, model: dict[str, np.ndarray]) -> dict[str, np.n
     if '.experts.' in name:
       before, _, after = name.partition('.experts.')
       stacks.setdefault(f'{before}.experts.{after.partition(".")[2]}', []).append(value)
-    else:
-      tensors[table.get_name(name, try_suffixes=('.weight', '.bias'))] = value
+    else:  # squeezed as the converter does
+      tensors[table.get_name(name, try_suffixes=('.weight', '.bias'))] = value.squeeze()
   for name, values in stacks.items():
     name = name.replace('model.', '').replace('block_sparse_moe', 'feed_forward') if 'sparse' in name else name
     tensors[table.get_name(name, try_suffixes=('.weight',))] = np.stack(values)
@@ -112,6 +114,9 @@ KEYS = {
   'qwen2': COMMON,
   'qwen3': COMMON,
   'qwen3moe': COMMON | {'expert_count': E, 'expert_used_count': 2, 'expert_feed_forward_length': M},
+  'qwen2moe': COMMON
+  | {'expert_count': E, 'expert_used_count': 2, 'expert_feed_forward_length': M}
+  | {'expert_shared_feed_forward_length': S},
   'gemma2': COMMON | GEMMA2,
   'gemma3': COMMON | {'attention.sliding_window': 7},
   'olmo2': COMMON,

@@ -51,6 +51,12 @@ FAMILIES = {
   ),
   'gpt2': ('GPT2', {'vocab_size': V, 'n_positions': 97, 'n_embd': 42, 'n_layer': 3, 'n_head': 3, 'n_inner': 53}),
   'mixtral': ('Mixtral', WIDE | EXPERTS),
+  'qwen2-moe': (
+    'Qwen2Moe',
+    BASE
+    | {'num_experts': 5, 'num_experts_per_tok': 2, 'moe_intermediate_size': 23}
+    | {'shared_expert_intermediate_size': 37},
+  ),
   'qwen3-moe': ('Qwen3Moe', WIDE | EXPERTS | {'moe_intermediate_size': 23, 'norm_topk_prob': True}),
 }
 HEADS = {'GPT2': 'GPT2LMHeadModel', 'Gemma3Text': 'Gemma3ForCausalLM'}

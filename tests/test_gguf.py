@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
 from gguf.constants import GGML_QUANT_SIZES
-from gguf_files import FAMILY, KEYS, LAYERS, D, E, F, H, K, M, N, P, V, converted, random_model, small, write
+from gguf_files import FAMILY, KEYS, LAYERS, D, E, F, H, K, M, N, P, S, V, converted, random_model, small, write
 
 from jaxlm.errors import InputError
 from jaxlm.interop import gguf_config, gguf_file
@@ -64,6 +64,10 @@ CONFIGS = {
   | {'model_type': 'qwen3_moe', 'architectures': ['Qwen3MoeForCausalLM'], 'use_sliding_window': False}
   | {'attention_bias': False, 'num_experts': E, 'num_experts_per_tok': 2, 'moe_intermediate_size': M}
   | {'norm_topk_prob': True, 'decoder_sparse_step': 1, 'mlp_only_layers': []},
+  'qwen2moe': LIKE_LLAMA
+  | {'model_type': 'qwen2_moe', 'architectures': ['Qwen2MoeForCausalLM'], 'use_sliding_window': False}
+  | {'qkv_bias': True, 'num_experts': E, 'num_experts_per_tok': 2, 'moe_intermediate_size': M}
+  | {'shared_expert_intermediate_size': S, 'norm_topk_prob': False, 'decoder_sparse_step': 1, 'mlp_only_layers': []},
   'gemma2': LIKE_GEMMA
   | {'model_type': 'gemma2', 'architectures': ['Gemma2ForCausalLM'], 'attn_logit_softcapping': 50.0}
   | {'final_logit_softcapping': 30.0, 'layer_types': ['sliding_attention', 'full_attention']},
@@ -239,6 +243,8 @@ REFUSED = [
   ('qwen3moe', {'expert_gating_func': 2}, {}, 'expert_gating_func=2'),
   ('qwen3moe', {'expert_used_count': 6}, {}, '6 of 5 experts'),
   ('qwen3moe', {'expert_shared_count': 1}, {}, 'expert_shared_count'),
+  ('qwen2moe', {'expert_weights_norm': True}, {}, 'expert_weights_norm=True'),
+  ('qwen2moe', {'expert_shared_feed_forward_length': None}, {}, 'it has no qwen2moe.expert_shared_feed_forward_length'),
   ('gemma2', {'attn_logit_softcapping': None}, {}, 'it has no gemma2.attn_logit_softcapping'),
   ('gemma3', {'rope.freq_base': None}, {}, 'it has no gemma3.rope.freq_base'),
   (

@@ -208,7 +208,7 @@ def test_without_multipliers_nothing_is_multiplied(cfg, params):
     keep = {'capture_intermediates': True, 'mutable': 'intermediates'}
     _, found = Block(cfg, Run()).apply({'params': weights}, x, ctx, None, None, **keep)
     x = x + found['intermediates']['attn']['__call__'][0][0]
-    x = x + found['intermediates']['mlp']['__call__'][0][0]
+    x = x + found['intermediates']['mlp']['__call__'][0]
   normed = Norm(cfg).apply({'params': params['final_norm']}, x)
   np.testing.assert_array_equal(models.hidden(cfg, looped, ids).x_BTD, normed)
   product = jnp.matmul(normed, models.head(cfg, params))[..., : cfg.vocab_size]

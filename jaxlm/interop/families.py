@@ -6,6 +6,7 @@ A family is data. Reading a config refuses, by name, every key that it neither u
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+EXPERTS = ('num_experts', 'num_local_experts')  # two names of one key
 ACTIVATIONS = {'silu': 'silu', 'gelu': 'gelu', 'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh'}
 KINDS = {'full_attention': 'global', 'sliding_attention': 'local'}
 # Of tokens, of training alone (dropout, initialisation, router losses), of how things are computed, of bookkeeping.
@@ -84,6 +85,13 @@ def _expert_names(block: str, gate: str, up: str, down: str) -> dict[str, Stored
   return _llama_names() | found | {'layers/mlp/router': linear(f'model.layers.{{i}}.{block}.gate')}
 
 
+def _qwen_expert_names() -> dict[str, Stored]:
+  names = _expert_names('mlp', 'gate_proj', 'up_proj', 'down_proj')
+  shared = 'model.layers.{i}.mlp.shared_expert'
+  found = {f'layers/mlp/shared/{ours}': linear(f'{shared}.{ours}_proj') for ours in ('gate', 'up', 'down')}
+  return names | found | {'layers/mlp/shared_gate': linear(f'{shared}_gate')}
+
+
 def _gpt2_names() -> dict[str, Stored]:
   h = 'transformer.h.{i}.'
   found = {'embed': Stored('transformer.wte.weight'), 'positions': Stored('transformer.wpe.weight')}
@@ -120,6 +128,12 @@ _SIZES = {
   'tie_word_embeddings': 'tie_embeddings',
 }
 _MOE = {'num_local_experts': 'n_experts', 'num_experts_per_tok': 'experts_per_token'}
+_QWEN_MOE = {key: field for key, field in _SIZES.items() if field != 'd_ff'} | {
+  'num_experts': 'n_experts',
+  'num_experts_per_tok': 'experts_per_token',
+  'moe_intermediate_size': 'd_ff',
+  'norm_topk_prob': 'normalize_experts',
+}
 _OPTIONAL = {'num_key_value_heads': None, 'head_dim': None, 'rms_norm_eps': 1e-6, 'tie_word_embeddings': False}
 _PLAIN = _OPTIONAL | {'hidden_act': 'silu'}
 _GEMMA = _OPTIONAL | {
@@ -208,12 +222,18 @@ FAMILIES: dict[str, Family] = {
   ),
   'qwen3_moe': Family(
     'Qwen3MoeForCausalLM',
-    {key: field for key, field in _SIZES.items() if field != 'd_ff'}
-    | _MOE
-    | {'moe_intermediate_size': 'd_ff', 'norm_topk_prob': 'normalize_experts'},
+    _QWEN_MOE,
     _PLAIN | {'norm_topk_prob': False, 'use_sliding_window': False, 'intermediate_size': None},
     {'qk_norm': 'head'},
     _NO_BIAS | {'mlp_only_layers': [], 'decoder_sparse_step': 1},
-    _expert_names('mlp', 'gate_proj', 'up_proj', 'down_proj'),
+    _qwen_expert_names(),
+  ),
+  'qwen2_moe': Family(
+    'Qwen2MoeForCausalLM',
+    _QWEN_MOE | {'shared_expert_intermediate_size': 'shared_d_ff', 'qkv_bias': 'qkv_bias'},
+    _PLAIN | {'norm_topk_prob': False, 'use_sliding_window': False, 'intermediate_size': None, 'qkv_bias': True},
+    {},
+    {'mlp_only_layers': [], 'decoder_sparse_step': 1, 'use_sliding_window': False},  # its window has rules of its own
+    _qwen_expert_names(),
   ),
 }

@@ -19,7 +19,8 @@ from jaxlm.interop.gguf_config import ARCHITECTURES, Keys, tie
 from jaxlm.interop.gguf_file import Entry, GGUFFile, open_container, shown
 
 # Names in the file -> (names at Hugging Face, sizes in the file's order). V vocabulary, D width, Q and K heads times
-# head size, N head size, F and M width of the MLP and of an expert, E experts, P positions, T three times D, R RoPE's.
+# head size, N head size, F, M and S width of the MLP, of an expert and of the shared one, E experts, P positions, T
+# three times D, R RoPE's.
 Names = dict[str, tuple[str, str]]
 TOP: Names = {
   'token_embd.weight': ('model.embed_tokens.weight', 'VD'),
@@ -75,6 +76,12 @@ QWEN_EXPERTS: Names = {
   'ffn_up_exps.weight': ('mlp.experts.{}.up_proj.weight', 'EMD'),
   'ffn_down_exps.weight': ('mlp.experts.{}.down_proj.weight', 'EDM'),
 }
+SHARED_EXPERT: Names = {
+  'ffn_gate_inp_shexp.weight': ('mlp.shared_expert_gate.weight', 'D'),
+  'ffn_gate_shexp.weight': ('mlp.shared_expert.gate_proj.weight', 'SD'),
+  'ffn_up_shexp.weight': ('mlp.shared_expert.up_proj.weight', 'SD'),
+  'ffn_down_shexp.weight': ('mlp.shared_expert.down_proj.weight', 'DS'),
+}
 MIXTRAL_EXPERTS: Names = {
   'ffn_gate_inp.weight': ('block_sparse_moe.gate.weight', 'ED'),
   'ffn_gate_exps.weight': ('block_sparse_moe.experts.{}.w1.weight', 'EMD'),
@@ -107,6 +114,7 @@ LAYERS: dict[str, Names] = {
   'mistral': PRE_NORMS | ATTENTION | MLP,
   'mixtral': PRE_NORMS | ATTENTION | MIXTRAL_EXPERTS,
   'qwen2': PRE_NORMS | ATTENTION | QKV_BIAS | MLP,
+  'qwen2_moe': PRE_NORMS | ATTENTION | QKV_BIAS | QWEN_EXPERTS | SHARED_EXPERT,
   'qwen3': PRE_NORMS | ATTENTION | HEAD_NORMS | MLP,
   'qwen3_moe': PRE_NORMS | ATTENTION | HEAD_NORMS | QWEN_EXPERTS,
   'gemma2': GEMMA_NORMS | ATTENTION | MLP,
@@ -185,7 +193,7 @@ def _parts(file: GGUFFile, config: dict[str, Any], sizes: dict[str, int]) -> Ite
     if entry is None:
       raise InputError(f'{where}: tensor {shown(name)} is missing; convert the model again')
     shape = tuple(sizes[letter] for letter in letters)
-    if entry.shape != shape:
+    if entry.shape != shape and (len(shape) != 1 or entry.shape != (1, *shape)):  # a row may be a matrix of one
       raise InputError(f'{where}: tensor {shown(name)} has shape {entry.shape}, not {shape}; convert the model again')
     yield from _changes(theirs, Part(entry, shape), config)
   if config['model_type'] in LLAMAS:
@@ -218,6 +226,8 @@ def _changes(theirs: str, part: Part, config: dict[str, Any]) -> Iterator[tuple[
     part = part._replace(heads=config['num_attention_heads' if found[1] == 'q' else 'num_key_value_heads'])
   if kind in ('gemma2', 'gemma3_text') and theirs.endswith('norm.weight'):
     part = part._replace(shift=1)
+  if theirs.endswith('shared_expert_gate.weight'):
+    part = part._replace(shape=(1, *part.shape))
   if kind == 'gpt2' and re.search(r'\.c_\w+\.weight$', theirs):
     part = part._replace(shape=part.shape[::-1], transposed=True)
   yield theirs, part

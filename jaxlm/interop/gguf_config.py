@@ -250,13 +250,13 @@ def _llama(keys: Keys, file: GGUFFile) -> Config:
   return config, sizes
 
 
-def _experts(keys: Keys, config: dict[str, Any], name: str, default: Any) -> dict[str, int]:
-  """Sizes of the experts; both llama.cpp and Hugging Face normalize the weights of those chosen."""
+def _experts(keys: Keys, config: dict[str, Any], name: str, default: Any, normalized: bool = True) -> dict[str, int]:
+  """Sizes of the experts; whether the weights of those chosen are normalized is the architecture's, not the file's."""
   count, used = keys.whole('expert_count'), keys.whole('expert_used_count')
   if used > count or count > MAX_EXPERTS:
     raise keys.fail(f'{used} of {count} experts make no layer', 'convert the model again')
   keys.only('expert_gating_func', 1)  # softmax
-  keys.only('expert_weights_norm', True)
+  keys.only('expert_weights_norm', normalized)
   keys.only('expert_weights_scale', 1.0, 0.0)  # 0: not scaled
   config |= {name: count, 'num_experts_per_tok': used}
   return {'E': count, 'M': keys.whole('expert_feed_forward_length', default)}
@@ -275,6 +275,15 @@ def _qwen3moe(keys: Keys, file: GGUFFile) -> Config:
   sizes |= _experts(keys, config, 'num_experts', MISSING)
   every = {'moe_intermediate_size': sizes['M'], 'norm_topk_prob': True, 'decoder_sparse_step': 1, 'mlp_only_layers': []}
   return config | every | {'use_sliding_window': False, 'attention_bias': False}, sizes
+
+
+def _qwen2moe(keys: Keys, file: GGUFFile) -> Config:
+  config, sizes = _decoder(keys, file, 'qwen2_moe', 'Qwen2MoeForCausalLM')
+  sizes |= _experts(keys, config, 'num_experts', MISSING, normalized=False)
+  sizes['S'] = keys.whole('expert_shared_feed_forward_length')
+  every = {'moe_intermediate_size': sizes['M'], 'shared_expert_intermediate_size': sizes['S'], 'qkv_bias': True}
+  every |= {'norm_topk_prob': False, 'decoder_sparse_step': 1, 'mlp_only_layers': []}
+  return config | every | {'use_sliding_window': False}, sizes
 
 
 def _gemma(keys: Keys, file: GGUFFile, kind: str, architecture: str, sizes_27b: int) -> Config:
@@ -353,6 +362,7 @@ ARCHITECTURES: dict[str, Callable[[Keys, GGUFFile], Config]] = {
   'llama': _llama,
   'qwen2': _qwen,
   'qwen3': _qwen,
+  'qwen2moe': _qwen2moe,
   'qwen3moe': _qwen3moe,
   'gemma2': _gemma2,
   'gemma3': _gemma3,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxlm.errors import InputError
-from jaxlm.interop.families import ACTIVATIONS, FAMILIES, HARMLESS, KINDS
+from jaxlm.interop.families import ACTIVATIONS, EXPERTS, FAMILIES, HARMLESS, KINDS
 from jaxlm.models.config import ModelConfig
 
 ROPE_KEYS = {'rope_type', 'type', 'rope_theta', 'factor', 'original_max_position_embeddings'} | {
@@ -24,9 +24,8 @@ def parse(config: Mapping[str, Any], where: str) -> ModelConfig:
   if kind not in FAMILIES:
     raise InputError(f'{where}: model_type {kind!r} is none of {", ".join(FAMILIES)}')
   family = FAMILIES[kind]
-  if 'num_experts' in config:  # what transformers called it before version 5
-    config = {**config, 'num_local_experts': config['num_experts']}
-    del config['num_experts']
+  if own := next((key for key in EXPERTS if key in family.keys), None):
+    config = {own if key in EXPERTS else key: value for key, value in config.items()}
   values = {**family.defaults, **config}
   if missing := [key for key in family.keys if key not in values]:
     raise InputError(f'{where}: no {", ".join(missing)}')
@@ -45,6 +44,8 @@ def parse(config: Mapping[str, Any], where: str) -> ModelConfig:
     if values['attention_bias'] != values['mlp_bias']:
       raise InputError(f'{where}: attention_bias and mlp_bias must be alike')
     fields['bias'] = bool(values['mlp_bias'])
+  if not fields.get('shared_d_ff', 1):
+    raise InputError(f'{where}: shared_expert_intermediate_size=0 is not supported for {kind}')
   if 'query_pre_attn_scalar' in family.defaults:
     fields['attention_multiplier'] = values['query_pre_attn_scalar'] ** -0.5
     fields['embedding_multiplier'] = math.sqrt(fields['d_model'])

@@ -45,6 +45,7 @@ class ModelConfig:
   n_experts: int = 0  # of each feed-forward layer; 0: one plain one
   experts_per_token: int = 2
   normalize_experts: bool = True  # the weights of a token's experts are made to add to 1
+  shared_d_ff: int = 0  # width of one more expert, for every token; 0: there is none (Qwen 2 MoE has one)
   attention_softcap: float | None = None  # scores become cap * tanh(scores / cap) (Gemma 2)
   logits_softcap: float | None = None
   tie_embeddings: bool = True
@@ -68,6 +69,9 @@ class ModelConfig:
       )
     if self.n_experts and self.bias:
       raise InputError('model: experts have no biases here; set bias=False')
+    at_least(0, 'model', shared_d_ff=self.shared_d_ff)
+    if self.shared_d_ff and not self.n_experts:
+      raise InputError(f'model: shared_d_ff={self.shared_d_ff} is of a model with experts; set n_experts, or leave it 0')
     if not self.pattern:
       raise InputError("model.pattern needs a kind of layer, 'global' or 'local'")
     scales = ('embedding_multiplier', 'residual_multiplier', 'attention_multiplier', 'logits_scaling')

@@ -8,18 +8,18 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxlm.models.config import ModelConfig
-from jaxlm.models.linear import grouped
+from jaxlm.models.linear import grouped, linear
 
 
 def route(
-  logits_SE: Float[Array, 'S E'], k: int, normalized: bool
+  logits_SE: Float[Array, 'S E'], k: int, normalized: bool, real_S: Bool[Array, ' S'] | None = None
 ) -> tuple[Int[Array, 'S k'], Float[Array, 'S k'], dict[str, Array]]:
   """`(experts_Sk, weights_Sk, aux)`: the k likeliest experts of each token, weighed by their probability.
 
-  `aux` holds what keeps a router balanced, both means over tokens: `balance`, E * sum over experts of the share of
+  `aux` holds what keeps a router balanced, both means over the tokens that are `real` (None: all): `balance`, E * sum over experts of the share of
   tokens that have it times its mean probability (Fedus et al. 2021, arXiv:2101.03961, eq. 4; k where all is even), and
   `router_z`, the squared log-sum-exp of the logits (Zoph et al. 2022, arXiv:2202.08906, eq. 5).
   """
@@ -28,9 +28,11 @@ def route(
   weights_Sk, experts_Sk = jax.lax.top_k(probs_SE, k)
   if normalized:
     weights_Sk /= jnp.sum(weights_Sk, axis=-1, keepdims=True)
-  share_E = jnp.bincount(experts_Sk.reshape(-1), length=E).astype(jnp.float32) / S
-  balance = E * jnp.sum(share_E * jnp.mean(probs_SE, axis=0))
-  z = jnp.mean(jax.nn.logsumexp(logits_SE, axis=-1) ** 2)
+  counted_S = jnp.ones(S) if real_S is None else real_S.astype(jnp.float32)
+  counted_S /= jnp.maximum(jnp.sum(counted_S), 1.0)
+  share_E = jnp.bincount(experts_Sk.reshape(-1), jnp.repeat(counted_S, k), length=E)
+  balance = E * jnp.sum(share_E * (counted_S @ probs_SE))
+  z = counted_S @ jax.nn.logsumexp(logits_SE, axis=-1) ** 2
   return experts_Sk, weights_Sk, {'balance': balance, 'router_z': z}
 
 
@@ -45,31 +47,42 @@ def mix(
   S, k = experts_Sk.shape
   E = jax.tree.leaves(down)[0].shape[0]
   order_A = jnp.argsort(experts_Sk.reshape(-1), stable=True)
-  token_A, sizes_E = order_A // k, jnp.bincount(experts_Sk.reshape(-1), length=E).astype(jnp.int32)
-  x_AD = x_SD[token_A]
+  sizes_E = jnp.bincount(experts_Sk.reshape(-1), length=E).astype(jnp.int32)
+  # permutations there and back: no index twice, so that no order of adding is left to chance, nor in the gradient
+  x_AD = jnp.repeat(x_SD, k, axis=0).at[order_A].get(unique_indices=True)
   h_AF = grouped(x_AD, up, sizes_E)
   h_AF = act(h_AF) if gate is None else act(grouped(x_AD, gate, sizes_E)) * h_AF
-  y_AD = grouped(h_AF, down, sizes_E) * weights_Sk.reshape(-1)[order_A, None].astype(x_SD.dtype)
-  return jnp.zeros_like(x_SD).at[token_A].add(y_AD)
+  y_AD = grouped(h_AF, down, sizes_E)
+  y_AD = jnp.zeros_like(y_AD).at[order_A].set(y_AD, unique_indices=True)
+  return jnp.sum(y_AD.reshape(S, k, -1) * weights_Sk[..., None].astype(x_SD.dtype), axis=1)
 
 
 class MoE(nn.Module):
-  """Mixture of experts (Mixtral, Jiang et al. 2024, arXiv:2401.04088), routed in float32."""
+  """Mixture of experts (Mixtral, Jiang et al. 2024, arXiv:2401.04088), routed in float32.
+
+  With `cfg.shared_d_ff`, one more expert that each token goes through, by a share of its own (Qwen1.5-MoE).
+  """
 
   cfg: ModelConfig
   act: Any
   declare: Any  # (module, name, shape, axes, scale) -> the weight
   down_scale: float
+  shared: Any  # () -> the feed-forward layer that all tokens go through
 
   @nn.compact
-  def __call__(self, x_BTD: Array) -> tuple[Array, dict[str, Array]]:
+  def __call__(self, x_BTD: Array, real_BT: Array | None = None) -> tuple[Array, dict[str, Array]]:
     cfg, D, F, E = self.cfg, self.cfg.d_model, self.cfg.d_ff, self.cfg.n_experts
     x_SD = x_BTD.reshape(-1, D)
     router_DE = self.declare(self, 'router', (D, E), ('embed', None), 1.0)
-    logits_SE = jnp.matmul(x_SD.astype(jnp.float32), router_DE.astype(jnp.float32))
-    experts_Sk, weights_Sk, aux = route(logits_SE, cfg.experts_per_token, cfg.normalize_experts)
+    logits_SE = linear(x_SD.astype(jnp.float32), router_DE)
+    real_S = None if real_BT is None else real_BT.reshape(-1)
+    experts_Sk, weights_Sk, aux = route(logits_SE, cfg.experts_per_token, cfg.normalize_experts, real_S)
     up = self.declare(self, 'up', (E, D, F), ('experts', 'embed', 'mlp'), 1.0)
     gate = self.declare(self, 'gate', (E, D, F), ('experts', 'embed', 'mlp'), 1.0) if cfg.gated_mlp else None
     down = self.declare(self, 'down', (E, F, D), ('experts', 'mlp', 'embed'), self.down_scale)
     y_SD = mix(x_SD, experts_Sk, weights_Sk, (gate, up, down), self.act)
-    return y_SD.reshape(x_BTD.shape), aux
+    y_BTD = y_SD.reshape(x_BTD.shape)
+    if cfg.shared_d_ff:
+      gate_D1 = self.declare(self, 'shared_gate', (D, 1), ('embed', None), 1.0)
+      y_BTD += jax.nn.sigmoid(linear(x_BTD, gate_D1)) * self.shared()(x_BTD)
+    return y_BTD, aux

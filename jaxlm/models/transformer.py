@@ -47,6 +47,7 @@ class Context(NamedTuple):
   mask: Array
   positions: Array
   own: bool = True  # the mask is for this call's keys, whatever a cache holds
+  real: Array | None = None  # [B, T]: not padding; None: all
 
 
 def declare(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Any) -> Any:
@@ -128,10 +129,11 @@ class MLP(nn.Module):
 
   cfg: ModelConfig
   run: Run
+  width: int
 
   @nn.compact
-  def __call__(self, x_BTD: Array) -> tuple[Array, dict[str, Array]]:
-    cfg, D, F = self.cfg, self.cfg.d_model, self.cfg.d_ff
+  def __call__(self, x_BTD: Array) -> Array:
+    cfg, D, F = self.cfg, self.cfg.d_model, self.width
 
     def project(name: str, x: Array, shape: tuple[int, int], axes: tuple[str, str], scale: float = 1.0) -> Array:
       w = declare(self, name, shape, axes, fan_in(scale))
@@ -145,7 +147,7 @@ class MLP(nn.Module):
     else:
       h_BTF = act(h_BTF)
     h_BTF = constrain(h_BTF, ('batch', 'seq', 'act_mlp'), self.run.rules)
-    return project('down', h_BTF, (F, D), ('mlp', 'embed'), branch_scale(cfg)), {}
+    return project('down', h_BTF, (F, D), ('mlp', 'embed'), branch_scale(cfg))
 
 
 class Block(nn.Module):
@@ -171,13 +173,18 @@ class Block(nn.Module):
 
     attn, cache = Attention(self.cfg, self.run, name='attn')(norm(x_BTD, 'attn_norm', 'pre'), ctx, cache)
     x_BTD = add(x_BTD, checkpoint_name(norm(attn, 'attn_post_norm', 'post'), 'attn_out'), 0)
-    if self.cfg.n_experts:
-      declared = lambda module, name, shape, axes, scale: declare(module, name, shape, axes, fan_in(scale))
-      layer: Any = MoE(self.cfg, ACTIVATIONS[self.cfg.activation], declared, branch_scale(self.cfg), name='mlp')
-    else:
-      layer = MLP(self.cfg, self.run, name='mlp')
-    mlp, aux = layer(norm(x_BTD, 'mlp_norm', 'pre'))
+    mlp, aux = self.feed_forward(norm(x_BTD, 'mlp_norm', 'pre'), ctx.real)
     return add(x_BTD, checkpoint_name(norm(mlp, 'mlp_post_norm', 'post'), 'mlp_out'), 1), cache, aux
+
+  def feed_forward(self, x_BTD: Array, real_BT: Array | None) -> tuple[Array, dict[str, Array]]:
+    """A plain one, or one of experts with what its router adds to the loss."""
+    cfg, run = self.cfg, self.run
+    if not cfg.n_experts:
+      return MLP(cfg, run, cfg.d_ff, name='mlp')(x_BTD), {}
+    declared = lambda module, name, shape, axes, scale: declare(module, name, shape, axes, fan_in(scale))
+    shared = lambda: MLP(cfg, run, cfg.shared_d_ff, name='shared')
+    layer = MoE(cfg, ACTIVATIONS[cfg.activation], declared, branch_scale(cfg), shared, name='mlp')
+    return layer(x_BTD, real_BT)
 
 
 class Outside(nn.Module):
@@ -274,8 +281,8 @@ def hidden(
 ) -> Hidden:
   """The activations after the last norm, x_BTD in `run.dtype`.
 
-  `positions_BT` counts from 0 within a segment (default: along the row); tokens see only their own segment. With a
-  cache (see `init_cache`), keys and values are written at their positions, those of negative ones are dropped, and the
+  `positions_BT` counts from 0 within a segment (default: along the row); tokens see only their own segment, of which 0
+  is padding and does not count in `aux`. With a cache (see `init_cache`), keys and values are written at their positions, those of negative ones are dropped, and the
   cache is what is attended to, or at the `first` call, while it is empty, these tokens themselves. `params['layers']`
   is a stack (scanned, a unit of `cfg.pattern` at a time) or a tuple of layers (looped over, as with a cache any is).
   `key` turns dropout on.
@@ -368,7 +375,7 @@ def _context(cfg: ModelConfig, kind: str, positions: Array, segments: Array | No
   order = jnp.arange(positions.shape[1], dtype=jnp.int32)[None]
   # within a row a later token is one further right: position alone would let segments see each other's future
   mask = causal_mask(order, order, segments, segments, cfg.window if kind == 'local' else None)
-  return Context(angles, mask, positions)
+  return Context(angles, mask, positions, real=None if segments is None else segments > 0)
 
 
 def _cached(cfg: ModelConfig, kind: str, ctx: Context, cache: Cache) -> Context:

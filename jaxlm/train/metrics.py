@@ -35,15 +35,21 @@ PEAK_FLOPS = {
 
 
 def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
-  """Training FLOPs a token: 6 for every weight of a matmul, 12 * seq_len * width of the heads a layer for attention.
+  """Training FLOPs a token: 6 for every weight it is multiplied by, 12 * width of the heads for every key of a layer.
 
-  The convention of PaLM (arXiv:2204.02311, appendix B): no recomputation counted, the causal mask not halved.
+  The convention of PaLM (arXiv:2204.02311, appendix B): no recomputation counted, the causal mask not halved. Of the
+  experts those that a token goes through are counted, with their router; keys are seq_len, or a local layer's window.
   """
   H, K, N = cfg.n_heads, cfg.kv_heads, cfg.head_size
   attention = cfg.d_model * N * (2 * H + 2 * K)
-  mlp = cfg.d_model * cfg.d_ff * (3 if cfg.gated_mlp else 2)
+  width, router = cfg.d_ff, 0
+  if cfg.n_experts:
+    width = cfg.experts_per_token * cfg.d_ff + cfg.shared_d_ff
+    router = cfg.d_model * (cfg.n_experts + bool(cfg.shared_d_ff))
+  mlp = cfg.d_model * width * (3 if cfg.gated_mlp else 2) + router
   matmuls = cfg.n_layers * (attention + mlp) + cfg.d_model * cfg.vocab_size
-  return 6.0 * matmuls + 12.0 * cfg.n_layers * seq_len * H * N
+  keys = sum(min(seq_len, cfg.window) if kind == 'local' else seq_len for kind in cfg.kinds)
+  return 6.0 * matmuls + 12.0 * keys * H * N
 
 
 def peak_flops(devices: Any) -> float | None:
