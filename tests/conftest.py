@@ -86,9 +86,17 @@ MIXED = dataclasses.replace(
   attention_softcap=5.0,
   logits_softcap=3.0,
 )
-# norms of outputs and of whole queries and keys, experts, a window in every layer
+# norms of outputs and of whole queries and keys, experts and one for all, a window in every layer
 EXPERTS = dataclasses.replace(
-  LLAMA, norm_at='post', qk_norm='whole', qkv_bias=True, pattern=('local',), window=3, n_experts=5, experts_per_token=2
+  LLAMA,
+  norm_at='post',
+  qk_norm='whole',
+  qkv_bias=True,
+  pattern=('local',),
+  window=3,
+  n_experts=5,
+  experts_per_token=2,
+  shared_d_ff=7,
 )
 
 

@@ -8,7 +8,18 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-V, D, H, K, N, F, M, S, E, P = 131, 11, 6, 2, 10, 17, 13, 19, 5, 61  # as in conftest: distinct, so that swapped axes fail
+V, D, H, K, N, F, M, S, E, P = (
+  131,
+  11,
+  6,
+  2,
+  10,
+  17,
+  13,
+  19,
+  5,
+  61,
+)  # as in conftest: distinct, so that swapped axes fail
 LAYERS = 2
 
 

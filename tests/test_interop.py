@@ -22,7 +22,8 @@ NAMED = {
   'gemma3_text': dataclasses.replace(
     MIXED, activation='gelu_tanh', attention_multiplier=11**-0.5, embedding_multiplier=11**0.5, rope_scaling='llama3'
   ),
-  'mixtral': dataclasses.replace(EXPERTS, norm_at='pre', qk_norm='none', qkv_bias=False),
+  'mixtral': dataclasses.replace(EXPERTS, norm_at='pre', qk_norm='none', qkv_bias=False, shared_d_ff=0),
+  'qwen2_moe': dataclasses.replace(EXPERTS, norm_at='pre', qk_norm='none', pattern=('global',)),
 }
 
 

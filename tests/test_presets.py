@@ -26,6 +26,7 @@ COUNTS = {  # exact ones of the models as they were released
   'smollm2-1.7b': 1_711_376_384,
   'mistral-7b': 7_241_732_096,
   'mixtral-8x7b': 46_702_792_704,
+  'qwen1.5-moe-a2.7b': 14_315_784_192,
   'qwen2.5-0.5b': 494_032_768,
   'qwen2.5-1.5b': 1_543_714_304,
   'qwen2.5-7b': 7_615_616_512,

@@ -71,7 +71,9 @@ class ModelConfig:
       raise InputError('model: experts have no biases here; set bias=False')
     at_least(0, 'model', shared_d_ff=self.shared_d_ff)
     if self.shared_d_ff and not self.n_experts:
-      raise InputError(f'model: shared_d_ff={self.shared_d_ff} is of a model with experts; set n_experts, or leave it 0')
+      raise InputError(
+        f'model: shared_d_ff={self.shared_d_ff} is of a model with experts; set n_experts, or leave it 0'
+      )
     if not self.pattern:
       raise InputError("model.pattern needs a kind of layer, 'global' or 'local'")
     scales = ('embedding_multiplier', 'residual_multiplier', 'attention_multiplier', 'logits_scaling')

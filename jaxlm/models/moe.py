@@ -19,20 +19,21 @@ def route(
 ) -> tuple[Int[Array, 'S k'], Float[Array, 'S k'], dict[str, Array]]:
   """`(experts_Sk, weights_Sk, aux)`: the k likeliest experts of each token, weighed by their probability.
 
-  `aux` holds what keeps a router balanced, both means over the tokens that are `real` (None: all): `balance`, E * sum over experts of the share of
-  tokens that have it times its mean probability (Fedus et al. 2021, arXiv:2101.03961, eq. 4; k where all is even), and
-  `router_z`, the squared log-sum-exp of the logits (Zoph et al. 2022, arXiv:2202.08906, eq. 5).
+  `aux` holds what keeps a router balanced, both means over tokens, of those that are real (None: all): `balance`, E *
+  sum over experts of the share of tokens that have it times its mean probability (Fedus et al. 2021, arXiv:2101.03961,
+  eq. 4; k where all is even), and `router_z`, the squared log-sum-exp of the logits (Zoph et al. 2022,
+  arXiv:2202.08906, eq. 5).
   """
   S, E = logits_SE.shape
   probs_SE = jax.nn.softmax(logits_SE, axis=-1)
   weights_Sk, experts_Sk = jax.lax.top_k(probs_SE, k)
   if normalized:
     weights_Sk /= jnp.sum(weights_Sk, axis=-1, keepdims=True)
-  counted_S = jnp.ones(S) if real_S is None else real_S.astype(jnp.float32)
-  counted_S /= jnp.maximum(jnp.sum(counted_S), 1.0)
-  share_E = jnp.bincount(experts_Sk.reshape(-1), jnp.repeat(counted_S, k), length=E)
-  balance = E * jnp.sum(share_E * (counted_S @ probs_SE))
-  z = counted_S @ jax.nn.logsumexp(logits_SE, axis=-1) ** 2
+  real_S = jnp.ones(S) if real_S is None else real_S.astype(jnp.float32)
+  n = jnp.maximum(jnp.sum(real_S), 1.0)
+  share_E = jnp.bincount(experts_Sk.reshape(-1), jnp.repeat(real_S, k), length=E) / n  # whole numbers: exact sums
+  balance = E * jnp.sum(share_E * jnp.sum(probs_SE * real_S[:, None], axis=0) / n)
+  z = jnp.sum(jax.nn.logsumexp(logits_SE, axis=-1) ** 2 * real_S) / n
   return experts_Sk, weights_Sk, {'balance': balance, 'router_z': z}
 
 
@@ -74,7 +75,8 @@ class MoE(nn.Module):
     cfg, D, F, E = self.cfg, self.cfg.d_model, self.cfg.d_ff, self.cfg.n_experts
     x_SD = x_BTD.reshape(-1, D)
     router_DE = self.declare(self, 'router', (D, E), ('embed', None), 1.0)
-    logits_SE = linear(x_SD.astype(jnp.float32), router_DE)
+    with jax.default_matmul_precision('highest'):  # accelerators round the factors of others
+      logits_SE = linear(x_SD.astype(jnp.float32), router_DE)
     real_S = None if real_BT is None else real_BT.reshape(-1)
     experts_Sk, weights_Sk, aux = route(logits_SE, cfg.experts_per_token, cfg.normalize_experts, real_S)
     up = self.declare(self, 'up', (E, D, F), ('experts', 'embed', 'mlp'), 1.0)

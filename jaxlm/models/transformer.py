@@ -281,11 +281,11 @@ def hidden(
 ) -> Hidden:
   """The activations after the last norm, x_BTD in `run.dtype`.
 
-  `positions_BT` counts from 0 within a segment (default: along the row); tokens see only their own segment, of which 0
-  is padding and does not count in `aux`. With a cache (see `init_cache`), keys and values are written at their positions, those of negative ones are dropped, and the
-  cache is what is attended to, or at the `first` call, while it is empty, these tokens themselves. `params['layers']`
-  is a stack (scanned, a unit of `cfg.pattern` at a time) or a tuple of layers (looped over, as with a cache any is).
-  `key` turns dropout on.
+  `positions_BT` counts from 0 within a segment (default: along the row); tokens see only their own segment, and those
+  of segment 0 are padding, left out of `aux`. With a cache (see `init_cache`), keys and values are written at their
+  positions, those of negative ones are dropped, and the cache is what is attended to, or at the `first` call, while it
+  is empty, these tokens themselves. `params['layers']` is a stack (scanned, a unit of `cfg.pattern` at a time) or a
+  tuple of layers (looped over, as with a cache any is). `key` turns dropout on.
   """
   B, T = tokens_BT.shape
   if positions_BT is None:
