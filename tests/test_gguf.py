@@ -25,6 +25,15 @@ def test_every_tensor_comes_back_under_its_name(tmp_path, kind, tied):
   assert opened.tokenizer is None and opened.chat_template is None and opened.generation == {}
 
 
+def test_the_gate_of_the_shared_expert_may_be_a_row_or_a_matrix(tmp_path):
+  row = np.arange(D, dtype='f4')
+  for i, gate in enumerate((row, row[None])):
+    opened = open_file(small(tmp_path / f'{i}.gguf', 'qwen2moe', **{'blk.1.ffn_gate_inp_shexp.weight': gate}))
+    np.testing.assert_array_equal(opened.read('model.layers.1.mlp.shared_expert_gate.weight'), row[None])
+  with pytest.raises(InputError, match=r'ffn_gate_inp_shexp\.weight. has shape \(2, 11\), not \(11,\)'):
+    open_file(small(tmp_path / 'b.gguf', 'qwen2moe', **{'blk.1.ffn_gate_inp_shexp.weight': np.zeros((2, D), 'f4')}))
+
+
 LIKE_LLAMA = {
   'vocab_size': V,
   'hidden_size': D,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +90,42 @@ def test_what_is_not_understood_is_refused_by_name(change, why, tmp_path):
   with pytest.raises(InputError, match=why) as info:
     interop.load(str(tmp_path / 'out'))
   assert str(info.value).startswith(str(tmp_path / 'out')) and '\n' not in str(info.value)
+
+
+@pytest.mark.parametrize(
+  'change',
+  [
+    {'mlp_only_layers': [1]},
+    {'decoder_sparse_step': 2},
+    {'use_sliding_window': True, 'sliding_window': 7},
+    {'shared_expert_intermediate_size': 0},
+    {'attention_bias': True},
+  ],
+)
+def test_experts_of_other_kinds_are_refused_by_name(change):
+  config = hf_config.write(NAMED['qwen2_moe'], 'qwen2_moe')
+  name, value = next(iter(change.items()))
+  with pytest.raises(InputError, match=re.escape(f'x: {name}={value}')):
+    hf_config.parse(config | change, 'x')
+
+
+def test_the_number_of_experts_has_two_names():
+  """What is written is the name that every version of transformers reads: others would be left at their default."""
+  for kind, name, other in (
+    ('mixtral', 'num_local_experts', 'num_experts'),
+    ('qwen2_moe', 'num_experts', 'num_local_experts'),
+    ('qwen3_moe', 'num_experts', 'num_local_experts'),
+  ):
+    cfg = NAMED['qwen2_moe' if kind == 'qwen2_moe' else 'mixtral']
+    cfg = dataclasses.replace(cfg, qk_norm='head') if kind == 'qwen3_moe' else cfg
+    config = hf_config.write(dataclasses.replace(cfg, pattern=('global',)), kind)
+    assert config[name] == 5 and other not in config
+    assert hf_config.parse(config, 'x').n_experts == 5
+    config[other] = config.pop(name)
+    assert hf_config.parse(config, 'x').n_experts == 5
+  config = hf_config.write(NAMED['qwen2_moe'], 'qwen2_moe')
+  del config['norm_topk_prob'], config['qkv_bias']
+  assert not hf_config.parse(config, 'x').normalize_experts and hf_config.parse(config, 'x').qkv_bias
 
 
 def test_tied_embeddings_with_a_head_of_their_own(tmp_path):

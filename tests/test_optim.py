@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import GPT2, LLAMA
+from conftest import EXPERTS, GPT2, LLAMA, randomized
 
 from jaxlm import models, tree
 from jaxlm.errors import InputError
@@ -47,13 +47,29 @@ GPT2_KINDS = {
   'layers/mlp_norm/scale': 'vector',
   'layers/mlp_norm/bias': 'vector',
 }
+EXPERTS_KINDS = LLAMA_KINDS | {
+  'layers/attn/q_bias': 'vector',
+  'layers/attn/k_bias': 'vector',
+  'layers/attn/v_bias': 'vector',
+  'layers/attn/q_norm/scale': 'vector',
+  'layers/attn/k_norm/scale': 'vector',
+  'layers/attn_post_norm/scale': 'vector',
+  'layers/mlp_post_norm/scale': 'vector',
+  'layers/mlp/router': 'matrix',
+  'layers/mlp/shared/down': 'matrix',
+  'layers/mlp/shared/gate': 'matrix',
+  'layers/mlp/shared/up': 'matrix',
+  'layers/mlp/shared_gate': 'matrix',
+}
+del EXPERTS_KINDS['layers/attn_norm/scale'], EXPERTS_KINDS['layers/mlp_norm/scale']
+KINDS = {'llama': (LLAMA, LLAMA_KINDS), 'gpt2': (GPT2, GPT2_KINDS), 'experts': (EXPERTS, EXPERTS_KINDS)}
 
 
 def shapes(cfg):
   return jax.eval_shape(lambda: models.init(cfg, jax.random.key(0)))
 
 
-@pytest.mark.parametrize('cfg, expected', [(LLAMA, LLAMA_KINDS), (GPT2, GPT2_KINDS)], ids=['llama', 'gpt2'])
+@pytest.mark.parametrize('cfg, expected', KINDS.values(), ids=KINDS)
 def test_the_kind_of_every_leaf(cfg, expected):
   assert dict(tree.items(optim.kinds(shapes(cfg), models.axes(cfg)))) == expected
 
@@ -69,7 +85,7 @@ def test_a_leaf_takes_the_names_of_its_whole_path():
   assert optim.kinds(params, axes) == {'a': {'w': 'table'}, 'w': 'matrix'}
 
 
-@pytest.mark.parametrize('cfg, expected', [(LLAMA, LLAMA_KINDS), (GPT2, GPT2_KINDS)], ids=['llama', 'gpt2'])
+@pytest.mark.parametrize('cfg, expected', KINDS.values(), ids=KINDS)
 def test_the_optimizer_of_every_leaf(cfg, expected):
   """Read from the state: Muon keeps one moment of a leaf, AdamW two."""
   state = jax.eval_shape(optim.make('muon', 1e-3, axes=models.axes(cfg)).init, shapes(cfg))
@@ -276,6 +292,29 @@ def test_muon_of_a_stack_is_muon_of_each_layer():
     alone = trained(make(alone_axes), pick(STACK), [pick(g) for g in STACK_GRADS])
     for mine, theirs in zip(jax.tree.leaves(pick(stacked)), jax.tree.leaves(alone), strict=True):
       np.testing.assert_allclose(mine, theirs, atol=1e-6)
+
+
+def test_muon_moves_each_matrix_of_each_expert_on_its_own_and_decays_it():
+  """Leaf by leaf of a model with experts: matrices as if alone under Muon, all else as under AdamW."""
+  params, axes, rng = randomized(EXPERTS), models.axes(EXPERTS), np.random.default_rng(5)
+  size = lambda x: np.exp(rng.normal(0, 3, (*x.shape[:-2], *[1] * min(2, x.ndim))))  # apart in scale, so that it shows
+  grads = [jax.tree.map(lambda x: (rng.normal(size=x.shape) * size(x)).astype(np.float32), params)]
+  make = lambda name, axes=None: optim.make(name, 0.03, axes=axes, weight_decay=0.2, clip_norm=None)
+  got, adamw = (dict(tree.items(trained(make(name, axes), params, grads))) for name in ('muon', 'adamw'))
+  started, gradient = dict(tree.items(params)), dict(tree.items(grads[0]))
+  alone = jax.jit(lambda w, g: trained(make('muon'), {'w': w}, [{'w': g}])['w'])
+  for path, kind in EXPERTS_KINDS.items():
+    if kind != 'matrix':
+      np.testing.assert_array_equal(got[path], adamw[path], err_msg=path)
+      continue
+    assert got[path].ndim == 3 + (path in ('layers/mlp/gate', 'layers/mlp/up', 'layers/mlp/down'))
+    for index in np.ndindex(got[path].shape[:-2]):
+      w, g = started[path][index], gradient[path][index]
+      np.testing.assert_allclose(got[path][index], alone(w, g), atol=1e-5, err_msg=f'{path} {index}')
+  still = dict(tree.items(trained(make('muon', axes), params, [jax.tree.map(np.zeros_like, params)])))
+  for path, kind in EXPERTS_KINDS.items():
+    left = 1.0 if kind == 'vector' else 1 - 0.03 * 0.2
+    np.testing.assert_allclose(still[path], left * started[path], rtol=1e-5, atol=1e-7, err_msg=path)
 
 
 def test_what_is_no_matrix_gets_adamw_under_muon():

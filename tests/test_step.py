@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import LLAMA, randomized
+from conftest import EXPERTS, LLAMA, randomized
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -20,6 +20,7 @@ from jaxlm.models import Run
 from jaxlm.train import make_train_step, optim, state
 
 RNG = np.random.default_rng(13)
+ROUTED = dataclasses.replace(EXPERTS, qkv_bias=False)  # the gradient of a key's bias is nothing but rounding
 
 
 def keep_gradient():
@@ -48,17 +49,17 @@ def language_batch(rows, length, vocab, seed=3):
 
 
 @cache
-def whole_batch_gradient():
-  return gradient(1)
+def whole_batch_gradient(cfg=LLAMA):
+  return gradient(1, cfg=cfg)
 
 
-def gradient(accum, devices=1):
+def gradient(accum, devices=1, cfg=LLAMA):
   """(gradient, metrics) of one batch of eight rows of a language model, however it is cut."""
-  batch = language_batch(8, 7, LLAMA.vocab_size)
+  batch = language_batch(8, 7, cfg.vocab_size)
   mesh = sharding.make_mesh(data=devices, fsdp=1, devices=jax.devices()[:devices])
-  loss_fn = objectives.next_token(LLAMA, Run(), z_loss=1e-3)
+  loss_fn = objectives.next_token(cfg, Run(), z_loss=1e-3)
   step = make_train_step(loss_fn, keep_gradient(), accum=accum)
-  start = state.create(randomized(LLAMA), keep_gradient(), jax.random.key(0))
+  start = state.create(randomized(cfg), keep_gradient(), jax.random.key(0))
   rows = NamedSharding(mesh, P('data'))
   jitted = jax.jit(step, in_shardings=(NamedSharding(mesh, P()), rows))
   end, metrics = jitted(start, batch)
@@ -66,10 +67,14 @@ def gradient(accum, devices=1):
 
 
 @pytest.mark.parametrize('accum, devices', [(2, 1), (8, 1), (1, 8), (2, 4)])
-def test_accumulation_and_devices_leave_the_gradient(accum, devices):
-  (expected, told), (got, metrics) = whole_batch_gradient(), gradient(accum, devices)
+@pytest.mark.parametrize('cfg', [LLAMA, ROUTED], ids=['llama', 'experts'])
+def test_accumulation_and_devices_leave_the_gradient(accum, devices, cfg):
+  (expected, told), (got, metrics) = whole_batch_gradient(cfg), gradient(accum, devices, cfg)
   assert float(told['weight']) == language_batch(8, 7, 131)['loss_mask'].sum() > 0
-  chex.assert_trees_all_close(metrics, told, rtol=1e-6)
+  assert (told.keys() >= {'balance', 'router_z'}) == (cfg is ROUTED)
+  routers = ('balance', 'router_z') if accum > 1 else ()  # of a micro-batch each
+  keep = lambda found: {name: x for name, x in found.items() if name not in routers}
+  chex.assert_trees_all_close(keep(metrics), keep(told), rtol=1e-6)
   for (path, mine), theirs in zip(tree.items(got), jax.tree.leaves(expected), strict=True):
     norm = np.linalg.norm(theirs)
     assert norm > 0, path
@@ -264,6 +269,7 @@ STEPS = 43
 MODEL = dataclasses.replace(
   LLAMA, d_model=16, n_layers=2, n_heads=3, n_kv_heads=1, head_dim=6, d_ff=23, vocab_size=127, tie_embeddings=True
 )
+MODELS = {'dense': MODEL, 'experts': dataclasses.replace(MODEL, n_experts=5, shared_d_ff=11)}
 MESHES = {f'data={d} x fsdp={f}': {'data': d, 'fsdp': f} for d, f in ((8, 1), (1, 8), (2, 4))}
 
 COMPILED: list[str] = []  # grows by one with every program that is compiled
@@ -273,10 +279,10 @@ jax.monitoring.register_event_duration_secs_listener(
 
 
 @cache
-def curve(optimizer_name, sizes, devices):
+def curve(optimizer_name, sizes, devices, model='dense'):
   """([loss, gradient norm] of every step, specs of the last parameters), by `program.build` and `program.put`."""
   run = config.Pretrain(
-    model=MODEL,
+    model=MODELS[model],
     data=config.Data(seq_len=11, global_batch=8),
     optim=config.Optim(name=optimizer_name, lr=1e-2, warmup_steps=5),
     steps=STEPS,
@@ -297,14 +303,16 @@ def curve(optimizer_name, sizes, devices):
   return np.array(rows), jax.tree.map(lambda x: x.sharding.spec, now.params)
 
 
-ALIKE = [*((mesh, 'adamw') for mesh in MESHES), *(('data=2 x fsdp=4', name) for name in ('muon', 'adafactor'))]
+ALIKE = [(mesh, 'adamw', model) for model in MODELS for mesh in MESHES]
+EXTRA = (('muon', 'dense'), ('adafactor', 'dense'), ('muon', 'experts'))
+ALIKE += [('data=2 x fsdp=4', name, model) for name, model in EXTRA]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('mesh, name', ALIKE)
-def test_every_mesh_trains_alike(mesh, name):
-  alone, _ = curve(name, (('data', 1), ('fsdp', 1)), 1)
-  many, specs = curve(name, tuple(MESHES[mesh].items()), 8)
+@pytest.mark.parametrize('mesh, name, model', ALIKE)
+def test_every_mesh_trains_alike(mesh, name, model):
+  alone, _ = curve(name, (('data', 1), ('fsdp', 1)), 1, model)
+  many, specs = curve(name, tuple(MESHES[mesh].items()), 8, model)
   assert alone[-1, 0] < 0.8 * alone[0, 0]  # it did learn: a constant would agree too
   np.testing.assert_allclose(many, alone, rtol=1e-5)
   assert specs['layers']['attn']['q'] == P(None, 'fsdp', 'tensor')
