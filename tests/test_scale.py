@@ -70,6 +70,8 @@ def test_heads_divide_at_every_depth(depth):
   assert model.d_ff % 128 == 0
   alone = dataclasses.replace(BASE.model, n_kv_heads=None)
   assert scale.shape(alone, depth).n_kv_heads is None
+  shared = dataclasses.replace(BASE.model, n_experts=5, shared_d_ff=BASE.model.d_ff)
+  assert scale.shape(shared, depth).shared_d_ff == model.d_ff and model.shared_d_ff == 0
 
 
 @pytest.mark.parametrize('name, power', [('adamw', 1.0), ('muon', 0.5), ('lion', 1.0), ('schedule_free', 1.0)])

@@ -21,6 +21,7 @@ from jaxlm.train import make_train_step, optim, state
 
 RNG = np.random.default_rng(13)
 ROUTED = dataclasses.replace(EXPERTS, qkv_bias=False)  # the gradient of a key's bias is nothing but rounding
+ROUNDING = {LLAMA: 1e-6, ROUTED: 3e-6}  # in float64 the latter differs by 1e-15
 
 
 def keep_gradient():
@@ -78,7 +79,7 @@ def test_accumulation_and_devices_leave_the_gradient(accum, devices, cfg):
   for (path, mine), theirs in zip(tree.items(got), jax.tree.leaves(expected), strict=True):
     norm = np.linalg.norm(theirs)
     assert norm > 0, path
-    assert np.linalg.norm(mine - theirs) <= 1e-6 * norm, path
+    assert np.linalg.norm(mine - theirs) <= ROUNDING[cfg] * norm, path
 
 
 def test_the_gradient_is_the_sum_over_the_weight():
