@@ -1,7 +1,7 @@
 """From names to shardings: a mesh, one table of rules, and the shardings of a whole train state derived from it."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -67,6 +67,25 @@ def constrain(x: jax.Array, names: Sequence[str | None], rules: Rules | None) ->
   if rules is None or jax.sharding.get_abstract_mesh().empty:
     return x
   return jax.lax.with_sharding_constraint(x, spec(names, rules))
+
+
+def own_tokens(fn: Callable[[Any, Any], Any], tokens: Any, whole: Any, rules: Rules | None) -> Any:
+  """`fn(tokens, whole)` with each device at its own part of `tokens`, and of what is returned, all [B, T, ...].
+
+  For what the compiler would do on every device for all tokens. Without rules or mesh, or where B and T do not divide,
+  it is `fn` itself; mesh axes that neither batch nor sequence is laid on are left to the compiler.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if rules is None or mesh.empty:
+    return fn(tokens, whole)
+  partition = spec(('batch', 'seq'), rules)
+  axes = [(one,) if isinstance(one, str) else one or () for one in partition]
+  ways = [math.prod(mesh.shape[a] for a in some) for some in axes]
+  if any(size % n for x in jax.tree.leaves(tokens) for size, n in zip(x.shape, ways, strict=False)):
+    return fn(tokens, whole)
+  names = {a for some in axes for a in some}
+  specs = (partition, PartitionSpec())
+  return jax.shard_map(fn, in_specs=specs, out_specs=partition, axis_names=names)(tokens, whole)
 
 
 def batch_shardings(batch: Any, mesh: Mesh, rules: Rules = RULES) -> Any:

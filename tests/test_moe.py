@@ -12,8 +12,8 @@ import pytest
 from conftest import EXPERTS, LLAMA, randomized
 from tiny_run import BASE, furnish
 
-from jaxlm import cli, models
-from jaxlm.config import Mesh, Pretrain
+from jaxlm import cli, models, program, sharding
+from jaxlm.config import Data, Mesh, Pretrain
 from jaxlm.errors import InputError
 from jaxlm.models import LowRank, ModelConfig, Run, dense
 from jaxlm.models.linear import grouped
@@ -229,6 +229,21 @@ def test_a_run_with_experts_on_eight_devices_writes_what_its_routers_add(tmp_pat
   assert cli.main([*run, str(home / 'plain'), *plain]) == 0
   (row,) = (row for row in metrics.read_rows(home / 'plain' / 'metrics.jsonl') if row['step'] == 4)
   assert row['train/loss'] == row['train/nll'] and not {'train/balance', 'train/router_z'} & row.keys()
+
+
+@pytest.mark.parametrize('sizes', [{'data': 8, 'fsdp': 1}, {'data': 2, 'fsdp': 2, 'tensor': 2}])
+def test_each_device_computes_its_own_tokens(sizes):
+  """Read from the compiled step: left to itself, the compiler has each device do the experts of all of them."""
+  model = ModelConfig(vocab_size=128, d_model=32, n_layers=1, n_heads=2, d_ff=64, n_experts=5)
+  config = Pretrain(model=model, data=Data(seq_len=16, global_batch=8))
+
+  def flops(sizes, devices):
+    mesh = sharding.make_mesh(**sizes, devices=jax.devices()[:devices])
+    with jax.set_mesh(mesh):
+      built = program.build(config, mesh)
+      return built.step.lower(built.abstract, built.batch).compile().cost_analysis()['flops']
+
+  assert flops(sizes, 8) < flops({'data': 1, 'fsdp': 1}, 1) / 4
 
 
 def test_weights_and_widths_that_cannot_be_are_refused():

@@ -88,6 +88,23 @@ def test_constrain_lays_out_an_activation():
   assert y.sharding.shard_shape(y.shape) == (1, 3)
 
 
+@pytest.mark.parametrize('shape, local', [((8, 6), (2, 3)), ((8, 5), (8, 5)), ((6, 6), (6, 6))])
+def test_own_tokens_are_a_devices_part_where_they_divide(shape, local):
+  seen = []
+
+  def fn(tokens, whole):
+    seen.append((tokens.shape, whole.shape))
+    return tokens * jnp.sum(whole)
+
+  x, w = jnp.arange(float(shape[0] * shape[1])).reshape(shape), jnp.arange(4.0)
+  with jax.set_mesh(sharding.make_mesh(data=2, fsdp=2, sequence=2)):
+    y = jax.jit(lambda x, w: sharding.own_tokens(fn, x, w, sharding.RULES))(x, w)
+  assert seen == [(local, (4,))]
+  assert jnp.array_equal(y, 6 * x)
+  assert jnp.array_equal(sharding.own_tokens(fn, x, w, sharding.RULES), y)  # no mesh
+  assert seen[1] == (shape, (4,))
+
+
 @pytest.mark.parametrize('name', ['adamw', 'muon'])
 def test_moments_carry_the_names_of_their_parameter(name):
   axes = models.axes(CFG)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.linear import grouped, linear
+from jaxlm.sharding import Rules, own_tokens
 
 
 def route(
@@ -69,6 +70,7 @@ class MoE(nn.Module):
   declare: Any  # (module, name, shape, axes, scale) -> the weight
   down_scale: float
   shared: Any  # () -> the feed-forward layer that all tokens go through
+  rules: Rules | None = None
 
   @nn.compact
   def __call__(self, x_BTD: Array, real_BT: Array | None = None) -> tuple[Array, dict[str, Array]]:
@@ -82,8 +84,13 @@ class MoE(nn.Module):
     up = self.declare(self, 'up', (E, D, F), ('experts', 'embed', 'mlp'), 1.0)
     gate = self.declare(self, 'gate', (E, D, F), ('experts', 'embed', 'mlp'), 1.0) if cfg.gated_mlp else None
     down = self.declare(self, 'down', (E, F, D), ('experts', 'mlp', 'embed'), self.down_scale)
-    y_SD = mix(x_SD, experts_Sk, weights_Sk, (gate, up, down), self.act)
-    y_BTD = y_SD.reshape(x_BTD.shape)
+
+    def mixed(tokens: Any, weights: Any) -> Array:
+      x, experts, shares = (y.reshape(-1, y.shape[-1]) for y in tokens)
+      return mix(x, experts, shares, weights, self.act).reshape(tokens[0].shape)
+
+    routed = (x_BTD, *(y.reshape(*x_BTD.shape[:2], -1) for y in (experts_Sk, weights_Sk)))
+    y_BTD = own_tokens(mixed, routed, (gate, up, down), self.rules)
     if cfg.shared_d_ff:
       gate_D1 = self.declare(self, 'shared_gate', (D, 1), ('embed', None), 1.0)
       y_BTD += jax.nn.sigmoid(linear(x_BTD, gate_D1)) * self.shared()(x_BTD)

@@ -183,7 +183,7 @@ class Block(nn.Module):
       return MLP(cfg, run, cfg.d_ff, name='mlp')(x_BTD), {}
     declared = lambda module, name, shape, axes, scale: declare(module, name, shape, axes, fan_in(scale))
     shared = lambda: MLP(cfg, run, cfg.shared_d_ff, name='shared')
-    layer = MoE(cfg, ACTIVATIONS[cfg.activation], declared, branch_scale(cfg), shared, name='mlp')
+    layer = MoE(cfg, ACTIVATIONS[cfg.activation], declared, branch_scale(cfg), shared, run.rules, name='mlp')
     return layer(x_BTD, real_BT)
 
 
