@@ -271,6 +271,7 @@ MODEL = dataclasses.replace(
   LLAMA, d_model=16, n_layers=2, n_heads=3, n_kv_heads=1, head_dim=6, d_ff=23, vocab_size=127, tie_embeddings=True
 )
 MODELS = {'dense': MODEL, 'experts': dataclasses.replace(MODEL, n_experts=5, shared_d_ff=11)}
+MODELS['all experts'] = dataclasses.replace(MODELS['experts'], experts_per_token=5)
 MESHES = {f'data={d} x fsdp={f}': {'data': d, 'fsdp': f} for d, f in ((8, 1), (1, 8), (2, 4))}
 
 COMPILED: list[str] = []  # grows by one with every program that is compiled
@@ -304,8 +305,8 @@ def curve(optimizer_name, sizes, devices, model='dense'):
   return np.array(rows), jax.tree.map(lambda x: x.sharding.spec, now.params)
 
 
-ALIKE = [(mesh, 'adamw', model) for model in MODELS for mesh in MESHES]
-EXTRA = (('muon', 'dense'), ('adafactor', 'dense'), ('muon', 'experts'))
+ALIKE = [(mesh, 'adamw', model) for model in ('dense', 'experts') for mesh in MESHES]
+EXTRA = (('muon', 'dense'), ('adafactor', 'dense'), ('muon', 'experts'), ('adamw', 'all experts'))
 ALIKE += [('data=2 x fsdp=4', name, model) for name, model in EXTRA]
 
 
@@ -315,5 +316,6 @@ def test_every_mesh_trains_alike(mesh, name, model):
   alone, _ = curve(name, (('data', 1), ('fsdp', 1)), 1, model)
   many, specs = curve(name, tuple(MESHES[mesh].items()), 8, model)
   assert alone[-1, 0] < 0.8 * alone[0, 0]  # it did learn: a constant would agree too
-  np.testing.assert_allclose(many, alone, rtol=1e-5)
+  same = 11 if model == 'experts' else STEPS  # later a rounding may send a token to another expert
+  np.testing.assert_allclose(many[:same], alone[:same], rtol=1e-5)
   assert specs['layers']['attn']['q'] == P(None, 'fsdp', 'tensor')
