@@ -30,6 +30,9 @@ BASE = {
 WIDE = BASE | {'hidden_size': 44, 'head_dim': 18}  # heads that do not divide the width
 LLAMA3 = {'rope_type': 'llama3', 'rope_theta': 500.0, 'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0}
 YARN = {'rope_type': 'yarn', 'rope_theta': 500.0, 'factor': 4.0, 'original_max_position_embeddings': 16}
+VISION = {'hidden_size': 16, 'intermediate_size': 20, 'num_hidden_layers': 1, 'num_attention_heads': 2}
+VISION |= {'image_size': 28, 'patch_size': 14, 'vision_use_head': False}
+GEMMA3 = BASE | {'num_hidden_layers': 7, 'head_dim': 18, 'sliding_window': WINDOW, 'query_pre_attn_scalar': 11}
 EXPERTS = {'num_experts_per_tok': 2, 'num_local_experts': 5}
 FAMILIES = {
   'llama2': ('Llama', BASE),
@@ -45,15 +48,17 @@ FAMILIES = {
   'qwen3': ('Qwen3', WIDE),
   'olmo2': ('Olmo2', BASE),
   'gemma2': ('Gemma2', BASE | {'head_dim': 18, 'sliding_window': WINDOW, 'query_pre_attn_scalar': 11}),
-  'gemma3': (
-    'Gemma3Text',
-    BASE | {'num_hidden_layers': 7, 'head_dim': 18, 'sliding_window': WINDOW, 'query_pre_attn_scalar': 11},
-  ),
+  'gemma3': ('Gemma3Text', GEMMA3),
+  'gemma3-multimodal': ('Gemma3', {'text_config': GEMMA3, 'vision_config': VISION, 'mm_tokens_per_image': 4}),
   'gpt2': ('GPT2', {'vocab_size': V, 'n_positions': 97, 'n_embd': 42, 'n_layer': 3, 'n_head': 3, 'n_inner': 53}),
   'mixtral': ('Mixtral', WIDE | EXPERTS),
   'qwen3-moe': ('Qwen3Moe', WIDE | EXPERTS | {'moe_intermediate_size': 23, 'norm_topk_prob': True}),
 }
-HEADS = {'GPT2': 'GPT2LMHeadModel', 'Gemma3Text': 'Gemma3ForCausalLM'}
+HEADS = {
+  'GPT2': 'GPT2LMHeadModel',
+  'Gemma3Text': 'Gemma3ForCausalLM',
+  'Gemma3': 'Gemma3ForConditionalGeneration',
+}
 HOW = {'attn_implementation': 'eager', 'experts_implementation': 'eager'}
 
 
@@ -154,7 +159,7 @@ def test_a_step_later_it_is_exported_and_transformers_agrees(family, tmp_path):
   assert np.isfinite(float(metrics['loss']))
   kind = interop.export(model._replace(params=state.params), tmp_path / 'out')
   again = reopened(tmp_path / 'out')
-  assert type(again).__name__ == type(reopened(folder)).__name__, kind
+  assert type(again).__name__ == type(reopened(folder)).__name__.replace('ConditionalGeneration', 'CausalLM'), kind
   got = ours(model.cfg, state.params, tokens())
   np.testing.assert_allclose(got, theirs(again, tokens()), atol=1e-4)
   assert np.abs(np.asarray(got) - theirs(reopened(folder), tokens())).max() > 1e-3

@@ -17,10 +17,10 @@ from jaxlm.files import read_json
 from jaxlm.interop import hf_config
 from jaxlm.interop.families import FAMILIES, Stored
 from jaxlm.interop.foreign import Foreign
+from jaxlm.interop.published import BUFFERS, text_model
 from jaxlm.models.config import ModelConfig
 
 SHARD_BYTES = 1 << 30  # of a safetensors file
-BUFFERS = ('rotary_emb.inv_freq', '.attn.bias', '.attn.masked_bias')  # tensors in old files that are no weights
 
 
 class Model(NamedTuple):
@@ -31,6 +31,7 @@ class Model(NamedTuple):
   tokenizer: Tokenizer | None
   chat_template: str | None
   generation: dict[str, Any]
+  left_out: str = ''  # what of the source is not in it, in words
 
 
 def open_directory(path: epath.PathLike) -> Foreign:
@@ -47,7 +48,7 @@ def open_directory(path: epath.PathLike) -> Foreign:
   there = (path / 'tokenizer.json').exists()
   extra = {name: _json(path / name) if (path / name).exists() else {} for name in ('generation_config.json', _TOKENS)}
   template = path / 'chat_template.jinja'
-  return Foreign(
+  found = Foreign(
     str(path),
     config,
     shapes,
@@ -56,6 +57,7 @@ def open_directory(path: epath.PathLike) -> Foreign:
     template.read_text() if template.exists() else extra[_TOKENS].get('chat_template'),
     extra['generation_config.json'],
   )
+  return text_model(found)
 
 
 def load(foreign: Foreign, *, mesh: Any = None, rules: Any = sharding.RULES, dtype: Any = jnp.float32) -> Model:
@@ -82,7 +84,7 @@ def load(foreign: Foreign, *, mesh: Any = None, rules: Any = sharding.RULES, dty
 
   params = tree.path_map(leaf, abstract, is_leaf=sharding.is_named)
   _check_unused(foreign, cfg, names, used)
-  return Model(cfg, params, foreign.tokenizer, foreign.chat_template, foreign.generation)
+  return Model(cfg, params, foreign.tokenizer, foreign.chat_template, foreign.generation, foreign.left_out)
 
 
 def export(model: Model, directory: epath.PathLike, *, dtype: Any = jnp.float32) -> str:
