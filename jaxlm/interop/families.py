@@ -18,7 +18,9 @@ HARMLESS = frozenset(
     *('summary_proj_to_labels', 'summary_first_dropout', 'task_specific_params', 'gradient_checkpointing'),
     *('cache_implementation', 'max_window_layers', '_sliding_window_pattern', 'sliding_window_pattern', 'use_cache'),
     *('n_ctx', 'output_past', 'reorder_and_upcast_attn', '_attn_implementation', 'is_llama_config'),
-    *('transformers.js_config', 'unsloth_fixed', 'unsloth_version'),
+    *('transformers.js_config', 'unsloth_fixed', 'unsloth_version', 'output_hidden_states', 'output_attentions'),
+    *('return_dict', 'chunk_size_feed_forward', 'is_encoder_decoder', 'id2label', 'label2id', 'problem_type'),
+    *('_num_labels', 'n_special', 'predict_special_tokens'),
   )
 )
 
@@ -185,7 +187,7 @@ FAMILIES: dict[str, Family] = {
     _SIZES | _SOFTCAPS,
     _GEMMA | {'attn_logit_softcapping': 50.0, 'final_logit_softcapping': 30.0, 'period': 2},
     {'norm_at': 'both'},
-    _NO_BIAS | {'use_bidirectional_attention': None, 'sliding_window_pattern': 2},
+    _NO_BIAS | {'use_bidirectional_attention': None, 'sliding_window_pattern': 2, 'sliding_window_size': 4096},
     _gemma_names(),
   ),
   'gemma3_text': Family(

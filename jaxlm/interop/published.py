@@ -28,6 +28,8 @@ def _inside(foreign: Foreign, kind: str) -> Foreign:
   for key, value in whole.items():
     if key not in {'text_config', 'tie_word_embeddings', *OF_IMAGES, *HARMLESS}:
       raise InputError(f'{where}: {key}={value!r} is not known to leave the numbers of {kind} as they are')
+  if text.get('final_logit_softcapping') is not None:  # which transformers leaves out of the whole
+    raise InputError(f'{where}: final_logit_softcapping is not supported for {whole["model_type"]}')
   tied = [config['tie_word_embeddings'] for config in (whole, text) if 'tie_word_embeddings' in config]
   if len(set(map(bool, tied))) > 1:
     raise InputError(f'{where}: tie_word_embeddings of the whole and of its text_config differ')
