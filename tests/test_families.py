@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
 from safetensors.numpy import load_file, save_file
 
 from jaxlm import interop, models, objectives, sample, train
@@ -235,7 +234,7 @@ def test_windows_are_where_transformers_has_them(kind, settings):
 
 
 def multimodal(folder):
-  """A tiny multimodal model, saved by transformers with the keys that its makers write: the others at their defaults."""
+  """A tiny multimodal model, saved by transformers with the few keys that its makers write."""
   torch.manual_seed(0)
   text = {'hidden_size': 48, 'intermediate_size': 53, 'num_hidden_layers': 7, 'sliding_window': WINDOW}
   text |= {'rope_scaling': {'rope_type': 'linear', 'factor': 8.0}, 'vocab_size': V}
