@@ -82,6 +82,20 @@ class Tokenizer:
     return self.inner.token_to_id(self.names.get('pad', self.names['eos']))
 
   @cached_property
+  def prefix_ids(self) -> list[int]:
+    """What it puts before a text by itself, and a prompt therefore begins with.
+
+    A brought tokenizer's post-processor says it, though it may name a token that it never puts there. One that was
+    trained here has none, and its documents begin with `bos_id`.
+    """
+    if self.inner.post_processor is None:
+      return [self.bos_id] if self.names.get('bos') == BOS and self.bos_id is not None else []
+    whole = self.inner.encode('a')
+    return [
+      i for i, _ in itertools.takewhile(lambda pair: pair[1], zip(whole.ids, whole.special_tokens_mask, strict=True))
+    ]
+
+  @cached_property
   def control_ids(self) -> frozenset[int]:
     """Ids that stand for no text."""
     return frozenset(i for i, t in self.inner.get_added_tokens_decoder().items() if t.special)
