@@ -90,8 +90,8 @@ class Renderer:
   def _running(self) -> subprocess.Popen:
     if self._child is None or self._child.poll() is not None:
       code = 'from jaxlm.data import template; template.worker()'
-      pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE}
-      self._child = subprocess.Popen([sys.executable, '-c', code], start_new_session=True, **pipes)  # apart from ctrl-c
+      command, pipe = [sys.executable, '-c', code], subprocess.PIPE
+      self._child = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)  # out of ctrl-c's reach
     return self._child
 
   def close(self) -> None:

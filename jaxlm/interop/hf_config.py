@@ -12,6 +12,14 @@ from jaxlm.models.config import ModelConfig
 ROPE_KEYS = {'rope_type', 'type', 'rope_theta', 'factor', 'original_max_position_embeddings'} | {
   'low_freq_factor', 'high_freq_factor', 'beta_slow', 'beta_fast', 'attention_factor'
 }  # fmt: skip
+MOST = {'num_hidden_layers': 4097, 'n_layer': 4097}  # a pattern is found in time that grows with their square
+OTHERS = {
+  **dict.fromkeys(('sliding_window', 'sliding_window_pattern', '_sliding_window_pattern', 'max_window_layers'), 'int'),
+  **dict.fromkeys(('rope_theta', 'rope_local_base_freq', 'query_pre_attn_scalar'), 'float'),
+  **dict.fromkeys(('attention_bias', 'mlp_bias', 'use_sliding_window'), 'bool'),
+  **dict.fromkeys(('rope_scaling', 'rope_parameters'), 'dict'),
+  'layer_types': 'list',
+}  # what is no field by itself
 LAYERED = {'period', 'max_window_layers'}  # a family with one of these reads `layer_types`, others ignore them
 
 
@@ -31,6 +39,7 @@ def parse(config: Mapping[str, Any], where: str) -> ModelConfig:
   values = {**family.defaults, **config}
   if missing := [key for key in family.keys if key not in values]:
     raise InputError(f'{where}: no {", ".join(missing)}')
+  _check_values(values, family, where)
   for key, value in config.items():
     if key in family.only and value != family.only[key] and (value is not None or family.only[key]):
       raise InputError(f'{where}: {key}={value!r} is not supported for {kind}')
@@ -38,7 +47,7 @@ def parse(config: Mapping[str, Any], where: str) -> ModelConfig:
       raise InputError(f'{where}: {key}={value!r} is not known to leave the numbers of {kind} as they are')
   fields = {field: values[key] for key, field in family.keys.items() if values[key] is not None} | dict(family.fixed)
   activation = _first(values, 'hidden_activation', 'hidden_act', 'activation_function')
-  if activation not in ACTIVATIONS:
+  if not isinstance(activation, str) or activation not in ACTIVATIONS:
     raise InputError(f'{where}: the activation {activation!r} is none of {", ".join(ACTIVATIONS)}')
   fields['activation'] = ACTIVATIONS[activation]
   fields.setdefault('d_ff', 4 * fields['d_model'])
@@ -56,6 +65,43 @@ def parse(config: Mapping[str, Any], where: str) -> ModelConfig:
     return ModelConfig(**fields)
   except (InputError, TypeError) as error:
     raise InputError(f'{where}: {error}') from error
+
+
+def _check_values(values: Mapping[str, Any], family: Family, where: str) -> None:
+  """Raises InputError for a value of another type, or beyond what any model has: before it is computed with."""
+  fields = {field.name: str(field.type) for field in dataclasses.fields(ModelConfig)}
+  kinds = {key: fields[field] for key, field in family.keys.items()} | OTHERS
+  for key in values.keys() & kinds.keys():
+    value, kind = values[key], kinds[key]
+    if value is None and (key in OTHERS or family.defaults.get(key, 0) is None or key == 'num_key_value_heads'):
+      continue
+    most = MOST.get(key, 1 << 31)
+    if 'bool' in kind:
+      good = isinstance(value, bool)
+    elif 'int' in kind:
+      good = type(value) is int and 0 <= value < most
+    elif 'dict' in kind:
+      good = isinstance(value, dict) and _good_rope(value)
+    elif 'list' in kind:
+      good = isinstance(value, list) and all(isinstance(one, str) for one in value)
+    else:
+      good = type(value) in (int, float) and 0 < value < 1e30
+    if not good:
+      raise InputError(f'{where}: {key}={value!r} is not supported: damaged?')
+
+
+def _good_rope(found: Mapping[str, Any]) -> bool:
+  """Whether what is known of the rope parameters has the right types; the rest is refused by name elsewhere."""
+  for key, value in found.items():
+    if key in KINDS:
+      good = value is None or (isinstance(value, dict) and not value.keys() & KINDS.keys() and _good_rope(value))
+    elif key in ('rope_type', 'type'):
+      good = value is None or isinstance(value, str)
+    else:
+      good = key not in ROPE_KEYS or value is None or (type(value) in (int, float) and 0 < value < 1e30)
+    if not good:
+      return False
+  return True
 
 
 def write(cfg: ModelConfig, kind: str) -> dict[str, Any]:
@@ -137,6 +183,8 @@ def _pattern(values: Mapping[str, Any], family: Family, layers: int, where: str)
   kinds = ('global' if window is None else 'local',) * layers
   if window is not None and listed is None and 'period' in values:
     period = _first(values, 'sliding_window_pattern', '_sliding_window_pattern', 'period')
+    if not period:
+      raise InputError(f'{where}: sliding_window_pattern={period} is not supported')
     kinds = tuple('local' if (i + 1) % period else 'global' for i in range(layers))
   elif window is not None and listed is None and 'max_window_layers' in family.defaults:
     kinds = tuple('local' if i >= values['max_window_layers'] else 'global' for i in range(layers))
@@ -161,7 +209,7 @@ def _rope(values: Mapping[str, Any], family: Family, length: int, where: str) ->
   if local.get('rope_type', 'default') != 'default':
     raise InputError(f'{where}: rope_parameters of sliding_attention: {local["rope_type"]!r} is not supported')
   usual = {**family.defaults, **{key: value for key, value in values.items() if value is not None}}
-  whole = {'rope_theta': usual['rope_theta'], **whole, **old}
+  whole = {'rope_theta': usual['rope_theta'], **{key: x for key, x in (whole | old).items() if x is not None}}
   fields = {'rope_theta': float(whole['rope_theta'])}
   if by_kind:
     fields['rope_theta_local'] = float(local.get('rope_theta') or usual['rope_local_base_freq'])
