@@ -240,6 +240,8 @@ def _chat(args: Sequence[str]) -> None:
 
   print(devices_line(), file=sys.stderr, flush=True)
   model, draft = chatting.open_model(options.model), _draft(options.draft)
+  if model.left_out:
+    print(f'{options.model}: {model.left_out}', file=sys.stderr)
   asked = {name: getattr(options, name) for name in ('temperature', 'top_k', 'top_p', 'min_p')} | {
     'repetition': options.repetition_penalty
   }
@@ -261,6 +263,8 @@ def _import(args: Sequence[str]) -> None:
 
   print(devices_line(), flush=True)
   model = foreign.import_run(options.source, options.run)
+  if model.left_out:
+    print(f'{options.source}: {model.left_out}')
   print(f'{options.run}: {tree.size(model.params):,} parameters, {model.cfg.vocab_size:,} tokens')
 
 

@@ -150,31 +150,69 @@ class Training:
       self.say(f'step {step}/{self.total}  {figures(row)}  left {left}')
 
 
+class Interrupts:
+  """What ctrl-c does in a conversation: KeyboardInterrupt where a line is awaited, elsewhere only a note.
+
+  An exception would come up wherever the main thread is: in the middle of a compilation, of a template's answer.
+  """
+
+  def __init__(self) -> None:
+    self.awaiting = self.pressed = False
+
+  def __enter__(self) -> 'Interrupts':
+    self._before = signal.signal(signal.SIGINT, self._noted)
+    return self
+
+  def __exit__(self, *_: Any) -> None:
+    signal.signal(signal.SIGINT, self._before)
+
+  def _noted(self, *_: Any) -> None:
+    if self.awaiting:
+      raise KeyboardInterrupt
+    self.pressed = True
+
+  def line(self) -> str:
+    """A line of input. Raises EOFError at its end, KeyboardInterrupt on ctrl-c."""
+    self.awaiting = True
+    try:
+      return input('> ' if sys.stdin.isatty() else '')
+    finally:
+      self.awaiting = self.pressed = False
+
+
 def conversation(answer: Callable[[int, list[dict[str, str]]], Iterator[str]], system: str | None = None) -> None:
-  """Turns in the terminal until the input ends: `answer(turn, messages)` gives the pieces of what is said back."""
+  """Turns in the terminal until the input ends: `answer(turn, messages)` gives the pieces of what is said back.
+
+  Ctrl-c stops an answer, whose beginning stays in the history; where nothing is being answered it ends the talk.
+  """
   start = [{'role': 'system', 'content': system}] if system else []
   messages, turn = list(start), 0
-  while True:
-    try:
-      said = input('> ' if sys.stdin.isatty() else '')
-    except (EOFError, KeyboardInterrupt):
-      print()
-      return
-    if said.strip() == '/exit':
-      return
-    if said.strip() == '/reset':
-      messages = list(start)
-      continue
-    if not said.strip():
-      continue
-    messages.append({'role': 'user', 'content': said})
-    told = ''
-    try:
-      for piece in answer(turn, messages):
-        told += piece
-        print(piece, end='', flush=True)
-    except KeyboardInterrupt:
+  with Interrupts() as interrupts:
+    while True:
+      try:
+        said = interrupts.line()
+      except (EOFError, KeyboardInterrupt):
+        print()
+        return
+      if said.strip() == '/exit':
+        return
+      if said.strip() == '/reset':
+        messages = list(start)
+      elif said.strip():
+        messages.append({'role': 'user', 'content': said})
+        told = _told(answer(turn, messages), interrupts)
+        messages.append({'role': 'assistant', 'content': told})
+        turn += 1
+
+
+def _told(pieces: Iterator[str], interrupts: Interrupts) -> str:
+  """Prints an answer as it comes, up to a ctrl-c; returns what was printed of it."""
+  told = ''
+  for piece in pieces:
+    if interrupts.pressed:
       print(' ...', end='')
-    print('\n')
-    messages.append({'role': 'assistant', 'content': told})
-    turn += 1
+      break
+    told += piece
+    print(piece, end='', flush=True)
+  print('\n')
+  return told

@@ -1,8 +1,17 @@
 """The two exceptions that end a command on purpose, their messages shown as they are, and the checks of numbers."""
 
+LONGEST = 1000  # characters of a message
+
 
 class InputError(Exception):
-  """What was wrong, where, and what to do about it. The CLI prints it and leaves with a non-zero exit code."""
+  """What was wrong, where, and what to do about it. The CLI prints it and leaves with a non-zero exit code.
+
+  It is one line of printable characters, however a file that it quotes was made.
+  """
+
+  def __init__(self, line: str):
+    line = line if len(line) <= LONGEST else f'{line[: LONGEST - 4]} ...'
+    super().__init__(''.join(c if c.isprintable() else repr(c)[1:-1] for c in line))
 
 
 class Stopped(Exception):

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
@@ -66,10 +67,24 @@ def write_whole(path: Any, text: str) -> None:
   _sync(part.parent)
 
 
+def read_text(path: Any, most: int = 1 << 28) -> str:
+  """A file's text. Raises InputError on one that is no plain file, no UTF-8 or of more than `most` bytes."""
+  if not remote(path):
+    found = Path(os.fspath(path)).stat()
+    if not stat.S_ISREG(found.st_mode):
+      raise InputError(f'{path}: no plain file')
+    if found.st_size > most:
+      raise InputError(f'{path}: damaged: {found.st_size} bytes, where {most} are more than enough')
+  try:
+    return epath.Path(path).read_text(encoding='utf-8')
+  except UnicodeDecodeError as error:
+    raise InputError(f'{path}: damaged: no UTF-8 at byte {error.start}') from error
+
+
 def read_json(path: Any, kind: type = dict) -> Any:
   """What a file of one JSON object (or list) says. Raises InputError if it was cut short or damaged."""
   try:
-    found = json.loads(epath.Path(path).read_text())
+    found = json.loads(read_text(path))
   except (ValueError, RecursionError) as error:
     raise InputError(f'{path}: damaged: not JSON: {error}') from error
   if not isinstance(found, kind):

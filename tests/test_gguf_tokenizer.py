@@ -112,6 +112,7 @@ def test_what_a_text_begins_with_is_the_post_processors(pre, more, want):
   ours = build('x', byte_level(trained(pre), pre, **more), 'llama')
   assert ours.inner.decode(ours.inner.encode('a').ids, skip_special_tokens=False) == want
   assert ours.decode(ours.encode('a')) == 'a' and len(ours.encode('a')) == 1
+  assert ours.prefix_ids == ([0] if want.startswith('<|bos|>') else [])
 
 
 def test_the_old_default_is_gpt2s_for_gpt2_alone():

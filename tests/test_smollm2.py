@@ -17,7 +17,7 @@ import pytest
 
 from jaxlm import interop, models, sample
 from jaxlm.data import chat
-from jaxlm.loops import chatting
+from jaxlm.loops import chatting, writing
 
 pytestmark = pytest.mark.slow
 GOLDEN = np.load(Path(__file__).parent / 'golden' / 'smollm2.npz')
@@ -56,6 +56,27 @@ def test_all_greedy_tokens_are_those_of_transformers(model, draft):
   )
   for row, name in zip(np.asarray(out.tokens_BN), PROMPTS, strict=True):
     np.testing.assert_array_equal(row, GOLDEN[f'{name}_greedy'], err_msg=name)
+
+
+def test_a_raw_prompt_is_continued_as_transformers_does(model):
+  """It names a token for beginnings, and puts it before no text."""
+  prompts = json.loads(str(GOLDEN['meta_json']))['prompts']
+  assert model.tokenizer.bos_id is not None and model.tokenizer.prefix_ids == []
+  for name in ('raw_once', 'raw_unicode'):
+    assert model.tokenizer.encode(prompts[name]) == GOLDEN[f'{name}_ids'].tolist()
+    greedy = GOLDEN[f'{name}_greedy'].tolist()
+    ends = greedy.index(model.tokenizer.eos_id) if model.tokenizer.eos_id in greedy else len(greedy)
+    (text,) = writing.complete(
+      model.cfg,
+      model.params,
+      model.tokenizer,
+      [prompts[name]],
+      jax.random.key(0),
+      new=32,
+      run=models.Run(),
+      sampling=sample.Sampling(0.0),
+    )
+    assert text == model.tokenizer.decode(greedy[:ends])
 
 
 def test_its_template_gives_the_same_ids_and_it_knows_paris(model):

@@ -75,6 +75,9 @@ class Renderer:
         line = child.stdout.readline() if select.select([child.stdout], [], [], self.seconds)[0] else None  # ty: ignore
       except OSError:
         line = b''
+      except BaseException:  # interrupted: what the child still says would be taken for its next answer
+        self.close()
+        raise
       if not line:
         self.close()
         why = 'ran out of memory or died' if line == b'' else f'took more than {self.seconds:g} seconds'
@@ -87,7 +90,8 @@ class Renderer:
   def _running(self) -> subprocess.Popen:
     if self._child is None or self._child.poll() is not None:
       code = 'from jaxlm.data import template; template.worker()'
-      self._child = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+      command, pipe = [sys.executable, '-c', code], subprocess.PIPE
+      self._child = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)  # out of ctrl-c's reach
     return self._child
 
   def close(self) -> None:

@@ -16,10 +16,11 @@ from etils import epath
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from jaxlm.errors import InputError
-from jaxlm.files import read_json, write_whole
+from jaxlm.files import read_json, read_text, write_whole
 
 BOS, EOS, PAD = '<|bos|>', '<|eos|>', '<|pad|>'  # ids 0, 1, 2 of the tokenizers trained here
 ROLES = ('bos', 'eos', 'pad')
+LARGEST = 1 << 24  # ids: more than any vocabulary has, and little enough for an array with a number for each
 # What other families call them, looked up only where no tokenizer_config.json says it.
 USUAL = {
   'bos': (BOS, '<s>', '<bos>', '<|begin_of_text|>', '<|startoftext|>', '<|endoftext|>'),
@@ -80,6 +81,20 @@ class Tokenizer:
   def pad_id(self) -> int:
     """The end-of-text token where there is none for padding."""
     return self.inner.token_to_id(self.names.get('pad', self.names['eos']))
+
+  @cached_property
+  def prefix_ids(self) -> list[int]:
+    """What it puts before a text by itself, and a prompt therefore begins with.
+
+    A brought tokenizer's post-processor says it, though it may name a token that it never puts there. One that was
+    trained here has none, and its documents begin with `bos_id`.
+    """
+    if self.inner.post_processor is None:
+      return [self.bos_id] if self.names.get('bos') == BOS and self.bos_id is not None else []
+    whole = self.inner.encode('a')
+    return [
+      i for i, _ in itertools.takewhile(lambda pair: pair[1], zip(whole.ids, whole.special_tokens_mask, strict=True))
+    ]
 
   @cached_property
   def control_ids(self) -> frozenset[int]:
@@ -151,14 +166,22 @@ def load(path: epath.PathLike) -> Tokenizer:
   if not path.exists():
     raise InputError(f'{path}: no such tokenizer file')
   config = read_json(_config_path(path)) if _config_path(path).exists() else {}
+  text = read_text(path)
   try:
-    inner = tokenizers.Tokenizer.from_str(path.read_text())
+    inner = tokenizers.Tokenizer.from_str(text)
   except Exception as error:  # the library raises bare Exception
     raise InputError(f'{path}: not a tokenizer.json: {error}') from error
+  names = {role: name for role in ROLES if (name := _content(config.get(f'{role}_token')))}
+  if wrong := [role for role, name in names.items() if not isinstance(name, str)]:
+    raise InputError(f'{_config_path(path)}: damaged: {wrong[0]}_token is no text')
+  if (last := max(inner.get_vocab(with_added_tokens=True).values(), default=0)) > LARGEST:
+    raise InputError(f'{path}: damaged: a token has the id {last}')
   try:
-    return Tokenizer(inner, {role: name for role in ROLES if (name := _content(config.get(f'{role}_token')))})
+    return Tokenizer(inner, names)
   except InputError as error:
     raise InputError(f'{path}: {error}') from error
+  except Exception as error:  # the library raises bare Exception, here when it reads what it has written
+    raise InputError(f'{path}: not a tokenizer.json: {error}') from error
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:

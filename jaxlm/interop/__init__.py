@@ -1,5 +1,6 @@
 """Models of others, in and out: a Hugging Face folder, the name of one on the hub, or a GGUF file."""
 
+import re
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ from jaxlm.interop.hf import export as export
 
 HUB = 'hf://'
 FILES = ['*.json', '*.safetensors', '*.jinja']
+OTHERS = ['*/*', 'consolidated*']  # the same weights once more, in other formats
+COMMIT = re.compile('[0-9a-f]{40}')
 
 
 def open_source(source: str) -> Foreign:
@@ -49,8 +52,14 @@ def _from_hub(source: str) -> str:
   except ImportError as error:
     raise InputError(f"{source}: reading from the hub needs huggingface_hub: pip install 'jaxlm[hub]'") from error
   repo, _, revision = source.removeprefix(HUB).removeprefix('models/').partition('@')
+  how: dict[str, Any] = {'allow_patterns': FILES, 'ignore_patterns': OTHERS}
+  if COMMIT.fullmatch(revision):
+    try:  # without a network the download itself would try for half a minute before it looks into the cache
+      huggingface_hub.HfApi().repo_info(repo, revision=revision)
+    except Exception:  # as below
+      how['local_files_only'] = True
   try:
-    return huggingface_hub.snapshot_download(repo, revision=revision or None, allow_patterns=FILES)
+    return huggingface_hub.snapshot_download(repo, revision=revision or None, **how)
   except Exception as error:  # of the hub, of its HTTP library, of the file system
     said = str(error).strip().splitlines()
     raise InputError(

@@ -18,7 +18,10 @@ HARMLESS = frozenset(
     *('router_jitter_noise', 'pretraining_tp', 'summary_type', 'summary_use_proj', 'summary_activation'),
     *('summary_proj_to_labels', 'summary_first_dropout', 'task_specific_params', 'gradient_checkpointing'),
     *('cache_implementation', 'max_window_layers', '_sliding_window_pattern', 'sliding_window_pattern', 'use_cache'),
-    *('n_ctx', 'output_past', 'reorder_and_upcast_attn', '_attn_implementation'),
+    *('n_ctx', 'output_past', 'reorder_and_upcast_attn', '_attn_implementation', 'is_llama_config'),
+    *('transformers.js_config', 'unsloth_fixed', 'unsloth_version', 'output_hidden_states', 'output_attentions'),
+    *('return_dict', 'chunk_size_feed_forward', 'is_encoder_decoder', 'id2label', 'label2id', 'problem_type'),
+    *('_num_labels', 'n_special', 'predict_special_tokens'),
   )
 )
 
@@ -135,9 +138,13 @@ _QWEN_MOE = {key: field for key, field in _SIZES.items() if field != 'd_ff'} | {
   'norm_topk_prob': 'normalize_experts',
 }
 _OPTIONAL = {'num_key_value_heads': None, 'head_dim': None, 'rms_norm_eps': 1e-6, 'tie_word_embeddings': False}
-_PLAIN = _OPTIONAL | {'hidden_act': 'silu'}
+_PLAIN = _OPTIONAL | {'hidden_act': 'silu', 'rope_theta': 10000.0}
+_QWEN = _PLAIN | {'num_key_value_heads': 32, 'use_sliding_window': False, 'sliding_window': 4096}
 _GEMMA = _OPTIONAL | {
+  'num_attention_heads': 8,
+  'num_key_value_heads': 4,
   'head_dim': 256,
+  'rope_theta': 10000.0,
   'tie_word_embeddings': True,
   'query_pre_attn_scalar': 256,
   'sliding_window': 4096,
@@ -145,27 +152,37 @@ _GEMMA = _OPTIONAL | {
 }
 _BIASES = {'attention_bias': False, 'mlp_bias': False}  # both or neither
 _NO_BIAS = dict(_BIASES)
+_NO_WINDOW = {'sliding_window': None}
 _MULTIPLIERS = ('embedding_multiplier', 'residual_multiplier', 'attention_multiplier', 'logits_scaling')
 _SOFTCAPS = {'attn_logit_softcapping': 'attention_softcap', 'final_logit_softcapping': 'logits_softcap'}
 
 FAMILIES: dict[str, Family] = {
-  'llama': Family('LlamaForCausalLM', _SIZES, _PLAIN | _BIASES, {}, {}, _llama_names()),
-  'mistral': Family('MistralForCausalLM', _SIZES, _PLAIN | {'sliding_window': 4096}, {}, {}, _llama_names()),
+  'llama': Family(
+    'LlamaForCausalLM', _SIZES, _PLAIN | _BIASES, {}, _NO_WINDOW | {'rope_interleaved': False}, _llama_names()
+  ),
+  'mistral': Family(
+    'MistralForCausalLM', _SIZES, _PLAIN | {'num_key_value_heads': 8, 'sliding_window': 4096}, {}, {}, _llama_names()
+  ),
   'granite': Family(
     'GraniteForCausalLM',
     _SIZES | {name: name for name in _MULTIPLIERS},
     _PLAIN | _BIASES | dict.fromkeys(_MULTIPLIERS, 1.0),
     {},
-    {},
+    _NO_WINDOW,
     _llama_names(),
   ),
   'qwen2': Family(
-    'Qwen2ForCausalLM', _SIZES, _PLAIN | {'use_sliding_window': False}, {'qkv_bias': True}, {}, _llama_names()
+    'Qwen2ForCausalLM',
+    _SIZES,
+    _QWEN | {'max_window_layers': 28},
+    {'qkv_bias': True},
+    {'use_mrope': False},
+    _llama_names(),
   ),
   'qwen3': Family(
     'Qwen3ForCausalLM',
     _SIZES,
-    _PLAIN | {'head_dim': 128, 'use_sliding_window': False},
+    _QWEN | {'head_dim': 128, 'max_window_layers': 28},
     {'qk_norm': 'head'},
     _NO_BIAS,
     _llama_names(),
@@ -175,7 +192,7 @@ FAMILIES: dict[str, Family] = {
     _SIZES,
     _PLAIN | {'rms_norm_eps': 1e-5},
     {'qk_norm': 'whole', 'norm_at': 'post'},
-    _NO_BIAS,
+    _NO_BIAS | _NO_WINDOW,
     _llama_names()
     | _norms({'attn_post_norm': 'post_attention_layernorm', 'mlp_post_norm': 'post_feedforward_layernorm'}),
   ),
@@ -184,13 +201,16 @@ FAMILIES: dict[str, Family] = {
     _SIZES | _SOFTCAPS,
     _GEMMA | {'attn_logit_softcapping': 50.0, 'final_logit_softcapping': 30.0, 'period': 2},
     {'norm_at': 'both'},
-    _NO_BIAS | {'use_bidirectional_attention': None},
+    _NO_BIAS | {'use_bidirectional_attention': None, 'sliding_window_pattern': 2, 'sliding_window_size': 4096},
     _gemma_names(),
   ),
   'gemma3_text': Family(
     'Gemma3ForCausalLM',
     _SIZES | _SOFTCAPS,
-    _GEMMA | dict.fromkeys(_SOFTCAPS) | {'period': 6},
+    _GEMMA
+    | dict.fromkeys(_SOFTCAPS)
+    | {'period': 6, 'rope_theta': 1e6, 'rope_local_base_freq': 1e4}
+    | {'vocab_size': 262208, 'max_position_embeddings': 131072},
     {'norm_at': 'both', 'qk_norm': 'head'},
     _NO_BIAS | {'use_bidirectional_attention': False},
     _gemma_names(),
@@ -215,7 +235,7 @@ FAMILIES: dict[str, Family] = {
   'mixtral': Family(
     'MixtralForCausalLM',
     _SIZES | _MOE,
-    _PLAIN | {'rms_norm_eps': 1e-5, 'sliding_window': None},
+    _PLAIN | {'num_key_value_heads': 8, 'rope_theta': 1e6, 'rms_norm_eps': 1e-5, 'sliding_window': None},
     {},
     {},
     _expert_names('block_sparse_moe', 'w1', 'w3', 'w2'),
@@ -223,7 +243,7 @@ FAMILIES: dict[str, Family] = {
   'qwen3_moe': Family(
     'Qwen3MoeForCausalLM',
     _QWEN_MOE,
-    _PLAIN | {'norm_topk_prob': False, 'use_sliding_window': False, 'intermediate_size': None},
+    _QWEN | {'num_key_value_heads': 4, 'norm_topk_prob': False, 'intermediate_size': None},
     {'qk_norm': 'head'},
     _NO_BIAS | {'mlp_only_layers': [], 'decoder_sparse_step': 1},
     _qwen_expert_names(),
@@ -231,7 +251,7 @@ FAMILIES: dict[str, Family] = {
   'qwen2_moe': Family(
     'Qwen2MoeForCausalLM',
     _QWEN_MOE | {'shared_expert_intermediate_size': 'shared_d_ff', 'qkv_bias': 'qkv_bias'},
-    _PLAIN | {'norm_topk_prob': False, 'use_sliding_window': False, 'intermediate_size': None, 'qkv_bias': True},
+    _QWEN | {'num_key_value_heads': 16, 'norm_topk_prob': False, 'intermediate_size': None, 'qkv_bias': True},
     {},
     {'mlp_only_layers': [], 'decoder_sparse_step': 1, 'use_sliding_window': False},  # its window has rules of its own
     _qwen_expert_names(),

@@ -18,3 +18,4 @@ class Foreign(NamedTuple):
   tokenizer: Tokenizer | None
   chat_template: str | None
   generation: dict[str, Any]  # as in generation_config.json
+  left_out: str = ''  # what of the source is not taken, in words

@@ -217,9 +217,8 @@ def _add_controls(inner: Any, vocabulary: _Vocabulary, begins: bool) -> None:
   names = vocabulary.names()
   first = [names['bos']] if 'bos' in names and vocabulary.get('add_bos_token', bool, begins) else []
   last = [names['eos']] if vocabulary.get('add_eos_token', bool, False) else []
-  if first or last:
-    inner.post_processor = processors.TemplateProcessing(
-      single=[*first, '$A', *last],
-      pair=[*first, '$A', *last, *(f'{t}:1' for t in first), '$B:1', *(f'{t}:1' for t in last)],
-      special_tokens=[(t, vocabulary.ids[t]) for t in {*first, *last}],
-    )
+  inner.post_processor = processors.TemplateProcessing(
+    single=[*first, '$A', *last],
+    pair=[*first, '$A', *last, *(f'{t}:1' for t in first), '$B:1', *(f'{t}:1' for t in last)],
+    special_tokens=[(t, vocabulary.ids[t]) for t in {*first, *last}],
+  )

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -13,14 +14,14 @@ from jaxlm import models, sharding, tree
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.tokenizer import ROLES, Tokenizer
 from jaxlm.errors import InputError
-from jaxlm.files import read_json
+from jaxlm.files import read_json, read_text
 from jaxlm.interop import hf_config
 from jaxlm.interop.families import FAMILIES, Stored
 from jaxlm.interop.foreign import Foreign
+from jaxlm.interop.published import BUFFERS, text_model
 from jaxlm.models.config import ModelConfig
 
 SHARD_BYTES = 1 << 30  # of a safetensors file
-BUFFERS = ('rotary_emb.inv_freq', '.attn.bias', '.attn.masked_bias')  # tensors in old files that are no weights
 
 
 class Model(NamedTuple):
@@ -31,6 +32,7 @@ class Model(NamedTuple):
   tokenizer: Tokenizer | None
   chat_template: str | None
   generation: dict[str, Any]
+  left_out: str = ''  # what of the source is not in it, in words
 
 
 def open_directory(path: epath.PathLike) -> Foreign:
@@ -47,15 +49,16 @@ def open_directory(path: epath.PathLike) -> Foreign:
   there = (path / 'tokenizer.json').exists()
   extra = {name: _json(path / name) if (path / name).exists() else {} for name in ('generation_config.json', _TOKENS)}
   template = path / 'chat_template.jinja'
-  return Foreign(
+  found = Foreign(
     str(path),
     config,
     shapes,
     lambda name: _read(where[name], name),
     tokenizers.load(path / 'tokenizer.json') if there else None,
-    template.read_text() if template.exists() else extra[_TOKENS].get('chat_template'),
+    read_text(template, 1 << 24) if template.exists() else _template(extra[_TOKENS].get('chat_template'), path),
     extra['generation_config.json'],
   )
+  return text_model(found)
 
 
 def load(foreign: Foreign, *, mesh: Any = None, rules: Any = sharding.RULES, dtype: Any = jnp.float32) -> Model:
@@ -65,6 +68,7 @@ def load(foreign: Foreign, *, mesh: Any = None, rules: Any = sharding.RULES, dty
   is not understood, and for tensors that nothing asks for.
   """
   cfg, names = hf_config.parse(foreign.config, foreign.where), FAMILIES[foreign.config['model_type']].names
+  _check_sizes(foreign, cfg)
   abstract = models.abstract(cfg)
   layout = None if mesh is None else dict(tree.items(sharding.state_shardings(abstract, mesh, rules)))
   used: set[str] = set()
@@ -73,16 +77,17 @@ def load(foreign: Foreign, *, mesh: Any = None, rules: Any = sharding.RULES, dty
     stored, shape = names[path], tuple(box.value.shape)
     place = None if layout is None else layout[path]
     if '{i}' not in stored.name:
-      return jax.device_put(_fitted(_one(foreign, stored, used), shape, path, foreign.where).astype(dtype), place)
-    whole = jnp.zeros(shape, dtype, device=place)
+      return jax.device_put(_fitted(_one(foreign, stored, used), shape, path, foreign.where, cfg).astype(dtype), place)
+    whole: Any = None
     for i in range(shape[0]):
       part = _one(foreign, stored._replace(name=stored.name.replace('{i}', str(i))), used)
-      whole = _put(whole, jnp.asarray(_fitted(part, shape[1:], path, foreign.where), dtype), i)
+      part = jnp.asarray(_fitted(part, shape[1:], path, foreign.where, cfg), dtype)
+      whole = _put(jnp.zeros(shape, dtype, device=place) if whole is None else whole, part, i)
     return whole
 
   params = tree.path_map(leaf, abstract, is_leaf=sharding.is_named)
   _check_unused(foreign, cfg, names, used)
-  return Model(cfg, params, foreign.tokenizer, foreign.chat_template, foreign.generation)
+  return Model(cfg, params, foreign.tokenizer, foreign.chat_template, foreign.generation, foreign.left_out)
 
 
 def export(model: Model, directory: epath.PathLike, *, dtype: Any = jnp.float32) -> str:
@@ -130,13 +135,27 @@ def _one(foreign: Foreign, stored: Stored, used: set[str]) -> np.ndarray:
   return x + np.asarray(stored.plus, x.dtype) if stored.plus else x
 
 
-def _fitted(x: np.ndarray, shape: tuple[int, ...], path: str, where: str) -> np.ndarray:
+def _check_sizes(foreign: Foreign, cfg: ModelConfig) -> None:
+  """Raises InputError, before anything is made of them, for sizes that no tensor has."""
+  largest = max((side for shape in foreign.shapes.values() if all(shape) for side in shape), default=0)
+  sizes = {'n_layers': cfg.n_layers, 'n_experts': cfg.n_experts}
+  sides = {'vocab_size': cfg.vocab_size, 'd_model': cfg.d_model, 'd_ff': cfg.d_ff}
+  sides |= {'n_heads x head_dim': cfg.n_heads * cfg.head_size}
+  sides |= {'max_seq_len': cfg.max_seq_len} if cfg.positions == 'learned' else {}
+  for name, size in (sizes | sides).items():
+    if size > (largest if name in sides else len(foreign.shapes)):
+      raise InputError(f'{foreign.where}: the config says {name}={size}, more than its tensors have')
+
+
+def _fitted(x: np.ndarray, shape: tuple[int, ...], path: str, where: str, cfg: ModelConfig) -> np.ndarray:
   """The array in the shape that the model has, its vocabulary filled up with zeros to whole tiles."""
-  missing = [want - have for want, have in zip(shape, x.shape, strict=False)]
   axis = {'embed': 0, 'head': 1}.get(path)
-  if len(shape) != x.ndim or any(n for i, n in enumerate(missing) if i != axis) or min(missing, default=0) < 0:
-    raise InputError(f'{where}: {path} has the shape {x.shape}, the config makes it {shape}')
-  return np.pad(x, [(0, n) for n in missing]) if any(missing) else x
+  stored = tuple(cfg.vocab_size if i == axis else n for i, n in enumerate(shape))
+  if x.shape != stored:
+    raise InputError(f'{where}: {path} has the shape {x.shape}, the config makes it {stored}')
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    raise InputError(f'{where}: {path} is stored as {x.dtype}: quantized weights are not read')
+  return x if stored == shape else np.pad(x, [(0, n - have) for n, have in zip(shape, stored, strict=True)])
 
 
 def _check_unused(foreign: Foreign, cfg: ModelConfig, names: Mapping[str, Stored], used: set[str]) -> None:
@@ -206,14 +225,28 @@ def _write_shards(folder: epath.Path, tensors: Iterator[tuple[str, np.ndarray]],
 def _weight_files(path: epath.Path) -> list[epath.Path]:
   index = path / 'model.safetensors.index.json'
   if not index.exists():
-    if not (path / 'model.safetensors').exists():
+    if not Path(path / 'model.safetensors').is_file():
       raise InputError(f'{path}: no model.safetensors: pickled weights are not read; convert them with safetensors')
     return [path / 'model.safetensors']
-  names = sorted(set(_json(index).get('weight_map', {}).values()))
+  found = _json(index).get('weight_map')
+  if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
+    raise InputError(f'{index}: damaged: its weight_map is none of tensors to files')
+  names = sorted(set(found.values()))
   for name in names:
-    if not isinstance(name, str) or '/' in name or not (path / name).exists():
+    if '/' in name or '\0' in name or len(name) > 255 or not Path(path / name).is_file():
       raise InputError(f'{index}: names {name!r}, which is no file beside it')
   return [path / name for name in names]
+
+
+def _template(found: Any, path: epath.Path) -> str | None:
+  """The chat template in tokenizer_config.json: one, or several with names, or that of a processor's own file."""
+  if isinstance(found, list) and all(isinstance(one, dict) for one in found):
+    found = {str(one.get('name')): one.get('template') for one in found}.get('default')
+  if found is None and (path / 'chat_template.json').exists():
+    found = _json(path / 'chat_template.json').get('chat_template')
+  if found is not None and not isinstance(found, str):
+    raise InputError(f'{path}: its chat_template is no text')
+  return found
 
 
 def _header(file: epath.Path) -> dict[str, tuple[int, ...]]:
@@ -227,10 +260,13 @@ def _header(file: epath.Path) -> dict[str, tuple[int, ...]]:
 
 
 def _read(file: epath.Path, name: str) -> np.ndarray:
-  from safetensors import safe_open
+  from safetensors import SafetensorError, safe_open
 
-  with safe_open(str(file), 'flax') as opened:  # numpy has no bfloat16 of its own
-    return np.asarray(opened.get_tensor(name))
+  try:
+    with safe_open(str(file), 'flax') as opened:  # numpy has no bfloat16 of its own
+      return np.asarray(opened.get_tensor(name))
+  except (SafetensorError, OSError, ValueError, TypeError) as error:
+    raise InputError(f'{file}: the tensor {name} cannot be read: {error}') from error
 
 
 def _json(path: epath.Path) -> dict[str, Any]:

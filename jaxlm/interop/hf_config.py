@@ -6,12 +6,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxlm.errors import InputError
-from jaxlm.interop.families import ACTIVATIONS, EXPERTS, FAMILIES, HARMLESS, KINDS
+from jaxlm.interop.families import ACTIVATIONS, EXPERTS, FAMILIES, HARMLESS, KINDS, Family
 from jaxlm.models.config import ModelConfig
 
 ROPE_KEYS = {'rope_type', 'type', 'rope_theta', 'factor', 'original_max_position_embeddings'} | {
   'low_freq_factor', 'high_freq_factor', 'beta_slow', 'beta_fast', 'attention_factor'
 }  # fmt: skip
+MOST = {'num_hidden_layers': 4097, 'n_layer': 4097}  # a pattern is found in time that grows with their square
+OTHERS = {
+  **dict.fromkeys(('sliding_window', 'sliding_window_pattern', '_sliding_window_pattern', 'max_window_layers'), 'int'),
+  **dict.fromkeys(('rope_theta', 'rope_local_base_freq', 'query_pre_attn_scalar'), 'float'),
+  **dict.fromkeys(('attention_bias', 'mlp_bias', 'use_sliding_window'), 'bool'),
+  **dict.fromkeys(('rope_scaling', 'rope_parameters'), 'dict'),
+  'layer_types': 'list',
+}  # what is no field by itself
+LAYERED = {'period', 'max_window_layers'}  # a family with one of these reads `layer_types`, others ignore them
 
 
 def parse(config: Mapping[str, Any], where: str) -> ModelConfig:
@@ -29,14 +38,15 @@ def parse(config: Mapping[str, Any], where: str) -> ModelConfig:
   values = {**family.defaults, **config}
   if missing := [key for key in family.keys if key not in values]:
     raise InputError(f'{where}: no {", ".join(missing)}')
+  _check_values(values, family, where)
   for key, value in config.items():
-    if key in family.only and value != family.only[key]:
+    if key in family.only and value != family.only[key] and (value is not None or family.only[key]):
       raise InputError(f'{where}: {key}={value!r} is not supported for {kind}')
     if key not in {*family.keys, *family.defaults, *family.only, *HARMLESS, *_SPECIAL}:
       raise InputError(f'{where}: {key}={value!r} is not known to leave the numbers of {kind} as they are')
   fields = {field: values[key] for key, field in family.keys.items() if values[key] is not None} | dict(family.fixed)
   activation = _first(values, 'hidden_activation', 'hidden_act', 'activation_function')
-  if activation not in ACTIVATIONS:
+  if not isinstance(activation, str) or activation not in ACTIVATIONS:
     raise InputError(f'{where}: the activation {activation!r} is none of {", ".join(ACTIVATIONS)}')
   fields['activation'] = ACTIVATIONS[activation]
   fields.setdefault('d_ff', 4 * fields['d_model'])
@@ -50,12 +60,49 @@ def parse(config: Mapping[str, Any], where: str) -> ModelConfig:
     fields['attention_multiplier'] = values['query_pre_attn_scalar'] ** -0.5
     fields['embedding_multiplier'] = math.sqrt(fields['d_model'])
   if kind != 'gpt2':
-    fields |= _rope(values, fields['max_seq_len'], where)
-  fields |= _pattern(values, fields['n_layers'], where)
+    fields |= _rope(values, family, fields['max_seq_len'], where)
+  fields |= _pattern(values, family, fields['n_layers'], where)
   try:
     return ModelConfig(**fields)
   except (InputError, TypeError) as error:
     raise InputError(f'{where}: {error}') from error
+
+
+def _check_values(values: Mapping[str, Any], family: Family, where: str) -> None:
+  """Raises InputError for a value of another type, or beyond what any model has: before it is computed with."""
+  fields = {field.name: str(field.type) for field in dataclasses.fields(ModelConfig)}
+  kinds = {key: fields[field] for key, field in family.keys.items()} | OTHERS
+  for key in values.keys() & kinds.keys():
+    value, kind = values[key], kinds[key]
+    if value is None and (key in OTHERS or family.defaults.get(key, 0) is None or key == 'num_key_value_heads'):
+      continue
+    most = MOST.get(key, 1 << 31)
+    if 'bool' in kind:
+      good = isinstance(value, bool)
+    elif 'int' in kind:
+      good = type(value) is int and 0 <= value < most
+    elif 'dict' in kind:
+      good = isinstance(value, dict) and _good_rope(value)
+    elif 'list' in kind:
+      good = isinstance(value, list) and all(isinstance(one, str) for one in value)
+    else:
+      good = type(value) in (int, float) and 0 < value < 1e30
+    if not good:
+      raise InputError(f'{where}: {key}={value!r} is not supported: damaged?')
+
+
+def _good_rope(found: Mapping[str, Any]) -> bool:
+  """Whether what is known of the rope parameters has the right types; the rest is refused by name elsewhere."""
+  for key, value in found.items():
+    if key in KINDS:
+      good = value is None or (isinstance(value, dict) and not value.keys() & KINDS.keys() and _good_rope(value))
+    elif key in ('rope_type', 'type'):
+      good = value is None or isinstance(value, str)
+    else:
+      good = key not in ROPE_KEYS or value is None or (type(value) in (int, float) and 0 < value < 1e30)
+    if not good:
+      return False
+  return True
 
 
 def write(cfg: ModelConfig, kind: str) -> dict[str, Any]:
@@ -74,13 +121,13 @@ def write(cfg: ModelConfig, kind: str) -> dict[str, Any]:
   if 'attention_bias' in family.defaults:
     config |= {'attention_bias': cfg.bias, 'mlp_bias': cfg.bias}
   if kind != 'gpt2':
-    config |= _written_rope(cfg)
+    config |= _written_rope(cfg, family)
   local = 'local' in cfg.kinds
-  if 'sliding_window' in family.defaults or 'use_sliding_window' in family.defaults:
+  if 'sliding_window' in family.defaults:
     config['sliding_window'] = cfg.window if local else None
   if 'use_sliding_window' in family.defaults:
     config['use_sliding_window'] = local
-  if 'period' in family.defaults or 'use_sliding_window' in family.defaults:
+  if family.defaults.keys() & LAYERED:
     back = {ours: theirs for theirs, ours in KINDS.items()}
     config['layer_types'] = [back[kind] for kind in cfg.kinds]
   return config
@@ -105,6 +152,8 @@ def plain(cfg: ModelConfig) -> ModelConfig:
   standard = ModelConfig()
   if 'local' not in cfg.kinds:
     changes |= {'window': standard.window, 'rope_theta_local': None}
+  if cfg.rope_theta_local == cfg.rope_theta and cfg.rope_scaling == 'none':
+    changes['rope_theta_local'] = None
   if cfg.positions != 'rope':
     changes |= {f.name: f.default for f in dataclasses.fields(cfg) if f.name.startswith('rope_')}
   if cfg.bias:
@@ -112,10 +161,7 @@ def plain(cfg: ModelConfig) -> ModelConfig:
   return dataclasses.replace(cfg, **changes)
 
 
-_SPECIAL = {
-  *('hidden_act', 'hidden_activation', 'rope_theta', 'rope_scaling', 'rope_parameters', 'rope_local_base_freq'),
-  *('layer_types', 'sliding_window'),
-}
+_SPECIAL = {'hidden_act', 'hidden_activation', 'rope_theta', 'rope_scaling', 'rope_parameters', 'layer_types'}
 
 
 def _first(values: Mapping[str, Any], *keys: str) -> Any:
@@ -130,38 +176,44 @@ def _shortest(kinds: tuple[str, ...]) -> tuple[str, ...]:
   return kinds
 
 
-def _pattern(values: Mapping[str, Any], layers: int, where: str) -> dict[str, Any]:
+def _pattern(values: Mapping[str, Any], family: Family, layers: int, where: str) -> dict[str, Any]:
   window = values.get('sliding_window') if values.get('use_sliding_window', True) else None
-  if window is None:
-    return {}
-  if 'layer_types' in values:
-    if len(values['layer_types']) != layers or not KINDS.keys() >= set(values['layer_types']):
-      raise InputError(f'{where}: layer_types are not {layers} of {", ".join(KINDS)}')
-    kinds = tuple(KINDS[kind] for kind in values['layer_types'])
-  elif 'period' in values:
+  listed = values.get('layer_types')
+  if listed is not None and (len(listed) != layers or not KINDS.keys() >= set(listed)):
+    raise InputError(f'{where}: layer_types are not {layers} of {", ".join(KINDS)}')
+  kinds = ('global' if window is None else 'local',) * layers
+  if window is not None and listed is None and 'period' in values:
     period = _first(values, 'sliding_window_pattern', '_sliding_window_pattern', 'period')
+    if not period:
+      raise InputError(f'{where}: sliding_window_pattern={period} is not supported')
     kinds = tuple('local' if (i + 1) % period else 'global' for i in range(layers))
-  elif 'use_sliding_window' in values:
-    kinds = tuple('local' if i >= values.get('max_window_layers', 28) else 'global' for i in range(layers))
-  else:
-    kinds = ('local',) * layers
+  elif window is not None and listed is None and 'max_window_layers' in family.defaults:
+    kinds = tuple('local' if i >= values['max_window_layers'] else 'global' for i in range(layers))
+  elif listed is not None:
+    asked = tuple(KINDS[kind] for kind in listed)
+    if asked != kinds and (window is None or not family.defaults.keys() & LAYERED):
+      raise InputError(f'{where}: layer_types: in this family all layers are alike: sliding_window={window}')
+    kinds = asked
   return {'pattern': _shortest(kinds), 'window': window} if 'local' in kinds else {}
 
 
-def _rope(values: Mapping[str, Any], length: int, where: str) -> dict[str, Any]:
+def _rope(values: Mapping[str, Any], family: Family, length: int, where: str) -> dict[str, Any]:
   """The rope fields, from `rope_parameters` (one, or one a kind of layer) or the older keys."""
-  found = values.get('rope_parameters') or {}
-  by_kind = found.keys() & KINDS.keys()
-  whole = dict(found.get('full_attention', {}) if by_kind else found)
-  whole.setdefault('rope_theta', values.get('rope_theta') or 10000.0)
-  if not found:
-    whole |= values.get('rope_scaling') or {}
-  local = (found.get('sliding_attention') or {}) if by_kind else {'rope_theta': values.get('rope_local_base_freq')}
+  found, old = values.get('rope_parameters') or {}, values.get('rope_scaling') or {}
+  by_kind = 'rope_local_base_freq' in family.defaults
+  if found and by_kind != bool(found.keys() & KINDS.keys()):
+    raise InputError(f'{where}: rope_parameters: this family has {"one for each kind" if by_kind else "one"} of layer')
+  whole, local = (found.get('full_attention') or {}, found.get('sliding_attention') or {}) if by_kind else (found, {})
+  new = {key: value for key, value in whole.items() if key != 'rope_theta'}
+  if new and old and new != {key: value for key, value in old.items() if key != 'rope_theta'}:
+    raise InputError(f'{where}: rope_parameters and rope_scaling differ')
   if local.get('rope_type', 'default') != 'default':
     raise InputError(f'{where}: rope_parameters of sliding_attention: {local["rope_type"]!r} is not supported')
+  usual = {**family.defaults, **{key: value for key, value in values.items() if value is not None}}
+  whole = {'rope_theta': usual['rope_theta'], **{key: x for key, x in (whole | old).items() if x is not None}}
   fields = {'rope_theta': float(whole['rope_theta'])}
-  if local.get('rope_theta') and local['rope_theta'] != whole['rope_theta']:
-    fields['rope_theta_local'] = float(local['rope_theta'])
+  if by_kind:
+    fields['rope_theta_local'] = float(local.get('rope_theta') or usual['rope_local_base_freq'])
   return fields | _scaling(whole, length, where)
 
 
@@ -173,6 +225,9 @@ def _scaling(found: Mapping[str, Any], length: int, where: str) -> dict[str, Any
     return {}
   if kind not in ('linear', 'llama3', 'yarn'):
     raise InputError(f'{where}: rope_type {kind!r} is none of default, linear, llama3, yarn')
+  needed = ('factor', 'low_freq_factor', 'high_freq_factor') if kind == 'llama3' else ('factor',)
+  if missing := [key for key in needed if found.get(key) is None]:
+    raise InputError(f'{where}: no {", ".join(missing)} in the rope parameters')
   factor = float(found['factor'])
   fields = {'rope_scaling': kind, 'rope_factor': factor}
   if kind == 'linear':
@@ -188,7 +243,7 @@ def _scaling(found: Mapping[str, Any], length: int, where: str) -> dict[str, Any
   }
 
 
-def _written_rope(cfg: ModelConfig) -> dict[str, Any]:
+def _written_rope(cfg: ModelConfig, family: Family) -> dict[str, Any]:
   """Both forms, that of transformers 5 and the one before it."""
   scaling: dict[str, Any] = {'rope_type': 'default'}
   if cfg.rope_scaling != 'none':
@@ -200,8 +255,8 @@ def _written_rope(cfg: ModelConfig) -> dict[str, Any]:
     if cfg.rope_scaling == 'yarn':
       scaling |= {'beta_slow': cfg.rope_low, 'beta_fast': cfg.rope_high, 'attention_factor': cfg.rope_amplitude}
   whole = {'rope_theta': cfg.rope_theta, **scaling}
-  if cfg.rope_theta_local is None:
+  if cfg.rope_theta_local is None and 'rope_local_base_freq' not in family.defaults:
     old = None if cfg.rope_scaling == 'none' else scaling
     return {'rope_theta': cfg.rope_theta, 'rope_scaling': old, 'rope_parameters': whole}
-  local = {'rope_theta': cfg.rope_theta_local, 'rope_type': 'default'}
+  local = {'rope_theta': cfg.rope_theta_local or cfg.rope_theta, 'rope_type': 'default'}
   return {'rope_parameters': {'full_attention': whole, 'sliding_attention': local}}

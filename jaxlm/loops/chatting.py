@@ -54,21 +54,21 @@ def answer(
   max_new_tokens: int,
   draft: sample.Lookup | sample.Draft | None = None,
 ) -> Iterator[str]:
-  """The pieces of the assistant's next message, as soon as they are whole characters."""
+  """The pieces of the assistant's next message, as soon as they are whole characters; some are empty."""
   tokenizer: Any = model.tokenizer
   ids = chat.encode(model.chat_template or '', messages, tokenizer, generation=True)
   run, stop = models.Run(), stop_ids(model)
   how = {'max_new_tokens': max_new_tokens, 'sampling': sampling, 'stop_ids': stop, 'run': run, 'draft': draft}
   state = sample.begin(model.cfg, model.params, [ids], key, **how)
   told = ''
+  yield told  # after the compilation, a first look at whether somebody wants the rest
   while True:
     state = sample.advance(model.cfg, run, PIECE, model.params, state, sampling, jnp.asarray(stop, jnp.int32), draft)
     length, stopped = int(state.out.lengths_B[0]), bool(state.out.stopped_B[0])
     text = tokenizer.decode(np.asarray(state.out.tokens_BN)[0, : length - stopped].tolist())
     done = stopped or length >= max_new_tokens
     whole = text if done else text.rstrip(BROKEN)
-    if len(whole) > len(told):
-      yield whole[len(told) :]
-      told = whole
+    yield whole[len(told) :]
+    told = max(told, whole, key=len)
     if done:
       return

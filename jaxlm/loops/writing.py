@@ -34,8 +34,8 @@ def complete(
   draft: sample.Lookup | sample.Draft | None = None,
 ) -> list[str]:
   """What the model writes after each prompt, as text, to the end of a document or before a `stop` string."""
-  start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-  ids = [start + tokenizer.encode(p) for p in prompts]
+  first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id  # something has to be there to go on from
+  ids = [tokenizer.prefix_ids + tokenizer.encode(p) or [first] for p in prompts]
   ends = {'stop_ids': (tokenizer.eos_id,), 'stop': stop, 'tokenizer': tokenizer}
   out = sample.generate(cfg, params, ids, key, max_new_tokens=new, sampling=sampling, run=run, draft=draft, **ends)
   tokens_BN, lengths_B = np.asarray(out.tokens_BN), np.asarray(out.lengths_B)
