@@ -20,6 +20,8 @@ from rich.progress import (
   TransferSpeedColumn,
 )
 
+from jaxlm.errors import InputError
+
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal to draw a bar on
 
 
@@ -200,7 +202,12 @@ def conversation(answer: Callable[[int, list[dict[str, str]]], Iterator[str]], s
         messages = list(start)
       elif said.strip():
         messages.append({'role': 'user', 'content': said})
-        told = _told(answer(turn, messages), interrupts)
+        try:
+          told = _told(answer(turn, messages), interrupts)
+        except InputError as error:  # too long a talk, or messages that the template refuses
+          print(f'{error} (/reset forgets the conversation)\n')
+          messages.pop()
+          continue
         messages.append({'role': 'assistant', 'content': told})
         turn += 1
 

@@ -5,10 +5,10 @@ import json
 
 import jax
 import pytest
-from conftest import LLAMA, randomized
+from conftest import GPT2, LLAMA, randomized
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from jaxlm import sample
+from jaxlm import interop, sample
 from jaxlm.data import tokenizer as tok
 from jaxlm.loops import writing
 from jaxlm.models import Run
@@ -74,6 +74,21 @@ def test_our_own_begin_as_their_documents_do(tmp_path):
   ours = tok.train(TEXTS * 9, 300)
   ours.save(tmp_path / 'tokenizer.json')
   assert ours.prefix_ids == tok.load(tmp_path).prefix_ids == [ours.bos_id] == [0]
+
+
+def test_transformers_reads_our_exported_one_as_we_do(tmp_path):
+  """And not as the family's own tokenizer would split; a BOS comes before the text there too."""
+  transformers = pytest.importorskip('transformers', reason="needs pip install -e '.[parity]'")
+  ours = tok.train(["It was 1851: the whale's  eye.\n\n नमस्ते दुनिया क्षत्रिय" * 9], 400)
+  for cfg in (LLAMA, GPT2):
+    folder = tmp_path / cfg.positions
+    cfg = dataclasses.replace(cfg, vocab_size=ours.vocab_size)
+    interop.export(interop.Model(cfg, randomized(cfg), ours, None, {}), folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    for text in (*TEXTS, "the whale's  eye 1851", 'क्षत्रिय दुनिया\n\n x=12345'):
+      assert theirs(text).input_ids == [ours.bos_id, *ours.encode(text)]
+      assert theirs.decode(theirs(text).input_ids, skip_special_tokens=True) == text
+    assert transformers.GenerationConfig.from_pretrained(folder).eos_token_id == ours.eos_id
 
 
 @pytest.mark.parametrize('begins', [True, False])

@@ -16,6 +16,7 @@ from conftest import LLAMA, randomized
 from jaxlm import console, interop
 from jaxlm.data import template
 from jaxlm.data import tokenizer as tok
+from jaxlm.errors import InputError
 
 CODE = 'import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); from jaxlm import cli; sys.exit(cli.main())'
 TEMPLATE = (
@@ -183,6 +184,21 @@ def test_half_an_answer_stays_in_the_history(monkeypatch, capsys):
   ]
   assert capsys.readouterr().out == 'half 0 ...\n\nhalf 1 ...\n\nhalf 2 ...\n\n\n'
   assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_message_that_is_refused_is_told_and_taken_back(monkeypatch, capsys):
+  heard = []
+
+  def answer(turn, messages):
+    heard.append([message['content'] for message in messages])
+    if messages[-1]['content'] == 'bad':
+      raise InputError('5 + 9 tokens are too many')
+    yield 'fine'
+
+  monkeypatch.setattr(sys, 'stdin', io.StringIO('good\nbad\nbetter\n'))
+  console.conversation(answer)
+  assert heard == [['good'], ['good', 'fine', 'bad'], ['good', 'fine', 'better']]
+  assert 'fine\n\n5 + 9 tokens are too many (/reset forgets the conversation)\n\nfine' in capsys.readouterr().out
 
 
 def test_an_interrupted_template_does_not_answer_for_the_next():

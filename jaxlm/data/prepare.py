@@ -299,8 +299,8 @@ def _told(folder: epath.Path) -> Generator[None]:
 
 def _tokens(group: list[_Piece], tokenizer: Tokenizer) -> list[np.ndarray]:
   """Ids of each piece, with the marks that begin and end a document."""
-  start = [tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id]
   end = [tokenizer.eos_id]
+  start = tokenizer.prefix_ids or end  # something has to be there that the first token follows
   encoded = tokenizer.encode_batch([piece.text for piece in group])
   return [np.array(start * p.first + ids + end * p.last) for p, ids in zip(group, encoded, strict=True)]
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 from etils import epath
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from jaxlm.errors import InputError
 from jaxlm.files import read_json, read_text, write_whole
@@ -86,8 +86,8 @@ class Tokenizer:
   def prefix_ids(self) -> list[int]:
     """What it puts before a text by itself, and a prompt therefore begins with.
 
-    A brought tokenizer's post-processor says it, though it may name a token that it never puts there. One that was
-    trained here has none, and its documents begin with `bos_id`.
+    Its post-processor says it; the names may have a BOS that is never put there. Where there is no post-processor (as
+    in tokenizers that were trained here before they had one) it is our own BOS, or nothing.
     """
     if self.inner.post_processor is None:
       return [self.bos_id] if self.names.get('bos') == BOS and self.bos_id is not None else []
@@ -211,6 +211,10 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     vocab_size=vocab_size, special_tokens=controls, initial_alphabet=alphabet, show_progress=False
   )
   inner.train_from_iterator(itertools.chain([first], texts), trainer)
+  controls = [(name, inner.token_to_id(name)) for name in (BOS, EOS)]
+  inner.post_processor = processors.TemplateProcessing(
+    single=[BOS, '$A'], pair=[BOS, '$A', '$B'], special_tokens=controls
+  )
   return Tokenizer(inner)
 
 

@@ -6,6 +6,7 @@ A family is data. Reading a config refuses, by name, every key that it neither u
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+DIVIDING = ('llama', 'gemma2', 'gemma3_text')  # transformers wants their heads to divide the width, head_dim or not
 EXPERTS = ('num_experts', 'num_local_experts')  # two names of one key
 ACTIVATIONS = {'silu': 'silu', 'gelu': 'gelu', 'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh'}
 KINDS = {'full_attention': 'global', 'sliding_attention': 'local'}

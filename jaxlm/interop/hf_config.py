@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxlm.errors import InputError
-from jaxlm.interop.families import ACTIVATIONS, EXPERTS, FAMILIES, HARMLESS, KINDS, Family
+from jaxlm.interop.families import ACTIVATIONS, DIVIDING, EXPERTS, FAMILIES, HARMLESS, KINDS, Family
 from jaxlm.models.config import ModelConfig
 
 ROPE_KEYS = {'rope_type', 'type', 'rope_theta', 'factor', 'original_max_position_embeddings'} | {
@@ -136,6 +136,8 @@ def write(cfg: ModelConfig, kind: str) -> dict[str, Any]:
 def family_of(cfg: ModelConfig) -> str:
   """The first family whose config says all of this architecture. Raises InputError if there is none."""
   for kind in FAMILIES:
+    if kind in DIVIDING and cfg.d_model % cfg.n_heads:
+      continue
     try:
       again = parse(write(cfg, kind), kind)
     except InputError:
