@@ -50,7 +50,10 @@ def export_run(run: Any, directory: Any, *, dtype: str = 'float32') -> str:
 
 def open_model(source: str) -> interop.Model:
   """A run's newest weights, or a foreign model. Raises InputError if it is neither, or has no tokenizer."""
-  model = as_model(source) if (epath.Path(source) / 'checkpoints').exists() else interop.load(source)
+  folder = epath.Path(source)
+  if folder.is_dir() and not (folder / 'checkpoints').exists() and not (folder / 'config.json').exists():
+    raise InputError(f'{source}: no finished checkpoint of a run, and no config.json of a Hugging Face model')
+  model = as_model(source) if (folder / 'checkpoints').exists() else interop.load(source)
   if model.tokenizer is None:
     raise InputError(f'{source}: has no tokenizer')
   return model
