@@ -31,7 +31,7 @@ FINE |= {'rope_scaling': ({},), 'rope_parameters': ({},)}
 @pytest.fixture(scope='module')
 def sound(tmp_path_factory):
   vocabulary = tok.train(['call me Ishmael ' * 9], 280)
-  cfg = dataclasses.replace(LLAMA, vocab_size=vocabulary.vocab_size)
+  cfg = dataclasses.replace(LLAMA, d_model=12, vocab_size=vocabulary.vocab_size)
   folder = tmp_path_factory.mktemp('sound') / 'model'
   interop.export(interop.Model(cfg, randomized(cfg), vocabulary, '{{ messages }}', {}), folder)
   return folder
