@@ -47,7 +47,9 @@ def build(config: Pretrain, mesh: Mesh, rules: sharding.Rules = sharding.RULES, 
   cfg, compute = config.model, config.compute
   platform = mesh.devices.flat[0].platform
   dtype = {'auto': 'float32' if platform == 'cpu' else 'bfloat16'}.get(compute.dtype, compute.dtype)
-  run = Run(jnp.dtype(dtype), compute.remat, compute.unroll, compute.dropout, rules if mesh.size > 1 else None)
+  attention = {'auto': 'splash' if platform == 'tpu' else 'xla'}.get(compute.attention, compute.attention)
+  rules_of = rules if mesh.size > 1 else None
+  run = Run(jnp.dtype(dtype), attention, compute.remat, compute.unroll, compute.dropout, rules_of)
   if cfg.positions == 'learned' and config.data.seq_len > cfg.max_seq_len:
     raise InputError(
       f'data.seq_len={config.data.seq_len} exceeds the model.max_seq_len={cfg.max_seq_len} learned positions'

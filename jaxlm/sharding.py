@@ -24,6 +24,7 @@ RULES: Rules = FrozenDict(
     'batch': ('data', 'fsdp'),
     'seq': 'sequence',
     'act_heads': 'tensor',
+    'act_kv_heads': 'tensor',
     'act_mlp': 'tensor',
     # parameters
     'embed': 'fsdp',

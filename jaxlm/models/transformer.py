@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxlm.errors import InputError
+from jaxlm.models import kernels
 from jaxlm.models.attention import Cache, attend, causal_mask, rope_angles, rope_frequencies, rotate
 from jaxlm.models.config import ModelConfig, Run
 from jaxlm.models.linear import linear
@@ -47,7 +48,13 @@ class Context(NamedTuple):
   mask: Array
   positions: Array
   own: bool = True  # the mask is for this call's keys, whatever a cache holds
-  real: Array | None = None  # [B, T]: not padding; None: all
+  segments: Array | None = None
+  window: int | None = None
+
+  @property
+  def real(self) -> Array | None:
+    """[B, T]: not padding; None: all."""
+    return None if self.segments is None else self.segments > 0
 
 
 def declare(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Any) -> Any:
@@ -119,7 +126,12 @@ class Attention(nn.Module):
       if not ctx.own:
         k_BTKN, v_BTKN = cache.k, cache.v
     q_BTHN = constrain(q_BTHN, ('batch', 'seq', 'act_heads', None), rules)
-    out_BTHN = attend(q_BTHN, k_BTKN, v_BTKN, ctx.mask, cfg.attention_multiplier, cfg.attention_softcap)
+    scale, softcap = cfg.attention_multiplier, cfg.attention_softcap
+    if self.run.attention == 'splash' and cache is None:
+      how = kernels.Splash(ctx.window, scale, softcap)
+      out_BTHN = kernels.splash(q_BTHN, k_BTKN, v_BTKN, ctx.segments, how, rules)
+    else:
+      out_BTHN = attend(q_BTHN, k_BTKN, v_BTKN, ctx.mask, scale, softcap)
     out_BTE = checkpoint_name(out_BTHN, 'attn_values').reshape(B, T, H * N)
     return project('o', out_BTE, H * N, D, ('heads', 'embed'), branch_scale(cfg)), cache
 
@@ -374,8 +386,9 @@ def _context(cfg: ModelConfig, kind: str, positions: Array, segments: Array | No
   angles = rope_angles(positions, jnp.asarray(rope_frequencies(cfg, kind))) if cfg.positions == 'rope' else None
   order = jnp.arange(positions.shape[1], dtype=jnp.int32)[None]
   # within a row a later token is one further right: position alone would let segments see each other's future
-  mask = causal_mask(order, order, segments, segments, cfg.window if kind == 'local' else None)
-  return Context(angles, mask, positions, real=None if segments is None else segments > 0)
+  window = cfg.window if kind == 'local' else None
+  mask = causal_mask(order, order, segments, segments, window)
+  return Context(angles, mask, positions, segments=segments, window=window)
 
 
 def _cached(cfg: ModelConfig, kind: str, ctx: Context, cache: Cache) -> Context:
