@@ -138,6 +138,22 @@ class Export:
 
 
 @dataclasses.dataclass(frozen=True)
+class Plan:
+  """What a step of a run costs on chips that are not here: memory, what is sent between them, and bounds on its speed.
+
+  jaxlm plan CONFIG.py --topology v5e-256 [any flag of the run, as --mesh.tensor 4]. Exit code 3: it does not fit.
+  """
+
+  topology: str  # v5e-256, v5p-64, v6e-256, ... as clouds name them, or in chips: v5p:4x4x8
+  slices: int = 1  # joined over the data-center network: `mesh.data` is laid across them
+  hlo: str | None = None  # a file for the compiled program's text
+  json: bool = False  # one JSON object instead of tables
+
+  def __post_init__(self):
+    at_least(1, slices=self.slices)
+
+
+@dataclasses.dataclass(frozen=True)
 class Report:
   """Write a run's report.html."""
 
@@ -154,6 +170,11 @@ class Verify:
 def parse(cls: Any, args: Sequence[str], verb: str, default: Any = None) -> Any:
   """Arguments into an instance of `cls`; tyro prints what is wrong with them, the nearest flag, and exits with 2."""
   return tyro.cli(cls, prog=f'jaxlm {verb}', args=args, default=default)
+
+
+def parse_some(cls: Any, args: Sequence[str], verb: str) -> tuple[Any, list[str]]:
+  """`parse` of what belongs to `cls`, and the arguments that do not."""
+  return tyro.cli(cls, prog=f'jaxlm {verb}', args=args, return_unknown_args=True)
 
 
 def named(args: Sequence[str]) -> set[str]:

@@ -27,13 +27,17 @@ usage: jaxlm VERB ...          `jaxlm VERB --help` explains a verb
   chat         talk to a model in the terminal
   import       make a run of a model that others trained: a Hugging Face folder, hf://ORG/NAME or a GGUF file
   export       write a run's weights as a folder that transformers opens
+  plan         what a step costs on a pod that is not here: memory, communication, speed at best
   report       write a run's report.html
   verify       check every file of a run's checkpoints, or of prepared data, against its digest
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs one verb. Returns the exit code: 0, 1 for bad input, 75 when terminated after saving, 130 when interrupted."""
+  """Runs one verb and returns the exit code.
+
+  0, 1 for bad input, 3 for a plan that does not fit, 75 when terminated after saving, 130 when interrupted.
+  """
   args = list(sys.argv[1:] if argv is None else argv)
   if not args or args[0] in ('-h', '--help', 'help'):
     print(HELP, end='')
@@ -47,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _fail(f'there is no verb {args[0]!r}; {hint}')
   logging.getLogger('gcsfs').setLevel(logging.CRITICAL)  # it logs a stack for every try; the last error is told below
   try:
-    verb(args[1:])
+    return verb(args[1:]) or 0
   except InputError as e:
     return _fail(str(e))
   except OSError as e:  # a folder that cannot be written, a disk that is full: what was saved stays
@@ -60,7 +64,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     resumable = args[0] in ('pretrain', 'quickstart')
     print('\nstopped' + '; the same command goes on from the last saved step' * resumable, file=sys.stderr)
     return 130
-  return 0
 
 
 def _fail(line: str) -> int:
@@ -278,6 +281,25 @@ def _export(args: Sequence[str]) -> None:
   print(f'{options.out}: as {foreign.export_run(options.run, options.out, dtype=options.dtype)}, {options.dtype}')
 
 
+def _plan(args: Sequence[str]) -> int:
+  os.environ['JAX_PLATFORMS'] = 'cpu'  # nothing is computed: chips that this machine has stay free
+  from jaxlm import arguments
+
+  options, rest = arguments.parse_some(arguments.Plan, args, 'plan')
+  import json
+
+  from jaxlm import plan, topology
+  from jaxlm.console import table
+
+  config = pretraining(rest)
+  found = plan.plan(config, topology.parse(options.topology, options.slices), write_hlo=options.hlo)
+  if options.json:
+    print(json.dumps({name: None if value != value else value for name, value in found._asdict().items()}))
+  else:
+    print('\n\n'.join(plan.lines(found, table)))
+  return 0 if found.fits else 3
+
+
 def _report(args: Sequence[str]) -> None:
   from jaxlm import arguments
 
@@ -326,7 +348,7 @@ def _tokenizer_of(run: 'epath.Path', newest: 'epath.Path') -> dict['epath.Path',
   return {path: [] if tokenizer.load(path).digest == trained_with else ['not the one that the run was trained with']}
 
 
-VERBS: dict[str, Callable[[Sequence[str]], None]] = {
+VERBS: dict[str, Callable[[Sequence[str]], int | None]] = {
   'quickstart': _quickstart,
   'tokenizer': _tokenizer,
   'prepare': _prepare,
@@ -336,6 +358,7 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
   'chat': _chat,
   'import': _import,
   'export': _export,
+  'plan': _plan,
   'report': _report,
   'verify': _verify,
 }

@@ -1,0 +1,132 @@
+"""What a compiled program sends between chips, read from its text; what is in a loop counts as often as it runs."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+BYTES = {'pred': 1, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4, 'f32': 4}
+BYTES |= {'s64': 8, 'u64': 8, 'f64': 8, 'f8e4m3fn': 1, 'f8e5m2': 1}
+KINDS = 'all-gather|all-reduce|reduce-scatter|ragged-all-to-all|all-to-all|collective-permute|send|recv'
+COLLECTIVE = re.compile(rf'(%[\w.\-]+) = (.*?) ({KINDS})(-start)?\(')
+SHAPE = re.compile(r'\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]')
+WHILE = re.compile(r' while\(.*condition=(%[\w.\-]+), body=(%[\w.\-]+)')
+
+
+class Collective(NamedTuple):
+  """One collective of the program, a chip's share of it."""
+
+  kind: str
+  overlapped: bool  # beside other work, rather than waited for
+  dcn: bool  # between slices
+  times: int  # in a step
+  bytes: int  # of output, each time
+
+  @property
+  def total(self) -> int:
+    return self.times * self.bytes
+
+
+def collectives(text: str) -> list[Collective]:
+  """Every collective of a compiled TPU program (`compiled.as_text()`).
+
+  Overlapped are those that the compiler fused with other work or turned into rings beside matmuls, and the ones that
+  start and end at different places; a fusion's several steps count once.
+  """
+  bodies, entry = _computations(text)
+  times = _times(bodies, entry)
+  found, seen = [], set()
+  for name, lines in bodies.items():
+    if not times[name]:
+      continue
+    fused_body = name.startswith('%async_collective_fusion') or any('AsyncCollective' in line for line in lines)
+    for line in lines:
+      match = COLLECTIVE.search(line)
+      if not match:
+        continue
+      kind, started = match[3], bool(match[4])
+      fused = fused_body or 'chain_id=' in line
+      channel = re.search(r'channel_id=(\d+)', line)
+      if fused:
+        key = kind, channel and channel[1]
+        if key in seen:
+          continue
+        seen.add(key)
+      dcn = kind in ('send', 'recv')
+      overlapped = fused or 'windowed_dot' in name or dcn or (started and 'async_collective_name' not in line)
+      found.append(Collective(kind, overlapped, dcn, times[name], _output_bytes(match[2], kind, started)))
+  return found
+
+
+def _output_bytes(type_: str, kind: str, started: bool) -> int:
+  """A start has inputs and outputs in its type: the larger half is meant, of a permute, which has flags, the first."""
+  parts = [BYTES.get(d, 0) * math.prod(int(n) for n in shape.split(',') if n) for d, shape in SHAPE.findall(type_)]
+  if not started:
+    return sum(parts)
+  half = len(parts) // 2
+  return sum(parts) // 2 if kind == 'collective-permute' else max(sum(parts[:half]), sum(parts[half:]))
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+  bodies: dict[str, list[str]] = {}
+  current, entry = None, ''
+  for line in text.splitlines():
+    match = re.match(r'^(ENTRY )?(%[\w.\-]+) \(', line)
+    if match and line.rstrip().endswith('{'):
+      current = match[2]
+      bodies[current] = []
+      entry = current if match[1] else entry
+    elif line.rstrip() == '}':
+      current = None
+    elif current is not None:
+      bodies[current].append(line)
+  return bodies, entry
+
+
+def _times(bodies: dict[str, list[str]], entry: str) -> Counter[str]:
+  """How often each computation runs in a step."""
+  times: Counter[str] = Counter()
+
+  def walk(name: str, n: int) -> None:
+    times[name] += n
+    for line in bodies.get(name, ()):
+      if loop := WHILE.search(line):
+        known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+        trips = int(known[1]) if known else _trips(bodies[loop[1]], bodies[loop[2]])
+        walk(loop[2], n * trips)
+        continue
+      called = re.findall(r'(?:calls|to_apply)=(%[\w.\-]+)', line)
+      for branches in re.findall(r'branch_computations=\{([^}]*)\}', line):
+        called += [branch.strip() for branch in branches.split(',')]
+      for other in called:
+        walk(other, n)
+
+  walk(entry, 1)
+  return times
+
+
+def _trips(condition: Sequence[str], body: Sequence[str]) -> int:
+  """Rounds of a counted loop: its bound over the counter's step (rings are unrolled twice: it is 2 there)."""
+  text = '\n'.join(condition)
+  constants = {name: int(n) for name, n in re.findall(r'(%[\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)', text)}
+  for line in condition:
+    compared = re.search(r'ROOT .*compare\((%[\w.\-]+), (%[\w.\-]+)\)', line)
+    if compared and compared[2] in constants:
+      index = re.search(re.escape(compared[1]) + r' = .*get-tuple-element\(.*index=(\d+)', text)
+      return -(-constants[compared[2]] // (_step(body, int(index[1])) if index else 1))
+  return next(iter(constants.values())) if len(constants) == 1 else 1
+
+
+def _step(body: Sequence[str], index: int) -> int:
+  """What is added to the element of the loop's state that counts."""
+  text = '\n'.join(body)
+  constants = {name: int(n) for name, n in re.findall(r'(%[\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)', text)}
+  root = next((line for line in body if line.lstrip().startswith('ROOT ')), '')
+  match = re.search(r' tuple\((.*?)\)(?:, metadata|, backend|, sharding|$)', root)
+  elements = [x.strip() for x in re.sub(r'/\*.*?\*/', '', match[1]).split(',')] if match else []
+  if index >= len(elements):
+    return 1
+  name = elements[index].split()[-1]
+  added = re.search(re.escape(name) + r' = .*? add\((%[\w.\-]+), (%[\w.\-]+)\)', text)
+  return next((constants[x] for x in added.groups() if x in constants), 1) if added else 1

@@ -1,0 +1,220 @@
+"""What a step costs on chips that are not here: the run's own program, compiled for them, and read."""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from etils import epath
+
+from jaxlm import hlo, program, sharding, topology
+from jaxlm.config import Pretrain
+from jaxlm.errors import InputError
+from jaxlm.topology import DCN, Topology
+from jaxlm.train import metrics
+
+GIB = 2.0**30
+
+
+class Plan(NamedTuple):
+  """A step on one chip, sizes in GiB. `fits` if the peak is within the limit."""
+
+  topology: str
+  chips: int
+  mesh: dict[str, int]
+  fits: bool
+  limit_gib: float
+  peak_gib: float
+  parameters_gib: float
+  optimizer_gib: float
+  batch_gib: float
+  arguments_gib: float
+  temporaries_gib: float
+  program_gib: float
+  exposed_gib: float  # of collectives that are waited for
+  overlapped_gib: float  # of those beside other work
+  dcn_gib: float  # of both, between slices
+  collectives: list[dict[str, Any]]
+  tokens_per_step: int
+  flops_per_chip: float  # of matmuls in a step, recomputation included
+  model_flops_per_chip: float  # by convention, without it: what MFU counts
+  matmul_s: float  # the least seconds of a step for its matmuls,
+  hbm_s: float  # for reading and writing the state and what was gathered,
+  overlapped_s: float  # for collectives beside work,
+  exposed_s: float  # and for those that are waited for
+  step_s_bound: float
+  mfu_bound: float
+  tokens_per_s_bound: float
+  days: float  # of the config's steps, at the bound
+  chip_hours: float
+
+
+def plan(config: Pretrain, on: Topology, *, write_hlo: str | None = None) -> Plan:
+  """Compiles the step of a run for a topology and reads it; nothing is computed and no such chip is needed.
+
+  Raises InputError for sizes that do not divide, and where the compiler refuses the program for another reason than
+  memory.
+  """
+  if not config.model.vocab_size:
+    raise InputError("plan: model.vocab_size is 0, the tokenizer's: say how many, as --model.vocab-size 32000")
+  mesh = sharding.make_mesh(**_sizes(config), devices=topology.devices(on))
+  built = program.build(config, mesh)
+  with jax.set_mesh(mesh):
+    traced = built.step.trace(built.abstract, built.batch)  # ty: ignore
+    flops = matmul_flops(traced.jaxpr.jaxpr) / mesh.size
+    compiled = _compiled(traced.lower(), on)
+  text = '' if isinstance(compiled, float) else compiled.as_text()
+  if write_hlo:
+    epath.Path(write_hlo).write_text(text)
+  return _read(config, on, mesh, built, compiled, flops, hlo.collectives(text) if text else [])
+
+
+def _sizes(config: Pretrain) -> dict[str, int]:
+  mesh = config.mesh
+  return {'data': mesh.data, 'fsdp': mesh.fsdp, 'tensor': mesh.tensor, 'sequence': mesh.sequence}
+
+
+def _compiled(lowered: Any, on: Topology) -> Any:
+  """The compiled program, or the GiB that it would need where that is more than there are."""
+  try:
+    return lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    used = re.search(r'Used ([\d.]+)([GM]) of', str(error))
+    if 'RESOURCE_EXHAUSTED' not in str(error) or not used:
+      raise InputError(f'{on.name}: the compiler refuses the step: {str(error).splitlines()[0]}') from error
+    return float(used[1]) / (1 if used[2] == 'G' else 1024)
+
+
+def _read(
+  config: Pretrain, on: Topology, mesh: Any, built: program.Program, compiled: Any, flops: float, found: list[Any]
+) -> Plan:
+  chip, data = on.chip, config.data
+  memory = None if isinstance(compiled, float) else compiled.memory_analysis()
+  size = lambda name: getattr(memory, f'{name}_in_bytes') / GIB if memory else math.nan
+  peak = size('peak_memory') if memory else compiled
+  exposed = sum(c.total for c in found if not c.overlapped)
+  overlapped = sum(c.total for c in found if c.overlapped)
+  dcn = sum(c.total for c in found if c.dcn)
+  tokens = data.global_batch * data.seq_len
+  model_flops = metrics.flops_per_token(config.model, data.seq_len) * tokens / mesh.size
+  seconds = lambda some: sum(
+    c.total * (2 if c.kind == 'all-reduce' else 1) / (DCN if c.dcn else chip.ici) for c in some
+  )
+  beside, waited = seconds(c for c in found if c.overlapped), seconds(c for c in found if not c.overlapped)
+  moved = size('argument_size') + size('output_size') + 2 * (exposed + overlapped) / GIB
+  step_s = max(flops / chip.flops, moved * GIB / chip.hbm, beside) + waited
+  return Plan(
+    topology=on.name,
+    chips=mesh.size,
+    mesh={name: n for name, n in mesh.shape.items() if n > 1},
+    fits=bool(memory) and peak <= chip.memory_gib,
+    limit_gib=chip.memory_gib,
+    peak_gib=peak,
+    parameters_gib=_bytes(built.abstract.params) / GIB,
+    optimizer_gib=_bytes(built.abstract.opt_state) / GIB,
+    batch_gib=_bytes(built.batch) / GIB,
+    arguments_gib=size('argument_size'),
+    temporaries_gib=size('temp_size'),
+    program_gib=size('generated_code_size'),
+    exposed_gib=exposed / GIB,
+    overlapped_gib=overlapped / GIB,
+    dcn_gib=dcn / GIB,
+    collectives=_by_kind(found),
+    tokens_per_step=tokens,
+    flops_per_chip=flops,
+    model_flops_per_chip=model_flops,
+    matmul_s=flops / chip.flops,
+    hbm_s=moved * GIB / chip.hbm,
+    overlapped_s=beside,
+    exposed_s=waited,
+    step_s_bound=step_s,
+    mfu_bound=model_flops / chip.flops / step_s,
+    tokens_per_s_bound=tokens / step_s,
+    days=config.steps * step_s / 86400,
+    chip_hours=config.steps * step_s * mesh.size / 3600,
+  )
+
+
+def _by_kind(found: list[hlo.Collective]) -> list[dict[str, Any]]:
+  groups: dict[tuple, list[hlo.Collective]] = {}
+  for one in found:
+    groups.setdefault((one.kind, one.overlapped, one.dcn), []).append(one)
+  return [
+    {
+      'kind': kind,
+      'overlapped': beside,
+      'dcn': dcn,
+      'times': sum(c.times for c in some),
+      'gib': sum(c.total for c in some) / GIB,
+    }
+    for (kind, beside, dcn), some in sorted(groups.items())
+  ]
+
+
+def _bytes(tree: Any) -> int:
+  """Of a tree's parts on one device."""
+  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def matmul_flops(jaxpr: Any) -> float:
+  """FLOPs of every matmul of a traced program, on all devices together: loops as often as they run, branches the most.
+
+  The compiler's own count sees a loop's body once. A `while` without a count (generation) is seen once here too.
+  """
+  total = 0.0
+  for eqn in jaxpr.eqns:
+    params, inner = eqn.params, lambda name, eqn=eqn: matmul_flops(_open(eqn.params[name]))
+    match eqn.primitive.name:
+      case 'dot_general':
+        (contracted, _), _ = params['dimension_numbers']
+        left = eqn.invars[0].aval.shape
+        total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
+      case 'ragged_dot' | 'ragged_dot_general':
+        total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * eqn.invars[0].aval.shape[-1]
+      case 'scan':
+        total += params['length'] * inner('jaxpr')
+      case 'cond':
+        total += max(matmul_flops(_open(branch)) for branch in params['branches'])
+      case 'shard_map':
+        names = params.get('newly_manual_axes', params.get('manual_axes'))  # before and since jax 0.10
+        total += math.prod(params['mesh'].shape[name] for name in names) * inner('jaxpr')
+      case 'pallas_call':
+        total += math.prod(params['grid_mapping'].grid) * inner('jaxpr')
+      case _:
+        total += sum(matmul_flops(_open(x)) for x in params.values() if hasattr(_open(x), 'eqns'))
+  return total
+
+
+def _open(jaxpr: Any) -> Any:
+  return getattr(jaxpr, 'jaxpr', jaxpr)
+
+
+def lines(found: Plan, table: Callable[..., str]) -> list[str]:
+  """What a person reads of it."""
+  shown = ('parameters', 'optimizer', 'batch', 'temporaries', 'program', 'peak')
+  rows = [(name, getattr(found, f'{name}_gib')) for name in shown]
+  verdict = f'fits: {found.peak_gib:.2f} of {found.limit_gib:.2f} GiB'
+  if not found.fits:
+    over = found.peak_gib - found.limit_gib
+    verdict = f'does not fit: {found.peak_gib:.2f} GiB, {over:.2f} more than the {found.limit_gib:.2f} that a chip has'
+  place = lambda c: ('DCN' if c['dcn'] else 'ICI', 'beside work' if c['overlapped'] else 'waited for')
+  sent = [(c['kind'], *place(c), c['times'], c['gib']) for c in found.collectives]
+  bounds = [
+    ('matmuls', found.matmul_s),
+    ('memory', found.hbm_s),
+    ('collectives beside work', found.overlapped_s),
+    ('collectives waited for', found.exposed_s),
+    ('step, at best', found.step_s_bound),
+  ]
+  mesh = ', '.join(f'{name} {n}' for name, n in found.mesh.items()) or 'one chip'
+  return [
+    f'{found.topology}: {found.chips} chips, {mesh}',
+    table(('GiB a chip', ''), rows),
+    verdict,
+    table(('collective', 'over', '', 'times', 'GiB a chip and step'), sent) if sent else 'no collectives',
+    table(('seconds, at least', ''), bounds),
+    f'{found.flops_per_chip / 1e12:.1f} TFLOP a chip and step ({found.model_flops_per_chip / 1e12:.1f} without doing '
+    f'any twice); at best {found.mfu_bound:.1%} MFU, {found.tokens_per_s_bound:,.0f} tokens/s, '
+    f'{found.days:.1f} days and {found.chip_hours:,.0f} chip hours for the run',
+  ]
