@@ -80,7 +80,7 @@ def _compiled(lowered: Any, on: Topology) -> Any:
   try:
     return lowered.compile()
   except jax.errors.JaxRuntimeError as error:
-    used = re.search(r'Used ([\d.]+)([GM]) of', str(error))
+    used = re.search(r'(?:Used |temporaries \()([\d.]+)([GM])', str(error))
     if 'RESOURCE_EXHAUSTED' not in str(error) or not used:
       raise InputError(f'{on.name}: the compiler refuses the step: {str(error).splitlines()[0]}') from error
     return float(used[1]) / (1 if used[2] == 'G' else 1024)

@@ -68,8 +68,9 @@ def parse(name: str, slices: int = 1) -> Topology:
 
   Raises InputError for what is neither.
   """
-  platform, separator, size = re.fullmatch(r'([a-z0-9]+?)([:-]?)([\dx]*)', name.lower()).groups()  # ty: ignore
-  if platform not in CHIPS or not size or slices < 1:
+  match = re.fullmatch(r'([a-z0-9]+)([:-])([\dx]+)', name.lower())
+  platform, separator, size = match.groups() if match else ('', '', '')
+  if platform not in CHIPS or slices < 1:
     known = ', '.join(CHIPS)
     raise InputError(f'topology {name!r}: PLATFORM-SIZE or PLATFORM:AxB[xC] with a platform of {known}, as v5e-256')
   chip = CHIPS[platform]

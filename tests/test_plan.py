@@ -1,0 +1,205 @@
+"""The plan: names of topologies, what a program's text says, FLOPs from shapes, small steps compiled for chips."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import EXPERTS, LLAMA, MIXED
+
+from jaxlm import hlo, models, plan, topology
+from jaxlm.errors import InputError
+from jaxlm.models import Run
+from jaxlm.train import metrics
+
+needs_libtpu = pytest.mark.skipif(
+  importlib.util.find_spec('libtpu') is None, reason="needs the TPU compiler: pip install -e '.[tpu]'"
+)
+
+
+@pytest.mark.parametrize(
+  'name, shape, wrap',
+  [
+    ('v5e-256', (16, 16), (True, True, False)),
+    ('v5e-8', (2, 4), (False, False, False)),
+    ('v6e-128', (8, 16), (False, True, False)),
+    ('v5p-8', (2, 2, 1), (False, False, False)),
+    ('v5p-64', (2, 4, 4), (False, False, False)),
+    ('v5p-512', (4, 8, 8), (True, True, True)),
+    ('v5p:4x4x8', (4, 4, 8), (True, True, True)),
+    ('v4-16', (2, 2, 2), (False, False, False)),
+    ('v5e:1x1', (1, 1), (False, False, False)),
+  ],
+)
+def test_topologies_by_name(name, shape, wrap):
+  found = topology.parse(name)
+  assert (found.shape, found.wrap) == (shape, wrap)
+
+
+@pytest.mark.parametrize(
+  'name', ['v5e', 'v9-8', 'v5e-24', 'v5e:4x4x4', 'v5p:4x4', 'v5p-1', 'h100', '', 'v5e:0x4', 'V5E 256']
+)
+def test_topologies_that_are_none(name):
+  with pytest.raises(InputError, match='topology'):
+    topology.parse(name)
+
+
+TEXT = """HloModule jit_step
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%async_collective_fusion.1 (p: f32[4]) -> f32[4] {
+  %all-reduce.2 = bf16[8,128]{1,0} all-reduce(%p), channel_id=2, to_apply=%add
+}
+
+%async_collective_fusion.2 (p: f32[4]) -> f32[4] {
+  %all-reduce.3 = bf16[8,128]{1,0} all-reduce(%p), channel_id=2, to_apply=%add
+}
+
+%body (s: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %two = s32[]{:T(128)} constant(2)
+  %count = s32[]{:T(128)} get-tuple-element(%s), index=0
+  %next = s32[]{:T(128)} add(%count, %two)
+  %all-gather.4 = (bf16[2,128]{1,0}, bf16[16,128]{1,0}) all-gather-start(%x), channel_id=4
+  %f1 = f32[4]{0} fusion(%x), kind=kCustom, calls=%async_collective_fusion.1
+  %f2 = f32[4]{0} fusion(%x), kind=kCustom, calls=%async_collective_fusion.2
+  ROOT %t = (s32[], f32[4]) tuple(%next, /*index=1*/%f1)
+}
+
+%cond (s: (s32[], f32[4])) -> pred[] {
+  %n = s32[]{:T(128)} constant(10)
+  %count.2 = s32[]{:T(128)} get-tuple-element(%s), index=0
+  ROOT %less = pred[]{:T(512)} compare(%count.2, %n), direction=LT
+}
+
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %all-to-all.5 = f32[3,5]{1,0} all-to-all(%x), channel_id=5
+  %w = (s32[], f32[4]) while(%init), condition=%cond, body=%body
+  %send.6 = (f32[7]{0}, u32[], token[]) send(%x, %token), channel_id=6
+}
+"""
+
+
+def test_collectives_of_a_text():
+  """A loop by twos to ten runs five times; a fusion in two steps is one; a start's output is its larger half."""
+  found = {(c.kind, c.overlapped, c.dcn, c.times, c.bytes) for c in hlo.collectives(TEXT)}
+  assert found == {
+    ('all-reduce', True, False, 5, 8 * 128 * 2),
+    ('all-gather', True, False, 5, 16 * 128 * 2),
+    ('all-to-all', False, False, 1, 60),
+    ('send', True, True, 1, 7 * 4 + 4),
+  }
+
+
+@pytest.mark.parametrize('remat, times', [('none', 3), ('full', 4)])
+@pytest.mark.parametrize('cfg', [LLAMA, MIXED, EXPERTS], ids=['llama', 'mixed', 'experts'])
+def test_flops_from_shapes(cfg, remat, times):
+  """Forward, twice that backward, and with full remat the layers' forward once more, but for what nobody asks again."""
+  B, T = 2, 13
+  tokens = jnp.zeros((B, T), jnp.int32)
+  params = jax.eval_shape(lambda: models.init(cfg, jax.random.key(0)))
+
+  def loss(params):
+    return jnp.sum(models.forward(cfg, params, tokens, run=Run(remat=remat))[0])
+
+  forward = plan.matmul_flops(jax.make_jaxpr(lambda p: models.forward(cfg, p, tokens)[0])(params).jaxpr)
+  got = plan.matmul_flops(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)
+  head = 2.0 * B * T * cfg.d_model * cfg.padded_vocab
+  last = 2.0 * B * T * cfg.d_model * cfg.d_ff * cfg.n_layers if cfg is LLAMA and remat == 'full' else 0.0
+  assert got == pytest.approx(times * (forward - head) + 3 * head - last, rel=1e-6 if cfg is not EXPERTS else 0.2)
+  if cfg is LLAMA:
+    exact = metrics.flops_per_token(cfg, T) * B * T / 3 + 2.0 * B * T * cfg.d_model * (
+      cfg.padded_vocab - cfg.vocab_size
+    )
+    assert forward == pytest.approx(exact, rel=1e-6)
+
+
+def test_flops_in_a_map_over_devices_are_those_of_all():
+  from jax.sharding import PartitionSpec
+
+  mesh = jax.make_mesh((4, 2), ('a', 'b'), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  spec = PartitionSpec('a')
+  own = jax.shard_map(lambda x: x @ jnp.ones((5, 7)), in_specs=spec, out_specs=spec, axis_names={'a'})
+  with jax.set_mesh(mesh):
+    assert plan.matmul_flops(jax.make_jaxpr(jax.jit(own))(jnp.ones((12, 5))).jaxpr) == 2 * 12 * 5 * 7
+
+
+CONFIG = """
+from jaxlm.config import Compute, Data, Pretrain
+from jaxlm.models.config import ModelConfig
+
+config = Pretrain(
+  model=ModelConfig(vocab_size=1024, d_model=256, n_layers={layers}, n_heads=2, n_kv_heads=1, d_ff=512),
+  data=Data(seq_len={length}, global_batch=8),
+  compute=Compute(remat='full', loss_chunks=2),
+  steps=1000,
+)
+"""
+
+
+def planned(tmp_path, *args, layers=3, length=256):
+  (tmp_path / 'config.py').write_text(CONFIG.format(layers=layers, length=length))
+  command = [sys.executable, '-m', 'jaxlm', 'plan', str(tmp_path / 'config.py'), *args]
+  environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+  return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+@needs_libtpu
+def test_a_small_step_on_four_chips(tmp_path):
+  done = planned(tmp_path, '--topology', 'v5e:2x2', '--json', '--hlo', str(tmp_path / 'text'))
+  assert done.returncode == 0, done.stderr
+  found = json.loads(done.stdout.splitlines()[-1])
+  keys = 'fits peak_gib limit_gib arguments_gib temporaries_gib exposed_gib overlapped_gib flops_per_chip mfu_bound'
+  assert {*keys.split(), 'tokens_per_s_bound'} <= found.keys()
+  assert found['fits'] and found['limit_gib'] == 15.75 and 0 < found['mfu_bound'] < 1
+  assert found['optimizer_gib'] == pytest.approx(2 * found['parameters_gib'], rel=1e-3)
+  assert found['arguments_gib'] == pytest.approx(
+    found['parameters_gib'] + found['optimizer_gib'] + found['batch_gib'], rel=0.05
+  )
+  read = hlo.collectives((tmp_path / 'text').read_text())
+  assert sum(c.total for c in read) / 2**30 == pytest.approx(found['exposed_gib'] + found['overlapped_gib'])
+  assert 'splash' in (tmp_path / 'text').read_text()  # the kernel of the platform
+
+
+@needs_libtpu
+def test_what_does_not_fit_is_said_with_how_much(tmp_path):
+  done = planned(
+    tmp_path, '--topology', 'v5e:1x1', '--data.global-batch', '4096', '--compute.remat', 'none', length=4096
+  )
+  assert done.returncode == 3, done.stderr
+  assert 'does not fit' in done.stdout and 'more than the 15.75 that a chip has' in done.stdout
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+  'args, why',
+  [
+    (('--topology', 'v5e-24'), 'no power of two of chips'),
+    (('--topology', 'v5e-4', '--data.global-batch', '6'), 'does not divide'),
+    (('--topology', 'v5e-4', '--model.vocab-size', '0'), 'vocab_size is 0'),
+    (('--topology', 'v5e-4', '--data.seq-len', '200'), 'multiple of 128'),
+    (('--topology', 'v5e-4', '--mesh.tensor', '3'), 'does not divide 4 devices'),
+  ],
+)
+def test_bad_input_is_one_line(tmp_path, args, why):
+  done = planned(tmp_path, *args)
+  assert done.returncode == 1 and why in done.stderr.splitlines()[-1], done.stderr
+  assert 'Traceback' not in done.stderr
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_program_does_not_grow_with_depth(tmp_path):
+  sizes = []
+  for layers in (8, 80):
+    done = planned(tmp_path, '--topology', 'v5e:2x2', '--json', '--hlo', str(tmp_path / 'text'), layers=layers)
+    assert done.returncode == 0, done.stderr
+    sizes.append(len((tmp_path / 'text').read_text()))
+  assert np.ptp(sizes) < 0.1 * max(sizes)
