@@ -5,8 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax.core import FrozenDict
 from flax.linen import LogicallyPartitioned
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxlm import tree
@@ -41,7 +43,7 @@ def make_mesh(
 ) -> Mesh:
   """A device mesh with axes `data, fsdp, sequence, tensor`; one size may be -1 and takes what is left.
 
-  Raises InputError when the sizes do not multiply to the number of devices.
+  Several slices are joined by `data`. Raises InputError when the sizes do not multiply to the number of devices.
   """
   devices = list(jax.devices() if devices is None else devices)
   sizes = {'data': data, 'fsdp': fsdp, 'sequence': sequence, 'tensor': tensor}
@@ -55,7 +57,23 @@ def make_mesh(
   if free:
     sizes[free[0]] = len(devices) // fixed
   shape = tuple(sizes[name] for name in MESH_AXES)
-  return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+  types = (AxisType.Auto,) * len(shape)
+  slices = _slices(devices)
+  if len(slices) == 1:
+    return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+  if sizes['data'] % len(slices):
+    raise InputError(f'mesh {shown}: {len(slices)} slices are joined by the data axis: make it a multiple of them')
+  own = (sizes['data'] // len(slices), *shape[1:])
+  grids = [mesh_utils.create_device_mesh(own, some, allow_split_physical_axes=True) for some in slices]
+  return Mesh(np.concatenate(grids), MESH_AXES, axis_types=types)
+
+
+def _slices(devices: Sequence[Any]) -> list[list[Any]]:
+  """The devices of each slice: what is between slices is slow, and `data` alone is laid across them."""
+  found: dict[int, list[Any]] = {}
+  for device in devices:
+    found.setdefault(getattr(device, 'slice_index', None) or 0, []).append(device)
+  return [found[index] for index in sorted(found)]
 
 
 def spec(names: Sequence[str | None], rules: Rules) -> PartitionSpec:
