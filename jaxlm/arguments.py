@@ -95,7 +95,8 @@ class Generate:
     within('[0, inf)', temperature=self.temperature)
     within('(0, inf)', repetition_penalty=self.repetition_penalty)
     within('(0, 1]', top_p=self.top_p, min_p=self.min_p)
-    at_least(1, top_k=self.top_k, max_new_tokens=self.max_new_tokens)
+    within('[1, 2147483647]', top_k=self.top_k, max_new_tokens=self.max_new_tokens)
+    within('[-9e18, 9e18]', seed=self.seed)  # 64 bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +118,8 @@ class Chat:
     within('[0, inf)', temperature=self.temperature)
     within('(0, inf)', repetition_penalty=self.repetition_penalty)
     within('(0, 1]', top_p=self.top_p, min_p=self.min_p)
-    at_least(1, top_k=self.top_k, max_new_tokens=self.max_new_tokens)
+    within('[1, 2147483647]', top_k=self.top_k, max_new_tokens=self.max_new_tokens)
+    within('[-9e18, 9e18]', seed=self.seed)  # 64 bits
 
 
 @dataclasses.dataclass(frozen=True)

@@ -109,12 +109,14 @@ def begin(
 ) -> Decoding:
   """The prompts (non-empty token ids, of any lengths) read and one token made, with room for `max_new_tokens`.
 
-  Raises InputError for an empty prompt, a draft model of another vocabulary, or when a model of learned positions would
-  run past its last.
+  Raises InputError for an empty prompt, an id past the vocabulary, a draft model of another vocabulary, or when a model
+  of learned positions would run past its last.
   """
   lengths = np.array([len(p) for p in prompts], np.int32)
   if not len(lengths) or not lengths.min():
     raise InputError('every prompt needs at least one token (the BOS)')
+  if (most := max(map(max, prompts))) >= cfg.vocab_size:
+    raise InputError(f'the prompts have the id {most}, and the model {cfg.vocab_size:,} tokens')
   readers = [cfg, draft.cfg] if isinstance(draft, Draft) else [cfg]
   if readers[-1].vocab_size != cfg.vocab_size:
     raise InputError(f'the draft model has {readers[-1].vocab_size:,} tokens, and the model {cfg.vocab_size:,}')

@@ -292,6 +292,9 @@ def test_numbers_out_of_range(capsys, tmp_path, prepared):
     '--top-p 0',
     '--min-p 2',
     '--max-new-tokens 0',
+    '--max-new-tokens 99999999999',
+    '--top-k 99999999999',
+    '--seed 9999999999999999999999',
     '--repetition-penalty 0',
   ):
     assert 'must be' in one_line(capsys, 'generate', 'somewhere', *flags.split())

@@ -45,6 +45,13 @@ FAMILIES = {
   'smollm2': ('Llama', BASE | {'tie_word_embeddings': True}),
   'yarn': ('Llama', BASE | {'rope_parameters': YARN}),
   'linear': ('Llama', BASE | {'rope_parameters': {'rope_type': 'linear', 'rope_theta': 500.0, 'factor': 4.0}}),
+  'yarn, its defaults': (
+    'Qwen3',
+    WIDE
+    | {'rope_parameters': {'rope_type': 'yarn', 'rope_theta': 500.0, 'factor': 4.0}, 'max_position_embeddings': 13},
+  ),
+  'yarn in a window': ('Mistral', WIDE | {'sliding_window': WINDOW, 'rope_parameters': YARN | {'beta_fast': 9.0}}),
+  'yarn that shortens': ('Llama', BASE | {'rope_parameters': YARN | {'factor': 0.5}}),
   'mistral': ('Mistral', WIDE | {'sliding_window': WINDOW}),
   'granite': ('Granite', BASE | {'residual_multiplier': 0.3, 'embedding_multiplier': 7.0, 'logits_scaling': 3.0}),
   'qwen2': ('Qwen2', BASE),
@@ -53,6 +60,11 @@ FAMILIES = {
   'olmo2': ('Olmo2', BASE),
   'gemma2': ('Gemma2', BASE | {'head_dim': 18, 'sliding_window': WINDOW, 'query_pre_attn_scalar': 11}),
   'gemma3': ('Gemma3Text', GEMMA3),
+  'gemma3-yarn': (
+    'Gemma3Text',
+    GEMMA3
+    | {'rope_parameters': {'full_attention': YARN, 'sliding_attention': {'rope_type': 'default', 'rope_theta': 90.0}}},
+  ),
   'gemma3-multimodal': ('Gemma3', {'text_config': GEMMA3, 'vision_config': VISION, 'mm_tokens_per_image': 4}),
   'gpt2': ('GPT2', {'vocab_size': V, 'n_positions': 97, 'n_embd': 42, 'n_layer': 3, 'n_head': 3, 'n_inner': 53}),
   'mixtral': ('Mixtral', WIDE | EXPERTS),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 
 import jax
@@ -25,6 +26,7 @@ NAMED = {
     MIXED,
     d_model=12,
     activation='gelu_tanh',
+    attention_softcap=None,
     attention_multiplier=11**-0.5,
     embedding_multiplier=12**0.5,
     rope_scaling='llama3',
@@ -96,6 +98,52 @@ def test_what_is_not_understood_is_refused_by_name(change, why, tmp_path):
   with pytest.raises(InputError, match=why) as info:
     interop.load(str(tmp_path / 'out'))
   assert str(info.value).startswith(str(tmp_path / 'out')) and '\n' not in str(info.value)
+
+
+LLAMA3_ROPE = {'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 4.0, 'high_freq_factor': 1.0}
+YARN_ROPE = {'rope_type': 'yarn', 'factor': 8.0}
+
+
+@pytest.mark.parametrize(
+  'kind, change, why',
+  [
+    ('gemma3_text', {'attn_logit_softcapping': 2.0}, 'attn_logit_softcapping=2.0 is not supported'),
+    ('gpt2', {'hidden_act': 'silu'}, "hidden_act='silu' is not activation_function="),
+    ('llama', {'hidden_activation': 'gelu'}, "hidden_activation='gelu' is not hidden_act="),
+    ('gemma3_text', {'layer_types': None, '_sliding_window_pattern': 2}, '_sliding_window_pattern differs'),
+    ('gemma2', {'layer_types': None, '_sliding_window_pattern': 3}, '_sliding_window_pattern differs'),
+    ('llama', {'rope_parameters': LLAMA3_ROPE}, 'rope_low=4.0 must be below rope_high=1.0'),
+    ('llama', {'rope_parameters': YARN_ROPE | {'beta_fast': 0.5}}, 'rope_low=1.0 must be below rope_high=0.5'),
+    ('llama', {'rope_parameters': YARN_ROPE | {'rope_theta': 1.0}}, 'rope_theta=1.0 must be above 1'),
+    ('qwen2', {'use_sliding_window': True, 'sliding_window': 5, 'max_window_layers': None, 'layer_types': None},
+     'max_window_layers=None'),
+    ('gemma2', {'query_pre_attn_scalar': None}, 'query_pre_attn_scalar=None'),
+  ],
+)  # fmt: skip
+def test_what_transformers_reads_otherwise_is_refused(kind, change, why):
+  config = hf_config.write(GPT2 if kind == 'gpt2' else NAMED['llama'], kind)
+  if kind.startswith('gemma'):
+    config |= {'sliding_window': 7}
+  hf_config.parse(config, 'x')
+  changed = {**config, **{k: v for k, v in change.items() if k != 'rope_parameters'}}
+  if 'rope_parameters' in change:
+    changed |= {'rope_parameters': {'rope_theta': 500.0} | change['rope_parameters'], 'rope_scaling': None}
+  with pytest.raises(InputError, match=why):
+    hf_config.parse(changed, 'x')
+
+
+def test_rope_defaults_are_those_of_transformers():
+  config = hf_config.write(NAMED['llama'], 'llama') | {'max_position_embeddings': 977, 'rope_scaling': None}
+  cfg = hf_config.parse(config | {'rope_parameters': {'rope_type': 'yarn', 'factor': 4.0, 'rope_theta': 500.0}}, 'x')
+  assert (cfg.rope_original_len, cfg.rope_low, cfg.rope_high) == (977, 1.0, 32.0)
+  assert cfg.rope_amplitude == pytest.approx(0.1 * math.log(4) + 1)
+
+
+def test_gemma_2_may_have_no_soft_caps():
+  config = hf_config.write(NAMED['llama'], 'gemma2')
+  caps = {'attn_logit_softcapping': None, 'final_logit_softcapping': None}
+  cfg = hf_config.parse(config | caps, 'x')
+  assert cfg.attention_softcap is None and cfg.logits_softcap is None
 
 
 @pytest.mark.parametrize(

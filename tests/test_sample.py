@@ -231,6 +231,11 @@ def test_an_empty_prompt_is_refused(prompts):
     generate(LLAMA, prompts=prompts)
 
 
+def test_ids_that_the_model_does_not_have_are_refused():
+  with pytest.raises(InputError, match='the prompts have the id 131, and the model 131 tokens'):
+    generate(LLAMA, prompts=[[1], [5, 131]])
+
+
 def test_learned_positions_end():
   with pytest.raises(InputError, match="5 \\+ 57 tokens exceed the model's 61 positions"):
     generate(GPT2, new=57)

@@ -58,6 +58,16 @@ def test_greedy_tokens_are_the_same(style, kind):
       assert got.passes_B.tolist() == [3, 3, 3]  # 12 tokens after the first, 4 a pass
 
 
+@pytest.mark.parametrize('kind', ['look-up', 'itself', 'another'])
+def test_greedy_tokens_are_the_same_up_to_the_last_learned_position(kind):
+  """Drafts reach beyond it, and what is there may not spoil the rest."""
+  new = GPT2.max_seq_len - max(map(len, PROMPTS))
+  want = generate(GPT2, new=new, sampling=Sampling(0.0))
+  got = generate(GPT2, new=new, sampling=Sampling(0.0), draft=drafts(GPT2)[kind])
+  np.testing.assert_array_equal(got.tokens_BN, want.tokens_BN)
+  np.testing.assert_allclose(got.logp_BN, want.logp_BN, atol=1e-4)
+
+
 def test_looking_up_saves_passes_where_a_text_repeats_itself():
   prompt = [5, 17, 3, 40, 41] * 4
   params = randomized(LLAMA)

@@ -207,13 +207,13 @@ FAMILIES: dict[str, Family] = {
   ),
   'gemma3_text': Family(
     'Gemma3ForCausalLM',
-    _SIZES | _SOFTCAPS,
+    _SIZES | {'final_logit_softcapping': 'logits_softcap'},
     _GEMMA
-    | dict.fromkeys(_SOFTCAPS)
+    | {'final_logit_softcapping': None}
     | {'period': 6, 'rope_theta': 1e6, 'rope_local_base_freq': 1e4}
     | {'vocab_size': 262208, 'max_position_embeddings': 131072},
     {'norm_at': 'both', 'qk_norm': 'head'},
-    _NO_BIAS | {'use_bidirectional_attention': False},
+    _NO_BIAS | {'use_bidirectional_attention': False, 'attn_logit_softcapping': None},  # which it does not read
     _gemma_names(),
   ),
   'gpt2': Family(

@@ -12,6 +12,7 @@ from jaxlm.models.config import ModelConfig
 ROPE_KEYS = {'rope_type', 'type', 'rope_theta', 'factor', 'original_max_position_embeddings'} | {
   'low_freq_factor', 'high_freq_factor', 'beta_slow', 'beta_fast', 'attention_factor'
 }  # fmt: skip
+CAPS = ('attn_logit_softcapping', 'final_logit_softcapping')  # None: no cap
 MOST = {'num_hidden_layers': 4097, 'n_layer': 4097}  # a pattern is found in time that grows with their square
 OTHERS = {
   **dict.fromkeys(('sliding_window', 'sliding_window_pattern', '_sliding_window_pattern', 'max_window_layers'), 'int'),
@@ -20,6 +21,7 @@ OTHERS = {
   **dict.fromkeys(('rope_scaling', 'rope_parameters'), 'dict'),
   'layer_types': 'list',
 }  # what is no field by itself
+ACTIVATION_KEYS = ('hidden_activation', 'hidden_act', 'activation_function')
 LAYERED = {'period', 'max_window_layers'}  # a family with one of these reads `layer_types`, others ignore them
 
 
@@ -45,7 +47,7 @@ def parse(config: Mapping[str, Any], where: str) -> ModelConfig:
     if key not in {*family.keys, *family.defaults, *family.only, *HARMLESS, *_SPECIAL}:
       raise InputError(f'{where}: {key}={value!r} is not known to leave the numbers of {kind} as they are')
   fields = {field: values[key] for key, field in family.keys.items() if values[key] is not None} | dict(family.fixed)
-  activation = _first(values, 'hidden_activation', 'hidden_act', 'activation_function')
+  activation = _activation(values, family, where)
   if not isinstance(activation, str) or activation not in ACTIVATIONS:
     raise InputError(f'{where}: the activation {activation!r} is none of {", ".join(ACTIVATIONS)}')
   fields['activation'] = ACTIVATIONS[activation]
@@ -68,13 +70,26 @@ def parse(config: Mapping[str, Any], where: str) -> ModelConfig:
     raise InputError(f'{where}: {error}') from error
 
 
+def _activation(values: Mapping[str, Any], family: Family, where: str) -> Any:
+  """What the family's own key says; other families' keys change nothing there, and may not say something else."""
+  own = next(key for key in ACTIVATION_KEYS if key in family.defaults)
+  for key in ACTIVATION_KEYS:
+    if key != own and values.get(key) is not None and ACTIVATIONS.get(values[key]) != ACTIVATIONS.get(values[own]):
+      raise InputError(f'{where}: {key}={values[key]!r} is not {own}={values[own]!r}, which this family reads')
+  return values[own]
+
+
 def _check_values(values: Mapping[str, Any], family: Family, where: str) -> None:
   """Raises InputError for a value of another type, or beyond what any model has: before it is computed with."""
   fields = {field.name: str(field.type) for field in dataclasses.fields(ModelConfig)}
   kinds = {key: fields[field] for key, field in family.keys.items()} | OTHERS
   for key in values.keys() & kinds.keys():
     value, kind = values[key], kinds[key]
-    if value is None and (key in OTHERS or family.defaults.get(key, 0) is None or key == 'num_key_value_heads'):
+    if value is None and key == 'query_pre_attn_scalar':
+      raise InputError(f'{where}: {key}=None is not supported')
+    if value is None and (
+      key in OTHERS or key in CAPS or family.defaults.get(key, 0) is None or key == 'num_key_value_heads'
+    ):
       continue
     most = MOST.get(key, 1 << 31)
     if 'bool' in kind:
@@ -111,9 +126,7 @@ def write(cfg: ModelConfig, kind: str) -> dict[str, Any]:
   config: dict[str, Any] = {'architectures': [family.architecture], 'model_type': kind}
   config |= {key: getattr(cfg, field) for key, field in family.keys.items()}
   names = {ours: theirs for theirs, ours in ACTIVATIONS.items()} | {'gelu_tanh': 'gelu_pytorch_tanh'}
-  key = _first(
-    {name: name for name in ('hidden_activation', 'hidden_act', 'activation_function') if name in family.defaults}
-  )
+  key = next(name for name in ACTIVATION_KEYS if name in family.defaults)
   config[key] = 'gelu_new' if kind == 'gpt2' and cfg.activation == 'gelu_tanh' else names[cfg.activation]
   if 'query_pre_attn_scalar' in family.defaults:
     scalar = (cfg.attention_multiplier or 1.0) ** -2
@@ -185,11 +198,13 @@ def _pattern(values: Mapping[str, Any], family: Family, layers: int, where: str)
     raise InputError(f'{where}: layer_types are not {layers} of {", ".join(KINDS)}')
   kinds = ('global' if window is None else 'local',) * layers
   if window is not None and listed is None and 'period' in values:
-    period = _first(values, 'sliding_window_pattern', '_sliding_window_pattern', 'period')
-    if not period:
-      raise InputError(f'{where}: sliding_window_pattern={period} is not supported')
+    period = _first(values, 'sliding_window_pattern', 'period')
+    if not period or (values.get('_sliding_window_pattern') or period) != period:
+      raise InputError(f'{where}: sliding_window_pattern={period} is not supported, or _sliding_window_pattern differs')
     kinds = tuple('local' if (i + 1) % period else 'global' for i in range(layers))
   elif window is not None and listed is None and 'max_window_layers' in family.defaults:
+    if values['max_window_layers'] is None:
+      raise InputError(f'{where}: max_window_layers=None is not supported')
     kinds = tuple('local' if i >= values['max_window_layers'] else 'global' for i in range(layers))
   elif listed is not None:
     asked = tuple(KINDS[kind] for kind in listed)
@@ -241,7 +256,7 @@ def _scaling(found: Mapping[str, Any], length: int, where: str) -> dict[str, Any
   return fields | {
     'rope_low': float(found.get('beta_slow') or 1),
     'rope_high': float(found.get('beta_fast') or 32),
-    'rope_amplitude': float(0.1 * math.log(factor) + 1 if amplitude is None else amplitude),
+    'rope_amplitude': float(0.1 * math.log(max(factor, 1.0)) + 1 if amplitude is None else amplitude),
   }
 
 

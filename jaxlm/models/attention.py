@@ -52,6 +52,11 @@ class Cache:
     )
 
 
+def rope_scaled(cfg: ModelConfig, kind: str) -> bool:
+  """Whether layers of this kind are met with `rope_scaling`: local ones with a base of their own are not."""
+  return cfg.rope_scaling != 'none' and not (kind == 'local' and cfg.rope_theta_local is not None)
+
+
 def rope_frequencies(cfg: ModelConfig, kind: str) -> np.ndarray:
   """Radians a position of each pair, float32 [n]: theta^(-2i/N) (Su et al. 2021, arXiv:2104.09864), or as scaled.
 
@@ -61,7 +66,7 @@ def rope_frequencies(cfg: ModelConfig, kind: str) -> np.ndarray:
   local = kind == 'local' and cfg.rope_theta_local is not None
   theta, N = (cfg.rope_theta_local if local else cfg.rope_theta) or 1.0, cfg.head_size
   inverse_n = theta ** (-np.arange(0, N, 2, dtype=np.float64) / N)
-  if local or cfg.rope_scaling == 'none':
+  if not rope_scaled(cfg, kind):
     return inverse_n.astype(np.float32)
   turns_n = cfg.rope_original_len * inverse_n / (2 * math.pi)
   if cfg.rope_scaling == 'linear':

@@ -35,7 +35,7 @@ class ModelConfig:
   rope_original_len: int = 8192  # the length of the first training
   rope_low: float = 1.0  # llama3: turns in that length below which a frequency is divided; yarn: the same (beta_slow)
   rope_high: float = 4.0  # llama3: turns above which it stays; yarn: the same (beta_fast, 32 there)
-  rope_amplitude: float = 1.0  # of the rotated queries and keys (yarn: 0.1 ln(rope_factor) + 1)
+  rope_amplitude: float = 1.0  # of the rotated queries and keys (yarn: 0.1 ln(rope_factor) + 1), where they are scaled
   bias: bool = False  # in every matmul of a layer
   qkv_bias: bool = False  # in those of queries, keys and values (Qwen 2)
   norm_at: Literal['pre', 'post', 'both'] = 'pre'  # a sub-layer's input, output (OLMo 2) or both (Gemma 2) are normed
@@ -63,6 +63,10 @@ class ModelConfig:
       raise InputError(f'model: n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}')
     if self.positions == 'rope' and self.head_size % 2:
       raise InputError(f'model: RoPE turns pairs, so head_dim={self.head_size} must be even')
+    if self.rope_scaling in ('llama3', 'yarn') and not self.rope_low < self.rope_high:
+      raise InputError(f'model: rope_low={self.rope_low} must be below rope_high={self.rope_high}')
+    if self.rope_scaling == 'yarn' and self.rope_theta <= 1:
+      raise InputError(f'model: rope_theta={self.rope_theta} must be above 1 for yarn')
     if self.n_experts and not 1 <= self.experts_per_token <= self.n_experts:
       raise InputError(
         f'model: experts_per_token={self.experts_per_token} must be from 1 to n_experts={self.n_experts}'

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlm.errors import InputError
 from jaxlm.models import kernels
-from jaxlm.models.attention import Cache, attend, causal_mask, rope_angles, rope_frequencies, rotate
+from jaxlm.models.attention import Cache, attend, causal_mask, rope_angles, rope_frequencies, rope_scaled, rotate
 from jaxlm.models.config import ModelConfig, Run
 from jaxlm.models.linear import linear
 from jaxlm.models.moe import MoE
@@ -50,6 +50,7 @@ class Context(NamedTuple):
   own: bool = True  # the mask is for this call's keys, whatever a cache holds
   segments: Array | None = None
   window: int | None = None
+  amplitude: float = 1.0  # of rotated queries and keys
 
   @property
   def real(self) -> Array | None:
@@ -120,7 +121,7 @@ class Attention(nn.Module):
 
     q_BTHN, k_BTKN, v_BTKN = heads('q', H, 'heads'), heads('k', K, 'kv_heads'), heads('v', K, 'kv_heads')
     if ctx.angles is not None:
-      q_BTHN, k_BTKN = (rotate(x, ctx.angles, cfg.rope_amplitude) for x in (q_BTHN, k_BTKN))
+      q_BTHN, k_BTKN = (rotate(x, ctx.angles, ctx.amplitude) for x in (q_BTHN, k_BTKN))
     if cache is not None:
       cache = cache.write(k_BTKN, v_BTKN, ctx.positions)
       if not ctx.own:
@@ -304,7 +305,7 @@ def hidden(
     positions_BT = jnp.arange(T, dtype=jnp.int32)[None]
   x_BTD = jnp.take(params['embed'], tokens_BT, axis=0).astype(run.dtype)
   if cfg.positions == 'learned':
-    x_BTD += jnp.take(params['positions'], positions_BT, axis=0).astype(run.dtype)
+    x_BTD += jnp.take(params['positions'], positions_BT, axis=0, mode='clip').astype(run.dtype)
   x_BTD = constrain(x_BTD * cfg.embedding_multiplier, STREAM, run.rules)
   layers, block = params['layers'], Block(cfg, run)
   if cache is not None and not isinstance(layers, tuple):
@@ -388,7 +389,8 @@ def _context(cfg: ModelConfig, kind: str, positions: Array, segments: Array | No
   # within a row a later token is one further right: position alone would let segments see each other's future
   window = cfg.window if kind == 'local' else None
   mask = causal_mask(order, order, segments, segments, window)
-  return Context(angles, mask, positions, segments=segments, window=window)
+  amplitude = cfg.rope_amplitude if rope_scaled(cfg, kind) else 1.0
+  return Context(angles, mask, positions, segments=segments, window=window, amplitude=amplitude)
 
 
 def _cached(cfg: ModelConfig, kind: str, ctx: Context, cache: Cache) -> Context:
