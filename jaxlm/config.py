@@ -77,7 +77,9 @@ class Compute:
   """How the step is computed."""
 
   dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # auto: bfloat16 on accelerators, float32 on CPU
-  attention: Literal['auto', 'xla', 'splash'] = 'auto'  # auto: by the platform
+  attention: Literal['auto', 'xla', 'splash', 'ring'] = (
+    'auto'  # auto: by the platform, and ring where mesh.sequence > 1
+  )
   remat: str = 'none'
   unroll: int = 1
   dropout: float = 0.0

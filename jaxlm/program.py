@@ -59,7 +59,10 @@ def build(config: Pretrain, mesh: Mesh, rules: sharding.Rules = sharding.RULES, 
   cfg, compute = config.model, config.compute
   platform = mesh.devices.flat[0].platform
   dtype = {'auto': 'float32' if platform == 'cpu' else 'bfloat16'}.get(compute.dtype, compute.dtype)
-  attention = {'auto': 'splash' if platform == 'tpu' else 'xla'}.get(compute.attention, compute.attention)
+  kernel = 'ring' if mesh.shape['sequence'] > 1 else 'splash' if platform == 'tpu' else 'xla'
+  attention = {'auto': kernel}.get(compute.attention, compute.attention)
+  if config.data.seq_len % mesh.shape['sequence']:
+    raise InputError(f'data.seq_len={config.data.seq_len} does not divide by mesh.sequence={mesh.shape["sequence"]}')
   rules_of = rules if mesh.size > 1 else None
   run = Run(jnp.dtype(dtype), attention, compute.remat, compute.unroll, compute.dropout, rules_of)
   if cfg.positions == 'learned' and config.data.seq_len > cfg.max_seq_len:

@@ -7,7 +7,7 @@ import pytest
 
 from jaxlm import sharding
 from jaxlm.errors import InputError
-from jaxlm.models import kernels
+from jaxlm.models import kernels, ring
 from jaxlm.models.attention import attend, causal_mask
 
 T, H, K, N = 256, 6, 2, 10
@@ -50,6 +50,18 @@ def test_splash_on_a_mesh():
   want = both(plain, q, k, v, segments)
   with jax.set_mesh(mesh):
     got = both(lambda *x: kernels.splash(*x, kernels.Splash(interpret=True), sharding.RULES), q, k, v, segments)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize('sizes', [{'sequence': 8, 'fsdp': 1}, {'sequence': 2, 'tensor': 2, 'fsdp': 2}])
+def test_a_ring_is_attention(case, sizes, monkeypatch):
+  monkeypatch.setattr(ring, 'QUERIES', 24)
+  q, k, v, segments = inputs(2)
+  want = both(lambda *x: plain(*x, **CASES[case]), q, k, v, segments)
+  with jax.set_mesh(sharding.make_mesh(**sizes)):
+    got = both(lambda *x: ring.ring(*x, **CASES[case], rules=sharding.RULES), q, k, v, segments)
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
 

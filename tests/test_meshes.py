@@ -51,7 +51,8 @@ def batch():
 def loss_and_gradients(cfg, sizes, remat, chunks):
   devices = jax.devices()[: 1 if sizes is None else 8]
   mesh = sharding.make_mesh(**(sizes or {'fsdp': 1}), devices=devices)
-  run = Run(remat=remat, rules=None if sizes is None else sharding.RULES)
+  attention = 'ring' if 'sequence' in (sizes or {}) else 'xla'
+  run = Run(attention=attention, remat=remat, rules=None if sizes is None else sharding.RULES)
   loss_fn = objectives.next_token(cfg, run, chunks=chunks, balance=0.01, router_z=0.001)
 
   def total(params, batch):

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxlm.errors import InputError
-from jaxlm.models import kernels
+from jaxlm.models import kernels, ring
 from jaxlm.models.attention import Cache, attend, causal_mask, rope_angles, rope_frequencies, rope_scaled, rotate
 from jaxlm.models.config import ModelConfig, Run
 from jaxlm.models.linear import linear
@@ -131,6 +131,9 @@ class Attention(nn.Module):
     if self.run.attention == 'splash' and cache is None:
       how = kernels.Splash(ctx.window, scale, softcap)
       out_BTHN = kernels.splash(q_BTHN, k_BTKN, v_BTKN, ctx.segments, how, rules)
+    elif self.run.attention == 'ring' and cache is None:
+      around = {'window': ctx.window, 'scale': scale, 'softcap': softcap, 'rules': rules}
+      out_BTHN = ring.ring(q_BTHN, k_BTKN, v_BTKN, ctx.segments, **around)
     else:
       out_BTHN = attend(q_BTHN, k_BTKN, v_BTKN, ctx.mask, scale, softcap)
     out_BTE = checkpoint_name(out_BTHN, 'attn_values').reshape(B, T, H * N)
