@@ -61,6 +61,11 @@ def build(config: Pretrain, mesh: Mesh, rules: sharding.Rules = sharding.RULES, 
   dtype = {'auto': 'float32' if platform == 'cpu' else 'bfloat16'}.get(compute.dtype, compute.dtype)
   kernel = 'ring' if mesh.shape['sequence'] > 1 else 'splash' if platform == 'tpu' else 'xla'
   attention = {'auto': kernel}.get(compute.attention, compute.attention)
+  if attention != 'xla' and cfg.kv_heads % mesh.shape['tensor']:
+    heads = f'model.n_kv_heads={cfg.kv_heads}'
+    raise InputError(
+      f'{heads} does not divide by mesh.tensor={mesh.shape["tensor"]}: lower it, or compute.attention xla'
+    )
   if config.data.seq_len % mesh.shape['sequence']:
     raise InputError(f'data.seq_len={config.data.seq_len} does not divide by mesh.sequence={mesh.shape["sequence"]}')
   rules_of = rules if mesh.size > 1 else None

@@ -186,6 +186,8 @@ def test_what_does_not_fit_is_said_with_how_much(tmp_path):
     (('--topology', 'v5e-4', '--model.vocab-size', '0'), 'vocab_size is 0'),
     (('--topology', 'v5e-4', '--data.seq-len', '200'), 'multiple of 128'),
     (('--topology', 'v5e-4', '--mesh.tensor', '3'), 'does not divide 4 devices'),
+    (('--topology', 'v5e-4', '--mesh.tensor', '4'), 'n_kv_heads=1 does not divide by mesh.tensor=4'),
+    (('--topology', 'v5e-4', '--slices', '2'), '2 slices are joined by the data axis'),
   ],
 )
 def test_bad_input_is_one_line(tmp_path, args, why):
