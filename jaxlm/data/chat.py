@@ -1,7 +1,9 @@
 """Conversations to token ids by a model's own template; what people type never becomes a control token."""
 
+import itertools
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxlm.data import template as templates
@@ -9,7 +11,7 @@ from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import InputError
 
 Message = Mapping[str, Any]
-ESCAPES = ''.join(map(chr, range(0xE000, 0xE010)))  # private use: one that no message has marks what was typed
+PRIVATE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))  # Unicode's private use
 
 
 def render(
@@ -17,41 +19,81 @@ def render(
 ) -> str:
   """The conversation as text, control tokens spelled out; `generation` opens the assistant's turn.
 
-  Raises InputError for messages without a role, and for a template that refuses them or does not end.
+  The template sees what transformers shows it: a token that the tokenizer does not name is undefined. Raises
+  InputError for messages without a role, and for a template that refuses them or does not end.
   """
   for i, message in enumerate(messages):
     if not isinstance(message.get('role'), str):
       raise InputError(f'message {i + 1}: no string "role"; its keys are {", ".join(message) or "none"}')
-  names = {f'{role}_token': tokenizer.names.get(role, '') for role in ('bos', 'eos')}
-  return templates.render(
-    template, {'messages': list(messages), 'add_generation_prompt': generation, **names, **variables}
-  )
+  tokens = {f'{role}_token': name for role, name in tokenizer.names.items() if role not in tokenizer.unnamed}
+  shown = [{key: value for key, value in message.items() if value is not None} for message in messages]
+  given = {'messages': shown, 'tools': None, 'documents': None, 'add_generation_prompt': generation}
+  return templates.render(template, {**given, **tokens, **variables})
 
 
 def encode(
   template: str, messages: Sequence[Message], tokenizer: Tokenizer, *, generation: bool = False, **variables: Any
 ) -> list[int]:
-  """The ids of a conversation: those of its text in one piece, but control tokens typed in a message are text."""
-  control = sorted((tokenizer.inner.id_to_token(i) for i in tokenizer.control_ids), key=len, reverse=True)
-  escape = next((c for c in ESCAPES if c not in str(messages)), None)
-  if escape is None:
-    raise InputError('chat: a message has too many characters of private use')
-  typed = re.compile('|'.join(map(re.escape, control))) if control else None
-  marked = _mapped(messages, lambda text: typed.sub(lambda m: m[0][0] + escape + m[0][1:], text) if typed else text)
-  text = render(template, marked, tokenizer, generation=generation, **variables)
+  """The ids of a conversation: those of its text in one piece, but control tokens typed in a message are text.
+
+  Each is one character of private use while the template runs. What a template itself puts together of pieces (it
+  removes letters, or writes brackets around a role) is the template's. Raises InputError as `render` does, and for a
+  role that holds a control token.
+  """
+  typed = _Typed(template, [messages, variables], tokenizer)
+  for i, message in enumerate(messages):
+    if typed.hide(str(message.get('role', ''))) != str(message.get('role', '')):
+      raise InputError(f'message {i + 1}: its role {message["role"]!r} holds a control token')
+  hidden = _mapped(list(messages), typed.hide)
+  text = render(template, hidden, tokenizer, generation=generation, **_mapped(variables, typed.hide))
+  parts = re.split(f'([{"".join(typed.shown)}])', text) if typed.shown else [text]
   ids: list[int] = []
-  for part in re.split(f'({typed.pattern})', text) if typed else [text]:
-    if typed and typed.fullmatch(part):
-      ids.append(tokenizer.inner.token_to_id(part))
-    elif part:
-      ids += tokenizer.encode(part.replace(escape, ''))
+  for part in parts:
+    if part:
+      said = typed.shown.get(part)
+      ids += tokenizer.encode(said or part, controls=said is None, inside=bool(ids))
   return ids
 
 
-def _mapped(value: Any, change: Any) -> Any:
-  """The same with every string in it changed, but for the names of keys and roles."""
+class _Typed:
+  """Control tokens in what was typed, each spelling behind a character that no text of this conversation has."""
+
+  def __init__(self, template: str, said: Any, tokenizer: Tokenizer):
+    self.reader, self.control_ids = tokenizer.reader, tokenizer.control_ids - {tokenizer.unk_id}
+    names = sorted((tokenizer.inner.id_to_token(i) for i in tokenizer.control_ids), key=len, reverse=True)
+    self.pattern = re.compile('|'.join(map(re.escape, names)) or '(?!)', re.IGNORECASE)  # a template may change case
+    self.free = _unused(template + json.dumps(said, ensure_ascii=False))
+    self.shown: dict[str, str] = {}  # {character: spelling}
+    self.hidden: dict[str, str] = {}
+
+  def hide(self, text: str) -> str:
+    text = self.pattern.sub(lambda found: self._one(found[0]), text)
+    try:
+      read = self.reader.encode(text, add_special_tokens=False)
+    except TypeError:  # no text in UTF-8, which is said where it is rendered
+      return text
+    spans = [span for i, span in zip(read.ids, read.offsets, strict=True) if i in self.control_ids]  # by normalization
+    for start, end in reversed(spans):
+      text = text[:start] + self._one(text[start:end]) + text[end:]
+    return text
+
+  def _one(self, spelling: str) -> str:
+    if spelling not in self.hidden:
+      self.hidden[spelling] = next(self.free)
+      self.shown[self.hidden[spelling]] = spelling
+    return self.hidden[spelling]
+
+
+def _unused(text: str) -> Iterator[str]:
+  used = set(text)
+  yield from (c for c in map(chr, itertools.chain(*PRIVATE)) if c not in used)
+  raise InputError('chat: the messages have too many characters of private use')
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+  """The same with every string in it changed, keys too."""
   if isinstance(value, str):
     return change(value)
   if isinstance(value, Mapping):
-    return {key: x if key == 'role' else _mapped(x, change) for key, x in value.items()}
+    return {_mapped(key, change): _mapped(x, change) for key, x in value.items()}
   return [_mapped(x, change) for x in value] if isinstance(value, Sequence) else value

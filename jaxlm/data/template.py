@@ -27,15 +27,27 @@ def worker() -> None:
 
   resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 
+  class Generation(jinja2.ext.Extension):
+    """{% generation %}: what the assistant wrote, for trainers; here it is its body."""
+
+    tags = {'generation'}
+
+    def parse(self, parser: Any) -> Any:
+      next(parser.stream)
+      return parser.parse_statements(('name:endgeneration',), drop_needle=True)
+
   def refuse(message: str) -> None:
     raise jinja2.TemplateError(message)
 
+  def tojson(x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False):
+    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
   environment: Any = ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+    trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
   )
-  environment.filters['tojson'] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
+  environment.filters['tojson'] = tojson
   environment.globals['raise_exception'] = refuse
-  environment.globals['strftime_now'] = lambda form: datetime.datetime.now().astimezone().strftime(form)
+  environment.globals['strftime_now'] = lambda format: datetime.datetime.now().strftime(format)
   compiled: dict[str, jinja2.Template] = {}
   for line in sys.stdin:
     asked = json.loads(line)

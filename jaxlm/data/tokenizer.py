@@ -6,20 +6,22 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 import tokenizers
 from etils import epath
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
 from jaxlm.errors import InputError
 from jaxlm.files import read_json, read_text, write_whole
 
 BOS, EOS, PAD = '<|bos|>', '<|eos|>', '<|pad|>'  # ids 0, 1, 2 of the tokenizers trained here
 ROLES = ('bos', 'eos', 'pad')
+ANYTHING = ('ignore_merges', 'continuing_subword_prefix', 'end_of_word_suffix')  # BPE with more than letters and merges
+CONTROL, BYTE = re.compile(r'<[|｜].+[|｜]>'), re.compile('<0x[0-9A-F]{2}>')
 LARGEST = 1 << 24  # ids: more than any vocabulary has, and little enough for an array with a number for each
 # What other families call them, looked up only where no tokenizer_config.json says it.
 USUAL = {
@@ -45,23 +47,36 @@ PIECES = '|'.join(
 class Tokenizer:
   """A `tokenizers.Tokenizer` whose `encode` never makes control tokens: callers put `bos_id` and `eos_id` themselves.
 
-  `inner` is copied, its padding and truncation are turned off. `names` says which tokens are 'bos', 'eos' and 'pad';
-  one that is missing is looked for under its usual names. Raises InputError if there is no end-of-text token.
+  `inner` is copied, its padding and truncation are turned off. `names` says which tokens are 'bos', 'eos', 'pad' (and
+  'unk'); one that is missing is looked for under its usual names. Control tokens are the added tokens that are flagged
+  special, that have such a name, or that are spelled <|...|>; other added tokens (<think>, <tool_call>) are text that
+  has an id of its own, also where it was typed. Raises InputError if there is no end-of-text token.
   """
 
-  def __init__(self, inner: tokenizers.Tokenizer, names: dict[str, str] | None = None):
+  def __init__(self, inner: tokenizers.Tokenizer, names: Mapping[str, str | None] | None = None):
     self.inner: Any = tokenizers.Tokenizer.from_str(inner.to_str())
     self.inner.no_padding()
     self.inner.no_truncation()
     self.inner.encode_special_tokens = True  # a control token typed in a text is text
+    given = {role: name for role, name in (names or {}).items() if name}
+    self.unnamed = frozenset(set(ROLES) - given.keys() if names is not None else ())  # but looked for
+    self._flag_controls(set(given.values()))
     known = {t.content for t in self.inner.get_added_tokens_decoder().values() if t.special}
     found = {role: next((n for n in USUAL[role] if n in known), None) for role in ROLES}
-    self.names: dict[str, str] = {role: name for role, name in {**found, **(names or {})}.items() if name}
+    self.names: dict[str, str] = {role: name for role, name in {**found, **given}.items() if name}
     if 'eos' not in self.names:
       raise InputError("tokenizer: no end-of-text token: add 'eos_token' to its tokenizer_config.json")
     for role, name in self.names.items():
       if self.inner.token_to_id(name) is None:
         raise InputError(f'tokenizer: its {role} token {name!r} is not in its vocabulary')
+
+  def _flag_controls(self, names: set[str]) -> None:
+    """Files have control tokens that are not flagged as such: then what was typed would become one."""
+    added = {t.content: t for t in self.inner.get_added_tokens_decoder().values()}
+    plain = {name for name, t in added.items() if not t.special and (name in names or CONTROL.fullmatch(name))}
+    bare = {name for name in names if name not in added and self.inner.token_to_id(name) is not None}
+    if plain or bare:
+      self.inner.add_special_tokens([_added(name, added.get(name)) for name in sorted(plain | bare)])
 
   @cached_property
   def vocab_size(self) -> int:
@@ -101,6 +116,35 @@ class Tokenizer:
     """Ids that stand for no text."""
     return frozenset(i for i, t in self.inner.get_added_tokens_decoder().items() if t.special)
 
+  @property
+  def _model(self) -> dict[str, Any]:
+    return json.loads(self.inner.to_str())['model']
+
+  @cached_property
+  def unk_id(self) -> int | None:
+    """What the model makes of text that it has no token for; None where it has one for every text."""
+    model = self._model
+    name = model.get('unk_token')
+    return model.get('unk_id') if name is None else self.inner.token_to_id(name)
+
+  @cached_property
+  def _reachable(self) -> frozenset[int]:
+    """Control ids that the model without its added tokens may make of a text, but for what stands for unknown text."""
+    banned = self.control_ids - {self.unk_id} | self.control_ids & {self.bos_id, self.eos_id}
+    found = {t: i for t, i in self.inner.get_vocab(with_added_tokens=False).items() if i in banned}
+    model = self._model
+    if model['type'] == 'BPE' and not any(map(model.get, ANYTHING)):
+      merged = {''.join(pair if isinstance(pair, list) else pair.split(' ')) for pair in model['merges']}
+      found = {t: i for t, i in found.items() if t in merged or len(t) == 1 or BYTE.fullmatch(t)}
+    return frozenset(found.values())
+
+  @cached_property
+  def reader(self) -> Any:
+    """The `inner` that reads control tokens as such."""
+    copy = tokenizers.Tokenizer.from_str(self.inner.to_str())
+    copy.encode_special_tokens = False
+    return copy
+
   def control_id(self, text: str) -> int | None:
     """The id of the control token that is spelled like that, if there is one."""
     found = self.inner.token_to_id(text)
@@ -109,19 +153,44 @@ class Tokenizer:
   @cached_property
   def digest(self) -> str:
     """sha256 of the canonical JSON: equal digests give equal ids for every text."""
-    whole = {'names': self.names, 'tokenizer': json.loads(self.inner.to_str())}
+    names = {role: name for role, name in self.names.items() if role in ROLES}
+    whole = {'names': names, 'tokenizer': json.loads(self.inner.to_str())}
     return hashlib.sha256(json.dumps(whole, sort_keys=True, separators=(',', ':')).encode()).hexdigest()
 
-  def encode(self, text: str) -> list[int]:
-    """Ids of the text alone. Raises InputError on a lone surrogate, which is no text in UTF-8."""
-    return self.encode_batch([text])[0]
+  def encode(self, text: str, *, controls: bool = False, inside: bool = False) -> list[int]:
+    """Ids of the text alone. Raises InputError on a lone surrogate, which is no text in UTF-8.
+
+    With `controls` the control tokens spelled in it are read as such; `inside` another text, it does not begin with the
+    space that SentencePiece puts before a text.
+    """
+    inner = self.reader if controls else self.inner
+    if inside and self.unk_id not in (before := _ids(inner, '\n')):
+      ids = _ids(inner, f'\n{text}')
+      if ids[: len(before)] == before and (controls or self._reachable.isdisjoint(ids)):
+        return ids[len(before) :]
+    return _ids(inner, text) if controls else self.encode_batch([text])[0]
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-    """`encode` of each text, on all cores."""
+    """`encode` of each text, on all cores. Raises InputError where the model has only a control token for a text."""
     try:
-      return [e.ids for e in self.inner.encode_batch_fast(texts, add_special_tokens=False)]
+      found = [e.ids for e in self.inner.encode_batch_fast(texts, add_special_tokens=False)]
     except TypeError as error:
       raise InputError(f'tokenizer: {_bad_text(texts)}') from error
+    if not (reachable := self._reachable):
+      return found
+    return [
+      ids if reachable.isdisjoint(ids) else self._cut(text, reachable) for ids, text in zip(found, texts, strict=True)
+    ]
+
+  def _cut(self, text: str, reachable: frozenset[int]) -> list[int]:
+    """The ids of a text of which the model would make control tokens: those are cut after their first letter."""
+    whole = self.inner.encode(text, add_special_tokens=False)
+    spans = [(i, *span) for i, span in zip(whole.ids, whole.offsets, strict=True) if i in reachable]
+    if short := [i for i, start, end in spans if end - start < 2]:
+      raise InputError(f'tokenizer: a text would become the control token {self.inner.id_to_token(short[0])!r}')
+    cuts = sorted({0, len(text), *(start + 1 for _, start, _ in spans)})
+    parts = [text[a:b] for a, b in itertools.pairwise(cuts)]
+    return [i for n, part in enumerate(parts) for i in self.encode(part, inside=n > 0)]
 
   def decode(self, ids: Sequence[int]) -> str:
     """The text, without control tokens; bytes that are no UTF-8 become U+FFFD."""
@@ -142,7 +211,7 @@ class Tokenizer:
       elif byte_level:
         sizes[i] = len(token)  # one character of this alphabet is one byte
       else:
-        sizes[i] = 1 if re.fullmatch('<0x[0-9A-F]{2}>', token) else len(token.replace('\u2581', ' ').encode())
+        sizes[i] = 1 if BYTE.fullmatch(token) else len(token.replace('\u2581', ' ').encode())
     return sizes
 
   def save(self, path: epath.PathLike) -> None:
@@ -152,7 +221,8 @@ class Tokenizer:
     """
     path = epath.Path(path)
     config = read_json(_config_path(path)) if _config_path(path).exists() else {}
-    config.update({f'{role}_token': self.names.get(role) for role in ROLES})
+    roles = [*ROLES, *({'unk'} & self.names.keys())]
+    config.update({f'{role}_token': None if role in self.unnamed else self.names.get(role) for role in roles})
     config['tokenizer_class'] = 'PreTrainedTokenizerFast'  # transformers would else split as the family's own does
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(_config_path(path), json.dumps(config, indent=2, ensure_ascii=False))
@@ -171,13 +241,17 @@ def load(path: epath.PathLike) -> Tokenizer:
     inner = tokenizers.Tokenizer.from_str(text)
   except Exception as error:  # the library raises bare Exception
     raise InputError(f'{path}: not a tokenizer.json: {error}') from error
-  names = {role: name for role in ROLES if (name := _content(config.get(f'{role}_token')))}
-  if wrong := [role for role, name in names.items() if not isinstance(name, str)]:
+  names = {role: _content(config.get(f'{role}_token')) for role in (*ROLES, 'unk')}
+  if wrong := [role for role, name in names.items() if not isinstance(name, str | None)]:
     raise InputError(f'{_config_path(path)}: damaged: {wrong[0]}_token is no text')
+  if names['unk'] and inner.token_to_id(names['unk']) is None:
+    del names['unk']
   if (last := max(inner.get_vocab(with_added_tokens=True).values(), default=0)) > LARGEST:
     raise InputError(f'{path}: damaged: a token has the id {last}')
+  for i, token in _configured(config, _config_path(path)):
+    _add(inner, i, token, _config_path(path))
   try:
-    return Tokenizer(inner, names)
+    return Tokenizer(inner, names if config else None)
   except InputError as error:
     raise InputError(f'{path}: {error}') from error
   except Exception as error:  # the library raises bare Exception, here when it reads what it has written
@@ -206,7 +280,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     ]
   )
   inner.decoder = decoders.ByteLevel()
-  controls = [tokenizers.AddedToken(name, special=True, normalized=False) for name in (BOS, EOS, PAD)]
+  controls = [AddedToken(name, special=True, normalized=False) for name in (BOS, EOS, PAD)]
   trainer = trainers.BpeTrainer(
     vocab_size=vocab_size, special_tokens=controls, initial_alphabet=alphabet, show_progress=False
   )
@@ -259,6 +333,46 @@ def _config_path(path: epath.Path) -> epath.Path:
 def _content(token: str | dict[str, Any] | None) -> str | None:
   """A token's text: Hugging Face writes it bare or as {"content": ...}."""
   return token.get('content') if isinstance(token, dict) else token
+
+
+def _added(name: str, like: AddedToken | None, special: bool = True) -> AddedToken:
+  """A token with the habits of another."""
+  habits = ('single_word', 'lstrip', 'rstrip', 'normalized') if like else ()
+  return AddedToken(name, special=special, **{habit: getattr(like, habit) for habit in habits})
+
+
+def _ids(inner: Any, text: str) -> list[int]:
+  try:
+    return inner.encode(text, add_special_tokens=False).ids
+  except TypeError as error:
+    raise InputError(f'tokenizer: {_bad_text([text])}') from error
+
+
+def _configured(config: dict[str, Any], path: epath.Path) -> Iterator[tuple[int | None, AddedToken]]:
+  """The added tokens that a tokenizer_config.json names, some with their ids."""
+  extra = config.get('extra_special_tokens') or config.get('additional_special_tokens') or []
+  extra = list(extra.values()) if isinstance(extra, dict) else extra
+  numbered = config.get('added_tokens_decoder') or {}
+  try:
+    if not isinstance(extra, list):
+      raise TypeError(f'{extra!r:.40} is no list')
+    found: list[tuple[int | None, Any]] = [(int(i), numbered[i]) for i in sorted(numbered, key=int)]
+    found += [(None, x if isinstance(x, dict) else {'content': x, 'special': True}) for x in extra]
+    keys = ('content', 'single_word', 'lstrip', 'rstrip', 'normalized', 'special')
+    yield from [(i, AddedToken(**{key: x[key] for key in keys if key in x})) for i, x in found]
+  except (TypeError, ValueError, LookupError) as error:
+    raise InputError(f'{path}: damaged: its added tokens are not read: {error}') from error
+
+
+def _add(inner: tokenizers.Tokenizer, i: int | None, token: AddedToken, path: epath.Path) -> None:
+  """A token that tokenizer.json lacks gets the next id, as in transformers, or is refused where it has another."""
+  name, added = token.content, {t.content: t for t in inner.get_added_tokens_decoder().values()}
+  if name not in added:
+    inner.add_tokens([token])
+  elif token.special and not added[name].special:
+    inner.add_special_tokens([_added(name, added[name])])
+  if i is not None and (got := inner.token_to_id(name)) != i:
+    raise InputError(f'{path}: its added token {name!r} has the id {i}, but {got} in tokenizer.json')
 
 
 def _bad_text(texts: Sequence[str]) -> str:

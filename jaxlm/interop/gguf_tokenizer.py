@@ -80,8 +80,8 @@ def _check_controls(tokenizer: Tokenizer, vocabulary: '_Vocabulary', byte_level:
   made = {merge.replace(' ', '') for merge in vocabulary.get('merges', list, [])} if byte_level else set()
   made |= {token for token in controls if len(token) == 1}
   texts = [*controls, *(decoders.ByteLevel().decode([t]) if byte_level else t.replace(SPACE, ' ') for t in controls)]
-  for ids in tokenizer.encode_batch(texts):
-    made |= {vocabulary.tokens[i] for i in tokenizer.control_ids.intersection(ids)}
+  for whole in tokenizer.inner.encode_batch(texts, add_special_tokens=False):
+    made |= {vocabulary.tokens[i] for i in tokenizer.control_ids.intersection(whole.ids)}
   if made & controls:
     raise vocabulary.fail(f'a text would become the control token {shown(min(made & controls))}')
 
