@@ -3,7 +3,8 @@
 import time
 
 import pytest
-from tokenizers import AddedToken
+import tokenizers
+from tokenizers import AddedToken, models, normalizers
 
 from jaxlm.data import chat, template
 from jaxlm.data import tokenizer as tok
@@ -52,6 +53,109 @@ def test_a_control_token_that_was_typed_is_text(t, typed):
   start = len(one_shot(t, '<|bos|><|im_start|>user\n'))
   end = len(one_shot(t, '<|im_end|>\n'))
   assert t.inner.decode(ids[start - 3 : -end], skip_special_tokens=False).endswith(typed)
+
+
+@pytest.fixture(scope='module')
+def odd(t) -> tok.Tokenizer:
+  """Control tokens of one character, in one another, and in capitals."""
+  inner = tok.Tokenizer(t.inner).inner
+  inner.add_special_tokens([AddedToken(n, special=True) for n in ('☃', '[INST]', '[[INST]]', '<|us', '<|user')])
+  return tok.Tokenizer(inner)
+
+
+def controls(t, template, message, **variables):
+  return [i for i in chat.encode(template, [message], t, **variables) if i in t.control_ids]
+
+
+PLAIN = CHATML.replace(' | trim', '')
+SPELLED = ['☃', '[[INST]]', 'a[INST]b', '<|IM_END|>', '<|Im_Start|>x', '\ue000<|im_end|>', '<|im_\ue000end|>']
+
+
+@pytest.mark.parametrize(
+  'used', ['', '| lower', '| upper', '| title', '| trim', '| tojson', '| tojson(ensure_ascii=true)']
+)
+@pytest.mark.parametrize('typed', SPELLED)
+def test_however_it_is_spelled_and_shown(odd, typed, used):
+  template = CHATML.replace('| trim', used)
+  assert controls(odd, template, {'role': 'user', 'content': typed}) == controls(odd, template, MESSAGES[0])
+  if used != '| tojson(ensure_ascii=true)':
+    text = odd.inner.decode(chat.encode(template, [{'role': 'user', 'content': typed}], odd), skip_special_tokens=False)
+    assert typed.lower() in text.lower()
+
+
+def test_what_is_escaped_is_the_same_text(odd):
+  template = CHATML.replace('| trim', '| tojson(ensure_ascii=true)')
+  ids = chat.encode(template, [{'role': 'user', 'content': '\\ue000 <|im_end|> \ue001'}], odd)
+  assert '"\\\\ue000 <|im_end|> \\ue001"' in odd.inner.decode(ids, skip_special_tokens=False)
+
+
+def test_a_character_cannot_be_cut(odd):
+  cut = CHATML.replace('message.content | trim', "message.content.split('|') | join('|')")
+  assert controls(odd, cut, {'role': 'user', 'content': '<|im_end|>'}) == controls(odd, cut, MESSAGES[0])
+
+
+def test_the_longest_control_token_is_the_one_that_was_typed(odd):
+  """Its ids are those of its text in one piece, not of a shorter one and a rest."""
+  whole, apart = odd.encode('<|user'), odd.encode('<|us') + odd.encode('er')
+  ids = chat.encode(PLAIN, [{'role': 'user', 'content': '<|user'}], odd)
+  assert whole != apart and str(whole)[1:-1] in str(ids) and str(apart)[1:-1] not in str(ids)
+
+
+@pytest.mark.parametrize(
+  'message',
+  [
+    {'content': [{'type': 'text', 'text': '<|im_end|>'}]},
+    {'content': '', 'tool_calls': [{'function': {'name': 'f', 'arguments': {'a': ['<|im_end|>']}}}]},
+    {'content': '', 'tool_calls': [{'function': {'name': '<|im_end|>', 'arguments': {}}}]},
+    {'content': '', 'tool_calls': [{'function': {'name': 'f', 'arguments': {'<|im_end|>': 1}}}]},
+    {'content': '', 'name': '<|im_end|>'},
+    {'content': ({'role': '<|im_end|>'},)},
+  ],
+)
+def test_every_string_is_typed(t, message):
+  template = '{{ messages | tojson }}<|im_end|>'
+  assert controls(t, template, {'role': 'user', **message}) == controls(t, template, MESSAGES[0])
+
+
+def test_tools_and_documents_are_typed(t):
+  template = '{{ tools | tojson }}{{ documents[0].text }}<|im_end|>'
+  given = {'tools': [{'name': '<|im_end|>'}], 'documents': [{'text': '<|im_start|>'}]}
+  assert controls(t, template, MESSAGES[0], **given) == [t.control_id('<|im_end|>')]
+
+
+@pytest.mark.parametrize('role', ['<|im_end|>', 'user<|im_END|>'])
+def test_a_role_is_no_control_token(t, role):
+  with pytest.raises(InputError, match='message 2: its role .* holds a control token'):
+    chat.encode(CHATML, [MESSAGES[0], {'role': role, 'content': 'x'}], t)
+
+
+def test_what_a_normalizer_makes_a_control_token_is_text():
+  inner = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate('<|>abcdefghijklmnopqrstuvwxyz/ ')}, []))
+  inner.normalizer = normalizers.NFKC()
+  inner.add_special_tokens([AddedToken('</s>', special=True, normalized=True)])
+  t = tok.Tokenizer(inner)
+  template = '{{ messages[0].content }}</s>'
+  assert one_shot(t, '＜/s＞') == [t.eos_id]
+  for typed in ('＜/s＞', 'ab ＜/s＞ cd'):
+    assert controls(t, template, {'role': 'user', 'content': typed}) == [t.eos_id]
+
+
+@pytest.mark.parametrize(
+  'source, text',
+  [
+    ('{{ tools is none and documents is none }}', 'True'),
+    ('{{ bos_token }}{{ eos_token }}{{ pad_token }}', '<|bos|><|eos|><|pad|>'),
+    ('{{ unk_token is defined }}', 'False'),
+    ('a{% generation %}{{ messages[1].content }}{% endgeneration %}b', 'aA whale.b'),
+    ("{{ {'b': 1, 'a': 'न'} | tojson }}", '{"b": 1, "a": "न"}'),
+    ("{{ {'b': 1, 'a': 'न'} | tojson(true, 1, (',', '='), true) }}", '{\n "a"="\\u0928",\n "b"=1\n}'),
+    ('{% for m in messages %}{% if loop.last %}{% break %}{% endif %}{{ m.role }}{% endfor %}', 'user'),
+    ("{{ strftime_now('%Y') | length }}", '4'),
+    ("{{ 'tool_calls' in messages[1] }}", 'False'),
+  ],
+)
+def test_what_a_template_sees(t, source, text):
+  assert chat.render(source, [MESSAGES[0], {**MESSAGES[1], 'tool_calls': None}], t) == text
 
 
 def test_messages_without_a_role(t):

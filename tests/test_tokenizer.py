@@ -127,6 +127,143 @@ def test_brought_tokenizer_is_told_its_names(tmp_path):
   assert tok.Tokenizer(inner, {'eos': '<|endoftext|>'}).digest != tok.Tokenizer(inner, {'eos': '<|im_end|>'}).digest
 
 
+LETTERS = 'abcdefghijklmnopqrstuvwxyz<>|/[]_EOS▁'
+
+
+def with_config(folder, inner, **config):
+  inner.save(str(folder / 'tokenizer.json'))
+  (folder / 'tokenizer_config.json').write_text(json.dumps(config))
+  return tok.load(folder)
+
+
+def lettered(plain=(), special=('</s>',)):
+  inner = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(LETTERS)}, []))
+  inner.add_special_tokens([AddedToken(name, special=True) for name in special])
+  inner.add_tokens([AddedToken(name, special=False, normalized=False) for name in plain])
+  return inner
+
+
+@pytest.mark.parametrize(
+  'name, config',
+  [
+    ('<|im_end|>', {}),
+    ('<｜User｜>', {}),
+    *[('END', {f'{role}_token': 'END'}) for role in ('bos', 'pad', 'unk')],
+    ('END', {'eos_token': {'content': 'END'}}),
+    ('END', {'added_tokens_decoder': {len(LETTERS) + 1: {'content': 'END', 'special': True}}}),
+    ('END', {'extra_special_tokens': ['END']}),
+    ('E', {'pad_token': 'E'}),  # in the vocabulary, not among the added tokens
+  ],
+)
+def test_control_tokens_that_are_not_flagged(tmp_path, name, config):
+  t = with_config(tmp_path, lettered(['<think>', name][: 1 + (name != 'E')][::-1]), **{'eos_token': '</s>', **config})
+  control = t.control_id(name)
+  assert control is not None
+  if name == 'E':  # a letter of this model
+    with pytest.raises(InputError, match="a text would become the control token 'E'"):
+      t.encode('aE')
+  else:
+    assert control not in t.encode(f'a{name}b') and t.decode([0, control, 1]).replace(' ', '') == 'ab'
+  think = t.inner.token_to_id('<think>')
+  assert t.encode('a<think>b') == [0, think, 1] and think not in t.control_ids
+
+
+def unigram(letters=LETTERS[:-1] + '\n'):
+  pieces = [('<unk>', 0.0), ('<s>', 0.0), ('</s>', 0.0), ('▁', -2.0), *((c, -3.0) for c in letters)]
+  inner = tokenizers.Tokenizer(models.Unigram(pieces, 0))
+  inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+  return inner, ['<unk>', '<s>', '</s>']
+
+
+def wordlevel():
+  inner = tokenizers.Tokenizer(models.WordLevel({'[UNK]': 0, '[EOS]': 1, 'a': 2, '[': 3, 'EOS]': 4}, '[UNK]'))
+  inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+  return inner, ['[UNK]', '[EOS]']
+
+
+def merging():
+  vocab = {c: i for i, c in enumerate(LETTERS)} | {'</': 90, 's>': 91, '</s>': 92}
+  return tokenizers.Tokenizer(models.BPE(vocab, [('<', '/'), ('s', '>'), ('</', 's>')])), ['</s>']
+
+
+@pytest.mark.parametrize('made', [unigram, wordlevel, merging])
+def test_a_model_that_knows_control_tokens_as_words(made):
+  inner, special = made()
+  inner.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
+  t = tok.Tokenizer(inner, {'eos': special[-1]})
+  end = special[-1]
+  assert t.eos_id in t.inner.encode(f'a {end} a', add_special_tokens=False).ids
+  for text in (end, f'a {end} a', f'{end} {end}', f'a {end} ☃'):
+    (ids,) = t.encode_batch([text])
+    assert t.eos_id not in ids and ids
+  assert t.encode_batch(['a', f'a {end}', 'a'])[::2] == [t.encode('a')] * 2
+  if made is unigram:
+    assert t.decode(t.encode(f'a {end} bc')) == f'a {end} bc'
+    assert t.unk_id == 0 and 0 in t.encode('a ☃')  # unknown text stays that
+
+
+def test_a_control_token_of_one_letter_is_refused():
+  inner = tokenizers.Tokenizer(models.WordLevel({'[UNK]': 0, '☃': 1, 'a': 2}, '[UNK]'))
+  inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+  inner.add_special_tokens([AddedToken('☃', special=True)])
+  t = tok.Tokenizer(inner, {'eos': '☃'})
+  with pytest.raises(InputError, match="^tokenizer: a text would become the control token '☃'$"):
+    t.encode_batch(['a', 'a ☃'])
+
+
+def test_text_goes_on_inside_another():
+  inner, special = unigram()
+  inner.add_special_tokens(special)
+  t = tok.Tokenizer(inner, {'eos': '</s>'})
+  begun = [t.inner.token_to_id('\u2581'), t.inner.token_to_id('c')]
+  assert t.decode([*begun, *t.encode('a b')]) == 'c a b'
+  assert t.decode([*begun, *t.encode('a b', inside=True)]) == 'ca b'
+  assert t.encode('a</s>', inside=True, controls=True) == [t.inner.token_to_id('a'), t.eos_id]
+  inner, _ = unigram(LETTERS[:-1])
+  inner.add_special_tokens(special)
+  t = tok.Tokenizer(inner, {'eos': '</s>'})
+  assert t.encode('\u2603', inside=True) == t.encode('\u2603')  # one unknown would swallow the other
+
+
+def test_tokens_of_the_config_alone_get_their_ids(tmp_path):
+  first = len(LETTERS) + 1
+  numbered = {
+    str(first + 1): {'content': '<think>', 'special': False},
+    str(first): {'content': '<two>', 'special': True},
+  }
+  t = with_config(
+    tmp_path, lettered(), eos_token='</s>', added_tokens_decoder=numbered, extra_special_tokens=['<three>']
+  )
+  assert [t.inner.token_to_id(name) for name in ('<two>', '<think>', '<three>')] == [first, first + 1, first + 2]
+  assert t.control_ids == {first - 1, first, first + 2} and t.encode('<think>') == [first + 1]
+
+
+@pytest.mark.parametrize(
+  'config, why',
+  [
+    ({'added_tokens_decoder': {'99': {'content': '<two>'}}}, "added token '<two>' has the id 99, but 38"),
+    ({'added_tokens_decoder': {'3': {'content': '</s>'}}}, "added token '</s>' has the id 3, but 37"),
+    ({'added_tokens_decoder': {'x': {'content': '<two>'}}}, 'damaged: its added tokens'),
+    ({'added_tokens_decoder': {'40': 7}}, 'damaged: its added tokens'),
+    ({'added_tokens_decoder': ['<two>']}, 'damaged: its added tokens'),
+    ({'extra_special_tokens': '<two>'}, "damaged: its added tokens are not read: '<two>' is no list"),
+  ],
+)
+def test_tokens_of_the_config_that_would_get_other_ids(tmp_path, config, why):
+  with pytest.raises(InputError, match=why) as caught:
+    with_config(tmp_path, lettered(), eos_token='</s>', **config)
+  assert '\n' not in str(caught.value)
+
+
+def test_names_that_a_config_does_not_give_stay_ungiven(tmp_path):
+  """They are looked for, but a template does not see them, and a saved config does not name them."""
+  t = with_config(tmp_path, lettered(special=('<s>', '</s>', '<pad>')), eos_token='</s>', unk_token='a')
+  assert t.names == {'bos': '<s>', 'eos': '</s>', 'pad': '<pad>', 'unk': 'a'} and t.unnamed == {'bos', 'pad'}
+  t.save(tmp_path / 'again' / 'tokenizer.json')
+  again = tok.load(tmp_path / 'again')
+  assert (again.names, again.unnamed, again.digest) == (t.names, t.unnamed, t.digest)
+
+
 def test_brought_sentencepiece_counts_bytes():
   inner = brought(
     decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()]),

@@ -44,8 +44,10 @@ def encode(
   for i, message in enumerate(messages):
     if typed.hide(str(message.get('role', ''))) != str(message.get('role', '')):
       raise InputError(f'message {i + 1}: its role {message["role"]!r} holds a control token')
-  hidden = _mapped(list(messages), typed.hide)
-  text = render(template, hidden, tokenizer, generation=generation, **_mapped(variables, typed.hide))
+  marked = _mapped(list(messages), typed.hide)
+  text = render(template, marked, tokenizer, generation=generation, **_mapped(variables, typed.hide))
+  for hidden in typed.shown:
+    text = text.replace(_escaped(hidden), hidden)
   parts = re.split(f'([{"".join(typed.shown)}])', text) if typed.shown else [text]
   ids: list[int] = []
   for part in parts:
@@ -84,9 +86,14 @@ class _Typed:
     return self.hidden[spelling]
 
 
+def _escaped(char: str) -> str:
+  """What tojson(ensure_ascii=true) makes of it."""
+  return json.dumps(char)[1:-1]
+
+
 def _unused(text: str) -> Iterator[str]:
   used = set(text)
-  yield from (c for c in map(chr, itertools.chain(*PRIVATE)) if c not in used)
+  yield from (c for c in map(chr, itertools.chain(*PRIVATE)) if c not in used and _escaped(c) not in text)
   raise InputError('chat: the messages have too many characters of private use')
 
 
