@@ -202,6 +202,14 @@ def test_a_model_that_knows_control_tokens_as_words(made):
     assert t.unk_id == 0 and 0 in t.encode('a ☃')  # unknown text stays that
 
 
+def test_a_control_token_that_begins_with_a_new_line():
+  pieces = [('<unk>', 0.0), ('\nb', 0.0), *((c, -3.0) for c in 'ab\n')]
+  inner = tokenizers.Tokenizer(models.Unigram(pieces, 0))
+  inner.add_special_tokens([AddedToken('\nb', special=True)])
+  t = tok.Tokenizer(inner, {'eos': '\nb'})
+  assert t.encode('a\nb') == [2, 4, 3] and t.encode('b', inside=True) == [3]
+
+
 def test_a_control_token_of_one_letter_is_refused():
   inner = tokenizers.Tokenizer(models.WordLevel({'[UNK]': 0, '☃': 1, 'a': 2}, '[UNK]'))
   inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -219,6 +227,7 @@ def test_text_goes_on_inside_another():
   assert t.decode([*begun, *t.encode('a b')]) == 'c a b'
   assert t.decode([*begun, *t.encode('a b', inside=True)]) == 'ca b'
   assert t.encode('a</s>', inside=True, controls=True) == [t.inner.token_to_id('a'), t.eos_id]
+  assert t.decode([*begun, *t.encode('a</s> b', inside=True)]) == 'ca</s> b'
   inner, _ = unigram(LETTERS[:-1])
   inner.add_special_tokens(special)
   t = tok.Tokenizer(inner, {'eos': '</s>'})

@@ -166,8 +166,8 @@ class Tokenizer:
     inner = self.reader if controls else self.inner
     if inside and self.unk_id not in (before := _ids(inner, '\n')):
       ids = _ids(inner, f'\n{text}')
-      if ids[: len(before)] == before and (controls or self._reachable.isdisjoint(ids)):
-        return ids[len(before) :]
+      if ids[: len(before)] == before:
+        return ids[len(before) :] if controls or self._reachable.isdisjoint(ids) else self._cut(text, inside=True)
     return _ids(inner, text) if controls else self.encode_batch([text])[0]
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -178,19 +178,19 @@ class Tokenizer:
       raise InputError(f'tokenizer: {_bad_text(texts)}') from error
     if not (reachable := self._reachable):
       return found
-    return [
-      ids if reachable.isdisjoint(ids) else self._cut(text, reachable) for ids, text in zip(found, texts, strict=True)
-    ]
+    return [ids if reachable.isdisjoint(ids) else self._cut(text) for ids, text in zip(found, texts, strict=True)]
 
-  def _cut(self, text: str, reachable: frozenset[int]) -> list[int]:
+  def _cut(self, text: str, inside: bool = False) -> list[int]:
     """The ids of a text of which the model would make control tokens: those are cut after their first letter."""
     whole = self.inner.encode(text, add_special_tokens=False)
-    spans = [(i, *span) for i, span in zip(whole.ids, whole.offsets, strict=True) if i in reachable]
+    spans = [(i, *span) for i, span in zip(whole.ids, whole.offsets, strict=True) if i in self._reachable]
+    if not spans:
+      return whole.ids
     if short := [i for i, start, end in spans if end - start < 2]:
       raise InputError(f'tokenizer: a text would become the control token {self.inner.id_to_token(short[0])!r}')
     cuts = sorted({0, len(text), *(start + 1 for _, start, _ in spans)})
     parts = [text[a:b] for a, b in itertools.pairwise(cuts)]
-    return [i for n, part in enumerate(parts) for i in self.encode(part, inside=n > 0)]
+    return [i for n, part in enumerate(parts) for i in self.encode(part, inside=inside or n > 0)]
 
   def decode(self, ids: Sequence[int]) -> str:
     """The text, without control tokens; bytes that are no UTF-8 become U+FFFD."""
