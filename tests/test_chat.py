@@ -4,7 +4,7 @@ import time
 
 import pytest
 import tokenizers
-from tokenizers import AddedToken, models, normalizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from jaxlm.data import chat, template
 from jaxlm.data import tokenizer as tok
@@ -99,6 +99,17 @@ def test_the_longest_control_token_is_the_one_that_was_typed(odd):
   whole, apart = odd.encode('<|user'), odd.encode('<|us') + odd.encode('er')
   ids = chat.encode(PLAIN, [{'role': 'user', 'content': '<|user'}], odd)
   assert whole != apart and str(whole)[1:-1] in str(ids) and str(apart)[1:-1] not in str(ids)
+
+
+def test_the_text_goes_on_after_what_was_typed():
+  """Without the space that SentencePiece puts before a text."""
+  pieces = [('<unk>', 0.0), ('</s>', 0.0), *((c, -3.0) for c in '\n\u2581abc</s>')]
+  inner = tokenizers.Tokenizer(models.Unigram(list(dict(pieces).items()), 0))
+  inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(prepend_scheme='first'), decoders.Metaspace()
+  inner.add_special_tokens([AddedToken('</s>', special=True)])
+  t = tok.Tokenizer(inner)
+  ids = chat.encode('a{{ messages[0].content }}</s>', [{'role': 'user', 'content': 'b</s>c'}], t)
+  assert ids[-1] == t.eos_id not in ids[:-1] and t.decode(ids) == 'ab</s>c'
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ def lettered(plain=(), special=('</s>',)):
     ('END', {'eos_token': {'content': 'END'}}),
     ('END', {'added_tokens_decoder': {len(LETTERS) + 1: {'content': 'END', 'special': True}}}),
     ('END', {'extra_special_tokens': ['END']}),
-    ('E', {'pad_token': 'E'}),  # in the vocabulary, not among the added tokens
+    ('E', {'bos_token': 'E'}),  # in the vocabulary, not among the added tokens
   ],
 )
 def test_control_tokens_that_are_not_flagged(tmp_path, name, config):
@@ -208,6 +208,13 @@ def test_a_control_token_that_begins_with_a_new_line():
   inner.add_special_tokens([AddedToken('\nb', special=True)])
   t = tok.Tokenizer(inner, {'eos': '\nb'})
   assert t.encode('a\nb') == [2, 4, 3] and t.encode('b', inside=True) == [3]
+  inner.add_special_tokens([AddedToken('\n', special=True)])
+  assert tok.Tokenizer(inner, {'eos': '\n'}).encode('b', inside=True) == [3]
+
+
+def test_padding_with_a_letter_leaves_it_a_letter(tmp_path):
+  t = with_config(tmp_path, lettered(), eos_token='</s>', pad_token='E')
+  assert t.encode('aE') == [0, t.pad_id] and t.pad_id not in t.control_ids
 
 
 def test_a_control_token_of_one_letter_is_refused():

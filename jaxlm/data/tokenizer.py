@@ -60,7 +60,7 @@ class Tokenizer:
     self.inner.encode_special_tokens = True  # a control token typed in a text is text
     given = {role: name for role, name in (names or {}).items() if name}
     self.unnamed = frozenset(set(ROLES) - given.keys() if names is not None else ())  # but looked for
-    self._flag_controls(set(given.values()))
+    self._flag_controls(given)
     known = {t.content for t in self.inner.get_added_tokens_decoder().values() if t.special}
     found = {role: next((n for n in USUAL[role] if n in known), None) for role in ROLES}
     self.names: dict[str, str] = {role: name for role, name in {**found, **given}.items() if name}
@@ -70,11 +70,12 @@ class Tokenizer:
       if self.inner.token_to_id(name) is None:
         raise InputError(f'tokenizer: its {role} token {name!r} is not in its vocabulary')
 
-  def _flag_controls(self, names: set[str]) -> None:
+  def _flag_controls(self, names: dict[str, str]) -> None:
     """Files have control tokens that are not flagged as such: then what was typed would become one."""
     added = {t.content: t for t in self.inner.get_added_tokens_decoder().values()}
-    plain = {name for name, t in added.items() if not t.special and (name in names or CONTROL.fullmatch(name))}
-    bare = {name for name in names if name not in added and self.inner.token_to_id(name) is not None}
+    plain = {name for name, t in added.items() if not t.special and (name in names.values() or CONTROL.fullmatch(name))}
+    words = {name for role, name in names.items() if role in ('bos', 'eos') or len(name) > 1}  # padding may be a letter
+    bare = {name for name in words - added.keys() if self.inner.token_to_id(name) is not None}
     if plain or bare:
       self.inner.add_special_tokens([_added(name, added.get(name)) for name in sorted(plain | bare)])
 
