@@ -209,7 +209,14 @@ def test_a_control_token_that_begins_with_a_new_line():
   t = tok.Tokenizer(inner, {'eos': '\nb'})
   assert t.encode('a\nb') == [2, 4, 3] and t.encode('b', inside=True) == [3]
   inner.add_special_tokens([AddedToken('\n', special=True)])
-  assert tok.Tokenizer(inner, {'eos': '\n'}).encode('b', inside=True) == [3]
+  assert tok.Tokenizer(inner, {'eos': '\n'}).encode('a', inside=True) == [2]
+
+
+def test_an_end_that_stands_for_unknown_text_is_refused():
+  inner = tokenizers.Tokenizer(models.WordLevel({'[EOS]': 0, 'a': 1}, '[EOS]'))
+  inner.add_special_tokens([AddedToken('[EOS]', special=True)])
+  with pytest.raises(InputError, match=r"would become the control token '\[EOS\]'"):
+    tok.Tokenizer(inner, {'eos': '[EOS]'}).encode('[EOS]')
 
 
 def test_padding_with_a_letter_leaves_it_a_letter(tmp_path):
