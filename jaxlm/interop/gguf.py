@@ -154,7 +154,7 @@ def open_file(path: epath.PathLike) -> Foreign:
     where=where,
     config=config,
     shapes={name: part.shape for name, part in parts.items()},
-    read=_reader(file, parts),
+    read=_reader(file._replace(metadata={}), parts),  # the texts of a vocabulary are not kept
     tokenizer=tokenizer,
     chat_template=template if isinstance(template, str) else None,
     generation=keys.generation(),

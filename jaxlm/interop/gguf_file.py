@@ -24,7 +24,7 @@ HEADER_BYTES = 1 << 28  # bounds the memory of a hostile header, as STRINGS boun
 STRINGS = 1 << 21
 NAME_BYTES = 256  # ggml itself takes 64
 MAX_DIMS = 4
-CHUNK = 1 << 20  # bytes dequantized at a time
+CHUNK = 1 << 17  # bytes dequantized at a time
 AGAIN = 'download or convert it again'
 
 

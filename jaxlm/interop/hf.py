@@ -24,7 +24,7 @@ from jaxlm.interop.published import BUFFERS, text_model
 from jaxlm.models.config import ModelConfig
 
 SHARD_BYTES = 1 << 30  # of a safetensors file
-BLOCK_BYTES = 1 << 23  # of a tensor, in float32, that are in host memory at a time
+BLOCK_BYTES = 1 << 20  # of a tensor, in float32, that are in host memory at a time
 FLOATS = {
   name: np.dtype(kind) for name, kind in {'F64': '<f8', 'F32': '<f4', 'F16': '<f2', 'BF16': jnp.bfloat16}.items()
 }
