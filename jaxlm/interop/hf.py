@@ -124,12 +124,14 @@ class _Leaf:
   """A leaf on its devices, zeros at first, that is filled block by block: each device is sent its own part alone."""
 
   def __init__(self, shape: tuple[int, ...], dtype: Any, place: Any):
-    self.shape, self.place = shape, place
+    self.shape, self.dtype, self.place = shape, jnp.dtype(dtype), place
     whole = {None: (slice(None),) * len(shape)}
     parts = whole if place is None else place.addressable_devices_indices_map(shape)
     self.starts = {to: [part.indices(n)[0] for part, n in zip(at, shape, strict=True)] for to, at in parts.items()}
     size = shape if place is None else place.shard_shape(shape)
-    self.shards = {to: jnp.zeros(size, dtype, device=to) for to in parts}
+    # XLA's CPU would go through a whole shard of bfloat16 for every block, but not of integers
+    bits = np.uint16 if self.dtype == jnp.bfloat16 and jax.default_backend() == 'cpu' else dtype
+    self.shards = {to: jnp.zeros(size, bits, device=to) for to in parts}
 
   def put(self, block: np.ndarray, at: tuple[int, ...], *, transposed: bool, plus: float) -> None:
     """Writes a block at its place `at`; only its last axes are there, the others are one long."""
@@ -146,21 +148,27 @@ class _Leaf:
       part = block[tuple(slice(low - i, high - i) for i, (low, high) in zip(at[lead:], spans, strict=True))]
       start = np.subtract([*at[:lead], *(low for low, _ in spans)], self.starts[to]).astype(np.int32)
       part = jax.device_put(part.T if transposed else part, to)
-      self.shards[to] = _put(shard, part, start, transposed=transposed, plus=plus)
+      self.shards[to] = _put(shard, part, start, dtype=self.dtype, transposed=transposed, plus=plus)
     jax.block_until_ready(list(self.shards.values()))  # else blocks that wait for their turn pile up in memory
 
   def array(self) -> jax.Array:
-    if self.place is None:
-      return self.shards[None]
-    return jax.make_array_from_single_device_arrays(self.shape, self.place, list(self.shards.values()))
+    shards = [_as(shard, self.dtype, to) for to, shard in self.shards.items()]
+    return shards[0] if self.place is None else jax.make_array_from_single_device_arrays(self.shape, self.place, shards)
 
 
-@functools.partial(jax.jit, donate_argnums=0, static_argnames=('transposed', 'plus'))
-def _put(shard: jax.Array, part: jax.Array, start: jax.Array, *, transposed: bool, plus: float) -> jax.Array:
+@functools.partial(jax.jit, donate_argnums=0, static_argnames=('dtype', 'transposed', 'plus'))
+def _put(
+  shard: jax.Array, part: jax.Array, start: jax.Array, *, dtype: Any, transposed: bool, plus: float
+) -> jax.Array:
   part = part.T if transposed else part
-  part = part.astype(jnp.float32) + plus if plus else part
-  part = part.astype(shard.dtype).reshape((1,) * (shard.ndim - part.ndim) + part.shape)
+  part = (part.astype(jnp.float32) + plus if plus else part).astype(dtype)
+  part = jax.lax.bitcast_convert_type(part, shard.dtype).reshape((1,) * (shard.ndim - part.ndim) + part.shape)
   return jax.lax.dynamic_update_slice(shard, part, list(start))
+
+
+def _as(bits: jax.Array, dtype: Any, to: Any) -> jax.Array:
+  """The same memory as another type of the same size."""
+  return bits if bits.dtype == dtype else jax.device_put(np.asarray(bits).view(dtype), to)
 
 
 def _fill(leaf: _Leaf, index: tuple[int, ...], tensor: Tensor, stored: Stored) -> None:
