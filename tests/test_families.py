@@ -91,19 +91,23 @@ def tokens(rows=3, length=T, seed=0):
 @pytest.fixture(scope='module', params=FAMILIES)
 def family(request, tmp_path_factory):
   """(the folder that transformers saved, its model, ours)."""
-  name, settings = FAMILIES[request.param]
+  folder = tmp_path_factory.mktemp(request.param) / 'hf'
+  saved(request.param, folder)
+  return folder, reopened(folder), interop.load(str(folder))
+
+
+def saved(family, folder, dtype=torch.float32):
+  name, settings = FAMILIES[family]
   torch.manual_seed(0)
   config = getattr(transformers, f'{name}Config')(**settings)
   model = getattr(transformers, HEADS.get(name, f'{name}ForCausalLM'))(config).eval()
   for weight in model.parameters():
     torch.nn.init.normal_(weight, std=0.3)
-  folder = tmp_path_factory.mktemp(request.param) / 'hf'
-  model.save_pretrained(folder)
-  return folder, reopened(folder), interop.load(str(folder))
+  model.to(dtype).save_pretrained(folder)
 
 
-def reopened(folder):
-  model, found = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **HOW)
+def reopened(folder, **kwargs):
+  model, found = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **HOW, **kwargs)
   assert not found['missing_keys'] and not found['unexpected_keys'] and not found['mismatched_keys']
   return model.eval()
 
@@ -120,6 +124,14 @@ def ours(cfg, params, ids, positions=None, segments=None):
 
 def test_logits_are_equal_at_every_position(family):
   _, reference, model = family
+  np.testing.assert_allclose(ours(model.cfg, model.params, tokens()), theirs(reference, tokens()), atol=1e-4)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('name', ['llama2', 'gemma2', 'gemma3'])
+def test_folders_in_short_floats_are_computed_in_float32(name, dtype, tmp_path):
+  saved(name, tmp_path, dtype)
+  reference, model = reopened(tmp_path, dtype=torch.float32), interop.load(str(tmp_path))
   np.testing.assert_allclose(ours(model.cfg, model.params, tokens()), theirs(reference, tokens()), atol=1e-4)
 
 

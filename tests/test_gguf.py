@@ -21,6 +21,10 @@ def test_every_tensor_comes_back_under_its_name(tmp_path, kind, tied):
   for name, value in model.items():
     # 1 + w - 1 is w to the last bit of 1 + w
     np.testing.assert_allclose(opened.read(name), value, rtol=0, atol=5e-7 if 'gemma' in kind else 0, err_msg=name)
+    tensor, whole = opened.read(name), np.asarray(opened.read(name))
+    for start, stop in ((0, 1), (1, min(4, n := value.shape[tensor.axis])), (n // 2, n)):
+      part = whole[start:stop] if tensor.axis == 0 else whole[:, start:stop]
+      np.testing.assert_array_equal(tensor.part(start, stop), part, err_msg=name)
   assert opened.config['tie_word_embeddings'] is (tied or 'gemma' in kind)
   assert opened.tokenizer is None and opened.chat_template is None and opened.generation == {}
 

@@ -3,7 +3,10 @@
 import dataclasses
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -40,10 +43,12 @@ def exported(cfg, folder, **kwargs):
   return interop.export(interop.Model(cfg, randomized(cfg), None, None, {}), folder, **kwargs)
 
 
+@pytest.mark.parametrize('block', [300, 1 << 20])  # many blocks of a tensor, the last one overlapping; one
 @pytest.mark.parametrize('kind', NAMED)
-def test_what_is_written_comes_back_bitwise(kind, tmp_path, monkeypatch):
+def test_what_is_written_comes_back_bitwise(kind, block, tmp_path, monkeypatch):
   cfg = NAMED[kind]
   monkeypatch.setattr(hf, 'SHARD_BYTES', 20_000)
+  monkeypatch.setattr(hf, 'BLOCK_BYTES', block)
   assert exported(cfg, tmp_path / 'out') == kind
   assert len(list((tmp_path / 'out').glob('*.safetensors'))) > 1
   again = interop.load(str(tmp_path / 'out'))
@@ -63,6 +68,83 @@ def test_in_bfloat16_and_onto_a_mesh(tmp_path):
   q = model.params['layers']['attn']['q']
   assert q.dtype == jnp.float32 and len(q.sharding.device_set) == 8 and not q.sharding.is_fully_replicated
   np.testing.assert_array_equal(q, randomized(cfg)['layers']['attn']['q'].astype(jnp.bfloat16).astype(jnp.float32))
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize('kind', ['llama', 'gpt2', 'mixtral'])
+def test_blocks_that_lie_across_devices(kind, dtype, tmp_path, monkeypatch):
+  monkeypatch.setattr(hf, 'BLOCK_BYTES', 500)
+  cfg = dataclasses.replace(NAMED[kind], d_model=16, d_ff=32, n_heads=4)
+  cfg = cfg if kind == 'gpt2' else dataclasses.replace(cfg, n_kv_heads=4, head_dim=8)
+  exported(cfg, tmp_path / 'out')
+  plain = interop.load(str(tmp_path / 'out'), dtype=dtype)
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  laid = interop.load(str(tmp_path / 'out'), mesh=mesh, dtype=dtype)
+  want = dict(tree.items(sharding.state_shardings(models.abstract(plain.cfg), mesh)))
+  for (path, x), (_, y) in zip(tree.items(plain.params), tree.items(laid.params), strict=True):
+    np.testing.assert_array_equal(x, y, err_msg=path)
+    assert y.sharding == want[path] and x.dtype == y.dtype == dtype, path
+  assert not laid.params['embed'].is_fully_replicated
+
+
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+def test_short_floats_go_in_and_out_without_a_change(dtype, tmp_path):
+  """Gemma's norms are a tensor and one: added and taken away in float32, whatever they and the leaves are stored as."""
+  exported(NAMED['gemma3_text'], tmp_path / 'out', dtype=dtype)
+  want = load_file(tmp_path / 'out' / 'model.safetensors')
+  for asked in (jnp.float32, dtype):
+    model = interop.load(str(tmp_path / 'out'), dtype=asked)
+    norm = model.params['final_norm']['scale']
+    assert norm.dtype == jnp.float32 and model.params['embed'].dtype == asked
+    np.testing.assert_array_equal(norm, want['model.norm.weight'].astype(np.float32) + np.float32(1))
+    interop.export(model, tmp_path / jnp.dtype(asked).name, dtype=dtype)
+    got = load_file(tmp_path / jnp.dtype(asked).name / 'model.safetensors')
+    assert got.keys() == want.keys()
+    for name in want:
+      assert got[name].dtype == dtype and got[name].tobytes() == want[name].tobytes(), name
+    logits = models.forward(model.cfg, model.params, jnp.ones((1, 5), jnp.int32))[0]
+    assert np.isfinite(logits.astype(jnp.float32)).all()
+
+
+def peak_of_import(source, dtype: str) -> float:
+  """The most memory that a process ever had over the bytes of the parameters, beyond what it and JAX had before."""
+  code = """
+import jax, re, sys
+from jaxlm import interop, tree
+jax.block_until_ready(jax.numpy.zeros(3))
+peak = lambda: 1024 * int(re.search('VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])
+before = peak()
+params = jax.block_until_ready(interop.load(sys.argv[1], dtype=jax.numpy.dtype(sys.argv[2])).params)
+print((peak() - before) / tree.nbytes(params))
+"""
+  command = [sys.executable, '-c', code, str(source), dtype]
+  done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {'XLA_FLAGS': ''}, check=True)
+  return float(done.stdout)
+
+
+@pytest.fixture(scope='module')
+def top_heavy(tmp_path_factory):
+  """A folder in bfloat16 whose embeddings are nine tenths of it: a file of zeros that takes no room on the disk."""
+  folder = tmp_path_factory.mktemp('top_heavy')
+  cfg = dataclasses.replace(
+    LLAMA, vocab_size=200_003, d_model=1024, d_ff=1024, n_heads=8, head_dim=64, tie_embeddings=True
+  )
+  exported(dataclasses.replace(cfg, vocab_size=8), folder / 'small', dtype=jnp.bfloat16)
+  shapes = {name: x.shape for name, x in load_file(folder / 'small' / 'model.safetensors').items()}
+  shapes['model.embed_tokens.weight'] = (cfg.vocab_size, cfg.d_model)
+  header, end = {}, 0
+  for name, shape in shapes.items():
+    header[name] = {'dtype': 'BF16', 'shape': shape, 'data_offsets': [end, end := end + 2 * int(np.prod(shape))]}
+  text = json.dumps(header).encode()
+  (folder / 'model.safetensors').write_bytes(len(text).to_bytes(8, 'little') + text)
+  os.truncate(folder / 'model.safetensors', 8 + len(text) + end)
+  (folder / 'config.json').write_text(json.dumps(hf_config.write(cfg, 'llama')))
+  return folder
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_one_tensor_that_is_most_of_a_model_is_never_held_twice(top_heavy, dtype):
+  assert 1.0 < peak_of_import(top_heavy, dtype) < 1.3
 
 
 def test_every_scaling_of_positions_survives_its_config():
@@ -222,6 +304,24 @@ def test_hostile_safetensors_are_refused(way, tmp_path):
     interop.load(str(tmp_path / 'out'))
 
 
+def test_a_file_that_became_shorter_is_named(tmp_path):
+  exported(LLAMA, tmp_path / 'out')
+  opened = hf.open_directory(tmp_path / 'out')
+  file = tmp_path / 'out' / 'model.safetensors'
+  os.truncate(file, file.stat().st_size // 2)
+  with pytest.raises(InputError, match='model.safetensors: it became shorter'):
+    hf.load(opened)
+
+
+def test_weights_of_integers_are_refused(tmp_path):
+  exported(LLAMA, tmp_path / 'out')
+  file = tmp_path / 'out' / 'model.safetensors'
+  tensors = load_file(file)
+  save_file(tensors | {'lm_head.weight': tensors['lm_head.weight'].astype(np.int8)}, file)
+  with pytest.raises(InputError, match='lm_head.weight is stored as no float type: quantized weights are not read'):
+    interop.load(str(tmp_path / 'out'))
+
+
 def test_names_that_leave_the_folder_are_refused(tmp_path):
   exported(LLAMA, tmp_path / 'out')
   index = {'weight_map': {'model.norm.weight': '../out/model.safetensors'}}
@@ -262,6 +362,39 @@ def test_a_source_becomes_a_run_and_a_folder_again(tmp_path, capsys):
   assert 'holds a model already' in capsys.readouterr().err
   assert cli.main(['import', 'nowhere', '--run', str(tmp_path / 'other')]) == 1
   assert 'nowhere: no folder with config.json' in capsys.readouterr().err
+
+
+def test_an_import_that_fails_leaves_no_folder(tmp_path, capsys):
+  exported(LLAMA, tmp_path / 'hf')  # without a tokenizer
+  for source, why in ((str(tmp_path / 'hf'), 'has no tokenizer.json'), ('nowhere', 'no folder with config.json')):
+    assert cli.main(['import', source, '--run', str(tmp_path / 'run')]) == 1
+    assert why in capsys.readouterr().err
+    assert not (tmp_path / 'run').exists()
+
+
+def test_all_tokens_that_end_an_answer_survive(tmp_path):
+  vocabulary = tok.train(['call me Ishmael ' * 9], 280)
+  cfg = dataclasses.replace(LLAMA, vocab_size=vocabulary.vocab_size)
+  interop.export(interop.Model(cfg, randomized(cfg), vocabulary, None, {'eos_token_id': [1, 7]}), tmp_path / 'hf')
+  assert cli.main(['import', str(tmp_path / 'hf'), '--run', str(tmp_path / 'run')]) == 0
+  assert cli.main(['export', str(tmp_path / 'run'), str(tmp_path / 'again')]) == 0
+  assert json.loads((tmp_path / 'again' / 'generation_config.json').read_text())['eos_token_id'] == [1, 7]
+
+
+def test_tokens_without_a_row_in_the_embeddings(tmp_path):
+  """One that nobody puts anywhere may be there (Gemma 3 1B has one); bos, eos and pad have to have rows."""
+  vocabulary = tok.train(['call me Ishmael ' * 9], 280)
+  assert (vocabulary.bos_id, vocabulary.eos_id, vocabulary.pad_id) == (0, 1, 2)
+  for rows, role in ((3, ''), (2, 'pad'), (1, 'eos')):
+    cfg = dataclasses.replace(LLAMA, vocab_size=rows)
+    interop.export(interop.Model(cfg, randomized(cfg), vocabulary, None, {}), tmp_path / str(rows))
+    if not role:
+      interop.load(str(tmp_path / str(rows)))
+      continue
+    with pytest.raises(
+      InputError, match=f'the {role} token of its tokenizer has id {rows}, its embeddings have {rows}'
+    ):
+      interop.load(str(tmp_path / str(rows)))
 
 
 def test_the_dial_s_multipliers_are_exported_as_granite(tmp_path):

@@ -14,9 +14,9 @@ from etils import epath
 
 from jaxlm.errors import InputError
 from jaxlm.interop import gguf_tokenizer
-from jaxlm.interop.foreign import Foreign
+from jaxlm.interop.foreign import Foreign, Tensor
 from jaxlm.interop.gguf_config import ARCHITECTURES, Keys, tie
-from jaxlm.interop.gguf_file import Entry, GGUFFile, open_container, shown
+from jaxlm.interop.gguf_file import STORED, Entry, GGUFFile, open_container, shown
 
 # Names in the file -> (names at Hugging Face, sizes in the file's order). V vocabulary, D width, Q and K heads times
 # head size, N head size, F, M and S width of the MLP, of an expert and of the shared one, E experts, P positions, T
@@ -154,35 +154,37 @@ def open_file(path: epath.PathLike) -> Foreign:
     where=where,
     config=config,
     shapes={name: part.shape for name, part in parts.items()},
-    read=_reader(file, parts),
+    read=_reader(file._replace(metadata={}), parts),  # the texts of a vocabulary are not kept
     tokenizer=tokenizer,
     chat_template=template if isinstance(template, str) else None,
     generation=keys.generation(),
   )
 
 
-def _reader(file: GGUFFile, parts: dict[str, Part]) -> Callable[[str], np.ndarray]:
-  def read(name: str) -> np.ndarray:
-    entry, shape, first, heads, shift, transposed = parts[name]
-    stored = shape[::-1] if transposed else shape
-    count = int(np.prod(stored[:-1], dtype=np.int64))
-    place = _places(stored[0], heads) if heads else None
-    if place is not None and len(stored) == 1:  # a bias: its one row is what is permuted
-      values = file.read_rows(entry, 0, 1)[0]
-      out = np.empty_like(values)
-      out[place] = values
-    else:
-      out = file.read_rows(entry, first, count, place).reshape(stored)
-    if shift:
-      out -= out.dtype.type(shift)
-    return out.T if transposed else out
+def _reader(file: GGUFFile, parts: dict[str, Part]) -> Callable[[str], Tensor]:
+  def read(name: str) -> Tensor:
+    part = parts[name]
+    dtype = np.dtype(np.float32) if part.shift else STORED.get(part.entry.kind, np.dtype(np.float32))
+    return Tensor(part.shape, dtype, lambda start, stop: _rows(file, part, start, stop), axis=int(part.transposed))
 
   return read
 
 
-def _places(rows: int, heads: int) -> np.ndarray:
-  """Where each row of a permuted q or k belongs: pairs (2i, 2i + 1) of a head go to i and half a head further."""
-  return np.arange(rows).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
+def _rows(file: GGUFFile, part: Part, start: int, stop: int) -> np.ndarray:
+  """Rows start ... stop as Hugging Face has them, columns where the matrix is transposed."""
+  entry, shape, first, heads, shift, transposed = part
+  stored = shape[::-1] if transposed else shape
+  size = stored[0] // (heads or 1)  # a permuted head is read whole
+  low, high = (start // size * size, -(-stop // size) * size) if heads else (start, stop)
+  if len(stored) == 1:  # its one row is the vector
+    out = file.read_rows(entry, 0, 1)[0][low:high]
+  else:
+    out = file.read_rows(entry, first + low, high - low)
+  if heads:
+    out = out.reshape(-1, size // 2, 2, *out.shape[1:]).swapaxes(1, 2).reshape(out.shape)[start - low : stop - low]
+  if shift:
+    out = out.astype(np.float32) - np.float32(shift)
+  return out.T if transposed else out
 
 
 def _parts(file: GGUFFile, config: dict[str, Any], sizes: dict[str, int]) -> Iterator[tuple[str, Part]]:

@@ -24,7 +24,7 @@ HEADER_BYTES = 1 << 28  # bounds the memory of a hostile header, as STRINGS boun
 STRINGS = 1 << 21
 NAME_BYTES = 256  # ggml itself takes 64
 MAX_DIMS = 4
-CHUNK = 1 << 20  # bytes dequantized at a time
+CHUNK = 1 << 17  # bytes dequantized at a time
 AGAIN = 'download or convert it again'
 
 
@@ -55,10 +55,10 @@ class GGUFFile(NamedTuple):
   metadata: dict[str, Any]  # numbers, bools, strings, lists of strings, numpy arrays of numbers
   tensors: dict[str, Entry]
 
-  def read_rows(self, entry: Entry, first: int, count: int, place: np.ndarray | None = None) -> np.ndarray:
+  def read_rows(self, entry: Entry, first: int, count: int) -> np.ndarray:
     """Rows first ... first + count of a tensor as [count, width], in float32 or the float type they are stored in.
 
-    Row i becomes row `place[i]`. Raises InputError if the file is shorter by now.
+    Raises InputError if the file is shorter by now.
     """
     width, size = entry.shape[-1], entry.row_bytes
     out = np.empty((count, width), STORED.get(entry.kind, np.float32))
@@ -70,8 +70,7 @@ class GGUFFile(NamedTuple):
         raw = file.read((stop - start) * size)
         if len(raw) != (stop - start) * size:
           raise InputError(f'{self.path}: it became shorter while it was read; {AGAIN}')
-        rows = slice(start, stop) if place is None else place[start:stop]
-        out[rows] = _floats(raw, entry.kind, stop - start, width)
+        out[start:stop] = _floats(raw, entry.kind, stop - start, width)
     return out
 
 

@@ -1,6 +1,8 @@
 """Models as Hugging Face has them: read a tensor at a time onto their shardings, written for transformers to open."""
 
+import functools
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,11 +19,15 @@ from jaxlm.errors import InputError
 from jaxlm.files import read_json, read_text
 from jaxlm.interop import hf_config
 from jaxlm.interop.families import FAMILIES, Stored
-from jaxlm.interop.foreign import Foreign
+from jaxlm.interop.foreign import Foreign, Tensor
 from jaxlm.interop.published import BUFFERS, text_model
 from jaxlm.models.config import ModelConfig
 
 SHARD_BYTES = 1 << 30  # of a safetensors file
+BLOCK_BYTES = 1 << 20  # of a tensor, in float32, that are in host memory at a time
+FLOATS = {
+  name: np.dtype(kind) for name, kind in {'F64': '<f8', 'F32': '<f4', 'F16': '<f2', 'BF16': jnp.bfloat16}.items()
+}
 
 
 class Model(NamedTuple):
@@ -40,20 +46,20 @@ def open_directory(path: epath.PathLike) -> Foreign:
   path = epath.Path(path)
   config = _json(path / 'config.json')
   where: dict[str, epath.Path] = {}
-  shapes: dict[str, tuple[int, ...]] = {}
+  tensors: dict[str, Tensor] = {}
   for file in _weight_files(path):
-    for name, shape in _header(file).items():
+    for name, tensor in _header(file).items():
       if name in where:
         raise InputError(f'{file}: the tensor {name} is in {where[name].name} too')
-      where[name], shapes[name] = file, shape
+      where[name], tensors[name] = file, tensor
   there = (path / 'tokenizer.json').exists()
   extra = {name: _json(path / name) if (path / name).exists() else {} for name in ('generation_config.json', _TOKENS)}
   template = path / 'chat_template.jinja'
   found = Foreign(
     str(path),
     config,
-    shapes,
-    lambda name: _read(where[name], name),
+    {name: tensor.shape for name, tensor in tensors.items()},
+    tensors.__getitem__,
     tokenizers.load(path / 'tokenizer.json') if there else None,
     read_text(template, 1 << 24) if template.exists() else _template(extra[_TOKENS].get('chat_template'), path),
     extra['generation_config.json'],
@@ -62,31 +68,29 @@ def open_directory(path: epath.PathLike) -> Foreign:
 
 
 def load(foreign: Foreign, *, mesh: Any = None, rules: Any = sharding.RULES, dtype: Any = jnp.float32) -> Model:
-  """The model with its weights on the devices, one tensor in host memory at a time.
+  """The model with its weights on the devices, a block of one tensor in host memory at a time.
 
-  With a mesh, laid out as training has them. Raises InputError for an architecture, a field, a tensor or a shape that
+  With a mesh, laid out as training has them. Leaves that are a tensor and one more (Gemma's norms) stay float32,
+  whatever `dtype` is. Raises InputError for an architecture, a field, a tensor or a shape that
   is not understood, and for tensors that nothing asks for.
   """
   cfg, names = hf_config.parse(foreign.config, foreign.where), FAMILIES[foreign.config['model_type']].names
   _check_sizes(foreign, cfg)
+  _check_ids(foreign, cfg)
   abstract = models.abstract(cfg)
   layout = None if mesh is None else dict(tree.items(sharding.state_shardings(abstract, mesh, rules)))
-  used: set[str] = set()
+  leaves = tree.items(jax.tree.map(lambda box: box.value, abstract, is_leaf=sharding.is_named))
+  found = {path: _tensors_of(foreign, cfg, path, names[path], leaf.shape) for path, leaf in leaves}
+  _check_unused(foreign, cfg, names, {tensor for tensors in found.values() for tensor in tensors.values()})
 
   def leaf(path: str, box: Any) -> jax.Array:
-    stored, shape = names[path], tuple(box.value.shape)
-    place = None if layout is None else layout[path]
-    if '{i}' not in stored.name:
-      return jax.device_put(_fitted(_one(foreign, stored, used), shape, path, foreign.where, cfg).astype(dtype), place)
-    whole: Any = None
-    for i in range(shape[0]):
-      part = _one(foreign, stored._replace(name=stored.name.replace('{i}', str(i))), used)
-      part = jnp.asarray(_fitted(part, shape[1:], path, foreign.where, cfg), dtype)
-      whole = _put(jnp.zeros(shape, dtype, device=place) if whole is None else whole, part, i)
-    return whole
+    kind = jnp.float32 if names[path].plus else dtype  # a norm's distance from one would not survive a shorter type
+    whole = _Leaf(tuple(box.value.shape), kind, None if layout is None else layout[path])
+    for index, tensor in found[path].items():
+      _fill(whole, index, foreign.read(tensor), names[path])
+    return whole.array()
 
   params = tree.path_map(leaf, abstract, is_leaf=sharding.is_named)
-  _check_unused(foreign, cfg, names, used)
   return Model(cfg, params, foreign.tokenizer, foreign.chat_template, foreign.generation, foreign.left_out)
 
 
@@ -114,25 +118,98 @@ def export(model: Model, directory: epath.PathLike, *, dtype: Any = jnp.float32)
 
 
 _TOKENS = 'tokenizer_config.json'
-_put = jax.jit(lambda whole, part, i: whole.at[i].set(part), donate_argnums=0)
 
 
-def _one(foreign: Foreign, stored: Stored, used: set[str]) -> np.ndarray:
-  """The array that a tensor stands for."""
-  if '{e}' in stored.name:
-    count = next(n for n in range(1 << 16) if stored.name.format(e=n) not in foreign.shapes)
-    if not count:
-      raise InputError(f'{foreign.where}: the tensor {stored.name.format(e=0)} is missing')
-    return np.stack([_one(foreign, stored._replace(name=stored.name.format(e=e)), used) for e in range(count)])
-  if stored.name not in foreign.shapes:
-    raise InputError(f'{foreign.where}: the tensor {stored.name} is missing')
-  used.add(stored.name)
-  x = foreign.read(stored.name)
-  index, blocks = stored.part
-  if blocks > 1:
-    x = np.split(x, blocks, axis=-1)[index] if x.shape[-1] % blocks == 0 else x
-  x = x.T if stored.transposed else x
-  return x + np.asarray(stored.plus, x.dtype) if stored.plus else x
+class _Leaf:
+  """A leaf on its devices, zeros at first, that is filled block by block: each device is sent its own part alone."""
+
+  def __init__(self, shape: tuple[int, ...], dtype: Any, place: Any):
+    self.shape, self.dtype, self.place = shape, jnp.dtype(dtype), place
+    whole = {None: (slice(None),) * len(shape)}
+    parts = whole if place is None else place.addressable_devices_indices_map(shape)
+    self.starts = {to: [part.indices(n)[0] for part, n in zip(at, shape, strict=True)] for to, at in parts.items()}
+    size = shape if place is None else place.shard_shape(shape)
+    # XLA's CPU would go through a whole shard of bfloat16 for every block, but not of integers
+    bits = np.uint16 if self.dtype == jnp.bfloat16 and jax.default_backend() == 'cpu' else dtype
+    self.shards = {to: jnp.zeros(size, bits, device=to) for to in parts}
+
+  def put(self, block: np.ndarray, at: tuple[int, ...], *, transposed: bool, plus: float) -> None:
+    """Writes a block at its place `at`; only its last axes are there, the others are one long."""
+    lead = len(at) - block.ndim
+    for to, shard in self.shards.items():
+      ends = [(start, start + n) for start, n in zip(self.starts[to], shard.shape, strict=True)]
+      if not all(low <= i < high for i, (low, high) in zip(at[:lead], ends[:lead], strict=True)):
+        continue
+      spans = [
+        (max(i, low), min(i + n, high)) for i, n, (low, high) in zip(at[lead:], block.shape, ends[lead:], strict=True)
+      ]
+      if any(low >= high for low, high in spans):
+        continue
+      part = block[tuple(slice(low - i, high - i) for i, (low, high) in zip(at[lead:], spans, strict=True))]
+      start = np.subtract([*at[:lead], *(low for low, _ in spans)], self.starts[to]).astype(np.int32)
+      part = jax.device_put(part.T if transposed else part, to)
+      self.shards[to] = _put(shard, part, start, dtype=self.dtype, transposed=transposed, plus=plus)
+    jax.block_until_ready(list(self.shards.values()))  # else blocks that wait for their turn pile up in memory
+
+  def array(self) -> jax.Array:
+    shards = [_as(shard, self.dtype, to) for to, shard in self.shards.items()]
+    return shards[0] if self.place is None else jax.make_array_from_single_device_arrays(self.shape, self.place, shards)
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnames=('dtype', 'transposed', 'plus'))
+def _put(
+  shard: jax.Array, part: jax.Array, start: jax.Array, *, dtype: Any, transposed: bool, plus: float
+) -> jax.Array:
+  part = part.T if transposed else part
+  part = (part.astype(jnp.float32) + plus if plus else part).astype(dtype)
+  part = jax.lax.bitcast_convert_type(part, shard.dtype).reshape((1,) * (shard.ndim - part.ndim) + part.shape)
+  return jax.lax.dynamic_update_slice(shard, part, list(start))
+
+
+def _as(bits: jax.Array, dtype: Any, to: Any) -> jax.Array:
+  """The same memory as another type of the same size."""
+  return bits if bits.dtype == dtype else jax.device_put(np.asarray(bits).view(dtype), to)
+
+
+def _fill(leaf: _Leaf, index: tuple[int, ...], tensor: Tensor, stored: Stored) -> None:
+  """Reads a tensor into its place, a block at a time."""
+  number, count = stored.part
+  first, size = [0] * len(tensor.shape), list(tensor.shape)
+  size[-1] //= count
+  first[-1] = number * size[-1]
+  axis, n = tensor.axis, size[tensor.axis]
+  step = max(1, min(n, BLOCK_BYTES // (4 * math.prod(tensor.shape) // tensor.shape[axis])))
+  for start in range(0, n, step):
+    start = min(start, n - step)  # the last block as large as all: one program for them
+    block = tensor.part(first[axis] + start, first[axis] + start + step)
+    if count > 1 and axis != len(size) - 1:
+      block = block[..., first[-1] : first[-1] + size[-1]]
+    at = tuple(start if i == axis else 0 for i in range(len(size)))
+    block, at = (block.T, at[::-1]) if stored.transposed else (block, at)
+    leaf.put(block, (*index, *at), transposed=stored.transposed, plus=stored.plus)
+
+
+def _tensors_of(
+  foreign: Foreign, cfg: ModelConfig, path: str, stored: Stored, shape: tuple[int, ...]
+) -> dict[tuple[int, ...], str]:
+  """The tensors of a leaf by layer and expert. Raises InputError where one is missing, or of another shape or type."""
+  lead = ('{i}' in stored.name) + ('{e}' in stored.name)
+  axis = {'embed': 0, 'head': 1}.get(path)
+  inner = [cfg.vocab_size if i == axis else n for i, n in enumerate(shape[lead:])]
+  inner = inner[::-1] if stored.transposed else inner
+  want = (*inner[:-1], inner[-1] * stored.part[1])
+  found: dict[tuple[int, ...], str] = {}
+  for index in np.ndindex(shape[:lead]):
+    name = stored.name.replace('{i}', str(index[0] if index else '')).replace('{e}', str(index[-1] if index else ''))
+    if name not in foreign.shapes:
+      raise InputError(f'{foreign.where}: the tensor {name} is missing')
+    have = foreign.read(name)
+    if have.shape != want:
+      raise InputError(f'{foreign.where}: {name} has the shape {have.shape}, the config makes it {want}')
+    if have.dtype is None:
+      raise InputError(f'{foreign.where}: {name} is stored as no float type: quantized weights are not read')
+    found[index] = name
+  return found
 
 
 def _check_sizes(foreign: Foreign, cfg: ModelConfig) -> None:
@@ -147,28 +224,34 @@ def _check_sizes(foreign: Foreign, cfg: ModelConfig) -> None:
       raise InputError(f'{foreign.where}: the config says {name}={size}, more than its tensors have')
 
 
-def _fitted(x: np.ndarray, shape: tuple[int, ...], path: str, where: str, cfg: ModelConfig) -> np.ndarray:
-  """The array in the shape that the model has, its vocabulary filled up with zeros to whole tiles."""
-  axis = {'embed': 0, 'head': 1}.get(path)
-  stored = tuple(cfg.vocab_size if i == axis else n for i, n in enumerate(shape))
-  if x.shape != stored:
-    raise InputError(f'{where}: {path} has the shape {x.shape}, the config makes it {stored}')
-  if not jnp.issubdtype(x.dtype, jnp.floating):
-    raise InputError(f'{where}: {path} is stored as {x.dtype}: quantized weights are not read')
-  return x if stored == shape else np.pad(x, [(0, n - have) for n, have in zip(shape, stored, strict=True)])
+def _check_ids(foreign: Foreign, cfg: ModelConfig) -> None:
+  """Raises InputError where a token that is put into a text or ends one has no row in the embeddings."""
+  for role in ROLES if foreign.tokenizer else ():
+    i = getattr(foreign.tokenizer, f'{role}_id')
+    if i is not None and i >= cfg.vocab_size:
+      raise InputError(
+        f'{foreign.where}: the {role} token of its tokenizer has id {i}, its embeddings have {cfg.vocab_size} rows'
+      )
 
 
 def _check_unused(foreign: Foreign, cfg: ModelConfig, names: Mapping[str, Stored], used: set[str]) -> None:
   """Refuses tensors that no leaf asked for, but for buffers and a copy of tied embeddings."""
   left = [name for name in foreign.shapes if name not in used and not name.endswith(BUFFERS)]
   if cfg.tie_embeddings and names['head'].name in left:
-    same = np.array_equal(foreign.read(names['head'].name), foreign.read(names['embed'].name))
-    if not same:
+    if not _equal(foreign.read(names['head'].name), foreign.read(names['embed'].name)):
       raise InputError(f'{foreign.where}: its embeddings are tied and {names["head"].name} is another matrix')
     left.remove(names['head'].name)
   if left:
     more = f' and {len(left) - 3} more' if len(left) > 3 else ''
     raise InputError(f'{foreign.where}: tensors that this architecture does not have: {", ".join(left[:3])}{more}')
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+  if a.shape != b.shape or not a.shape or a.dtype is None:
+    return False
+  n = a.shape[0]
+  step = max(1, BLOCK_BYTES // (4 * math.prod(a.shape[1:])))
+  return all(np.array_equal(a.part(i, min(i + step, n)), b.part(i, min(i + step, n))) for i in range(0, n, step))
 
 
 def _tensors(
@@ -249,24 +332,38 @@ def _template(found: Any, path: epath.Path) -> str | None:
   return found
 
 
-def _header(file: epath.Path) -> dict[str, tuple[int, ...]]:
+def _header(file: epath.Path) -> dict[str, Tensor]:
+  """The tensors of a file, once safetensors has found its header to be sound."""
   from safetensors import SafetensorError, safe_open
 
   try:
     with safe_open(str(file), 'numpy') as opened:
-      return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-  except (SafetensorError, OSError, ValueError) as error:
+      names = list(opened.keys())
+    with Path(file).open('rb') as raw:
+      size = int.from_bytes(raw.read(8), 'little')
+      header = json.loads(raw.read(size))
+      return {name: _stored(file, header[name], 8 + size) for name in names}
+  except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
     raise InputError(f'{file}: not a whole safetensors file: {error}') from error
 
 
-def _read(file: epath.Path, name: str) -> np.ndarray:
-  from safetensors import SafetensorError, safe_open
+def _stored(file: epath.Path, entry: dict[str, Any], data: int) -> Tensor:
+  """A tensor whose parts are read and not mapped: pages of a mapped file would count as memory of the process."""
+  shape, dtype = tuple(entry['shape']), FLOATS.get(entry['dtype'])
+  first = data + entry['data_offsets'][0]
 
-  try:
-    with safe_open(str(file), 'flax') as opened:  # numpy has no bfloat16 of its own
-      return np.asarray(opened.get_tensor(name))
-  except (SafetensorError, OSError, ValueError, TypeError) as error:
-    raise InputError(f'{file}: the tensor {name} cannot be read: {error}') from error
+  def part(start: int, stop: int) -> np.ndarray:
+    out = np.empty((stop - start, *shape[1:]) if shape else (), dtype)
+    with Path(file).open('rb', buffering=0) as raw:
+      raw.seek(first + start * (out.nbytes // max(stop - start, 1)))
+      left = out.reshape(-1).view(np.uint8).data
+      while left and (count := raw.readinto(left)):  # Linux gives 2 GB at most
+        left = left[count:]
+    if left:
+      raise InputError(f'{file}: it became shorter while it was read')
+    return out
+
+  return Tensor(shape, dtype, part)
 
 
 def _json(path: epath.Path) -> dict[str, Any]:

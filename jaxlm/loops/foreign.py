@@ -24,13 +24,13 @@ def import_run(source: str, run: Any) -> interop.Model:
   Raises InputError if the folder holds a checkpoint already, or the source has no tokenizer.
   """
   folder = epath.Path(run)
+  checkpoints = Checkpoints(folder / 'checkpoints')
+  _check_new(checkpoints, folder)
+  model = interop.load(source)  # before anything is made: what cannot be read leaves no folder behind
+  if model.tokenizer is None:
+    raise InputError(f'{source}: has no tokenizer.json')
   with lock.hold(folder):
-    checkpoints = Checkpoints(folder / 'checkpoints')
-    if checkpoints.steps():
-      raise InputError(f'{folder}: holds a run already; use another --run')
-    model = interop.load(source)
-    if model.tokenizer is None:
-      raise InputError(f'{source}: has no tokenizer.json')
+    _check_new(checkpoints, folder)
     config = Pretrain(run=str(run), init=source, model=model.cfg)
     write_whole(folder / 'config.json', configs.to_json(config))
     model.tokenizer.save(folder / 'tokenizer.json')
@@ -41,6 +41,11 @@ def import_run(source: str, run: Any) -> interop.Model:
     checkpoints.save(0, {'params': model.params}, meta)
     checkpoints.close()
   return model
+
+
+def _check_new(checkpoints: Checkpoints, folder: epath.Path) -> None:
+  if checkpoints.steps():
+    raise InputError(f'{folder}: holds a run already; use another --run')
 
 
 def export_run(run: Any, directory: Any, *, dtype: str = 'float32') -> str:
