@@ -163,18 +163,28 @@ def test_decoding_is_the_full_pass_beyond_the_window_and_with_padding(family):
 
 
 def test_padding_on_the_left_changes_nothing(family):
-  """A row padded on the left has positions below 0 there, which a cache drops and nobody sees."""
+  """Positions below 0 are dropped by the cache and seen by nobody, then and while decoding."""
   _, reference, model = family
-  ids = tokens(1, 13)
-  padded = np.concatenate([np.full((1, 4), 7, np.int32), ids], axis=1)
-  positions = np.arange(-4, 13, dtype=np.int32)[None]
-  cache = models.init_cache(model.cfg, 1, 32)
+  ids, prompt = tokens(2, 19), 13
+  padded = np.concatenate([np.full((2, 4), 7, np.int32), ids[:, :prompt]], axis=1)
+  padded[1] = np.roll(padded[1], -4)  # the second row is padded on the right
+  positions = np.stack([np.arange(-4, prompt), np.where(np.arange(prompt + 4) < prompt, np.arange(prompt + 4), -1)])
   out = models.hidden(
-    model.cfg, model.params, jnp.asarray(padded), positions_BT=jnp.asarray(positions), cache=cache, first=True
+    model.cfg,
+    model.params,
+    jnp.asarray(padded),
+    positions_BT=jnp.asarray(positions.astype(np.int32)),
+    cache=models.init_cache(model.cfg, 2, 32),
+    first=True,
   )
-  np.testing.assert_allclose(
-    models.unembed(model.cfg, model.params, out.x_BTD)[:, 4:], theirs(reference, ids), atol=1e-4
-  )
+  logits, want = models.unembed(model.cfg, model.params, out.x_BTD), theirs(reference, ids)
+  np.testing.assert_allclose(logits[0, 4:], want[0, :prompt], atol=1e-4)
+  np.testing.assert_allclose(logits[1, :prompt], want[1, :prompt], atol=1e-4)
+  cache, decode = out.cache, jax.jit(functools.partial(sample.decode, model.cfg))
+  for n in range(prompt, 19):
+    at = jnp.full(2, n, jnp.int32)
+    logits, cache = decode(model.params, jnp.asarray(ids[:, n : n + 1]), at, cache)
+    np.testing.assert_allclose(logits[:, 0], want[:, n], atol=1e-4)
 
 
 def test_a_step_later_it_is_exported_and_transformers_agrees(family, tmp_path):

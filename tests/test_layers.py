@@ -60,6 +60,9 @@ def complaints(part, source):
   for node in ast.walk(ast.parse(source)):
     if isinstance(node, ast.Call):
       called = ast.unparse(node.func)
+      named = {arg.value for arg in node.args if isinstance(arg, ast.Constant)}
+      if called.endswith('import_module') and named & UNSAFE:
+        wrong.append(f'{node.lineno}: imports {named & UNSAFE}')
       if called in ('eval', 'exec', 'builtins.eval', 'builtins.exec', '__import__'):
         wrong.append(f'{node.lineno}: calls {called}')
       if any(
@@ -96,6 +99,7 @@ def test_imports_go_down(path):
     ('sharding', 'from flax.linen import Module'),
     ('models', 'import optax'),
     ('data', 'import pickle'),
+    ('data', 'import importlib\nimportlib.import_module("pickle")'),
     ('config', 'exec("x = 1")'),
     ('data', 'import numpy as np\nnp.load("x", allow_pickle=True)'),
     ('masked', 'import optax'),
