@@ -81,6 +81,7 @@ CASES += [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('model, mesh, remat, chunks', CASES)
 def test_every_strategy_gives_the_same(model, mesh, remat, chunks):
   loss, gradients = loss_and_gradients(MODELS[model], MESHES[mesh], remat, chunks)

@@ -116,6 +116,7 @@ def exact(cfg, prompt, sampling, new):
   return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['look-up', 'near'])
 @pytest.mark.parametrize('setting', SETTINGS)
 def test_sampled_continuations_are_distributed_the_same(setting, kind):
