@@ -150,9 +150,12 @@ class Plan:
   slices: int = 1  # joined over the data-center network: `mesh.data` is laid across them
   hlo: str | None = None  # a file for the compiled program's text
   json: bool = False  # one JSON object instead of tables
+  search: bool = False  # try other remats, meshes and micro-batches, and print them, the best first
+  minutes: float = 10.0  # for the search
 
   def __post_init__(self):
     at_least(1, slices=self.slices)
+    within('(0, inf)', minutes=self.minutes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -291,8 +291,13 @@ def _plan(args: Sequence[str]) -> int:
   from jaxlm import plan, topology
   from jaxlm.console import table
 
-  config = pretraining(rest)
-  found = plan.plan(config, topology.parse(options.topology, options.slices), write_hlo=options.hlo)
+  config, on = pretraining(rest), topology.parse(options.topology, options.slices)
+  if options.search:
+    tell = lambda line: print(line, file=sys.stderr, flush=True)
+    tried = plan.search(config, on, seconds=60 * options.minutes, say=tell)
+    print(table(plan.HEADER, [plan.row(*pair) for pair in tried]))
+    return 0 if tried[0][1].fits else 3
+  found = plan.plan(config, on, write_hlo=options.hlo)
   if options.json:
     print(json.dumps({name: None if value != value else value for name, value in found._asdict().items()}))
   else:

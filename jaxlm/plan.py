@@ -1,8 +1,10 @@
 """What a step costs on chips that are not here: the run's own program, compiled for them, and read."""
 
+import dataclasses
 import math
 import re
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -218,3 +220,68 @@ def lines(found: Plan, table: Callable[..., str]) -> list[str]:
     f'any twice); at best {found.mfu_bound:.1%} MFU, {found.tokens_per_s_bound:,.0f} tokens/s, '
     f'{found.days:.1f} days and {found.chip_hours:,.0f} chip hours for the run',
   ]
+
+
+REMATS = ('none', 'dots', 'attn_values,attn_out,mlp_out', 'full')  # from what keeps most to what keeps least
+
+
+def candidates(config: Pretrain, chips: int) -> Iterator[list[Pretrain]]:
+  """Lists of the same run on one mesh and with one number of micro-batches, from the lightest remat to the heaviest."""
+  for accum in (1, 2, 4):
+    for tensor in (1, 2, 4, 8):
+      rest = chips // (tensor * config.mesh.sequence)
+      fsdp = rest // config.mesh.data
+      divides = rest * tensor * config.mesh.sequence == chips and fsdp * config.mesh.data == rest
+      if divides and not config.model.kv_heads % tensor and not config.data.global_batch % (rest * accum):
+        mesh = dataclasses.replace(config.mesh, fsdp=fsdp, tensor=tensor)
+        computed = [dataclasses.replace(config.compute, accum=accum, remat=remat) for remat in REMATS]
+        yield [dataclasses.replace(config, mesh=mesh, compute=compute) for compute in computed]
+
+
+def search(
+  config: Pretrain, on: Topology, *, seconds: float, say: Callable[[str], None] = lambda line: None
+) -> list[tuple[Pretrain, Plan]]:
+  """Plans of other remats, meshes and micro-batches, the best first, as many as there is time for (the first always).
+
+  Of one mesh and one number of micro-batches a heavier remat is tried only where the lighter one does not fit: it would
+  compute more for nothing. What does not divide or compile is told and left out.
+  """
+  began, found = time.monotonic(), []
+  for same in candidates(config, math.prod(on.shape) * on.slices * (2 if on.platform == 'tpu7x' else 1)):
+    for one in same:
+      if found and time.monotonic() - began > seconds:
+        say(f'{seconds:.0f} s are over: more may be found with more')
+        return ranked(found)
+      try:
+        found.append((one, plan(one, on)))
+      except InputError as error:
+        say(f'left out: {", ".join(map(str, row(one, None)))}: {error}')
+        continue
+      say(', '.join(map(str, row(*found[-1]))))
+      if found[-1][1].fits:
+        break
+  if not found:
+    raise InputError(f'{on.name}: no mesh, remat and micro-batches of this run divide and compile')
+  return ranked(found)
+
+
+def ranked(found: list[tuple[Pretrain, Plan]]) -> list[tuple[Pretrain, Plan]]:
+  """What fits before what does not, by the bound on tokens a second or by how little is missing."""
+  return sorted(
+    found, key=lambda pair: (not pair[1].fits, -pair[1].tokens_per_s_bound if pair[1].fits else pair[1].peak_gib)
+  )
+
+
+HEADER = ('mesh', 'accum', 'remat', 'peak GiB', 'fits', 'waited for GiB', 'MFU at best', 'tokens/s at best')
+
+
+def row(config: Pretrain, found: Plan | None) -> tuple[Any, ...]:
+  """One line of the table of a search."""
+  sizes = {name: n for name, n in dataclasses.asdict(config.mesh).items() if n != 1}
+  named = ' x '.join(f'{name} {n}' for name, n in sizes.items()), config.compute.accum, config.compute.remat
+  if found is None:
+    return named
+  bounds = (
+    (found.exposed_gib, f'{found.mfu_bound:.1%}', round(found.tokens_per_s_bound)) if found.fits else ('', '', '')
+  )
+  return *named, found.peak_gib, 'yes' if found.fits else 'no', *bounds

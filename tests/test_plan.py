@@ -1,5 +1,6 @@
 """The plan: names of topologies, what a program's text says, FLOPs from shapes, small steps compiled for chips."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import EXPERTS, LLAMA, MIXED
 
+from jaxlm import config as configs
 from jaxlm import hlo, models, plan, topology
 from jaxlm.errors import InputError
 from jaxlm.models import Run
@@ -194,6 +196,22 @@ def test_bad_input_is_one_line(tmp_path, args, why):
   done = planned(tmp_path, *args)
   assert done.returncode == 1 and why in done.stderr.splitlines()[-1], done.stderr
   assert 'Traceback' not in done.stderr
+
+
+def test_candidates_divide():
+  config = configs.Pretrain(model=dataclasses.replace(LLAMA, n_kv_heads=2), data=configs.Data(global_batch=16))
+  tried = list(plan.candidates(config, 8))
+  meshes = {(one.mesh.fsdp, one.mesh.tensor, one.compute.accum) for same in tried for one in same}
+  assert meshes == {(8, 1, 1), (4, 2, 1), (8, 1, 2), (4, 2, 2), (4, 2, 4)}
+  assert [one.compute.remat for one in tried[0]] == list(plan.REMATS)
+
+
+@needs_libtpu
+def test_a_search_puts_the_best_first(tmp_path):
+  done = planned(tmp_path, '--topology', 'v5e:2x2', '--search', '--minutes', '0.01')
+  assert done.returncode == 0, done.stderr
+  lines = done.stdout.splitlines()
+  assert 'tokens/s at best' in lines[0] and '| none' in lines[2] and 'yes' in lines[2] and 'are over' in done.stderr
 
 
 @needs_libtpu
