@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import hashlib
 import importlib.metadata
 import os
@@ -98,6 +99,14 @@ EXPERTS = dataclasses.replace(
   experts_per_token=2,
   shared_d_ff=7,
 )
+
+
+@pytest.fixture(scope='module', autouse=True)
+def forgotten():
+  """Compiled programs are forgotten after each file: each maps memory, and a process may have only so many maps."""
+  yield
+  jax.clear_caches()
+  gc.collect()
 
 
 @pytest.fixture
