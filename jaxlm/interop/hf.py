@@ -130,7 +130,8 @@ class _Leaf:
     self.starts = {to: [part.indices(n)[0] for part, n in zip(at, shape, strict=True)] for to, at in parts.items()}
     size = shape if place is None else place.shard_shape(shape)
     # XLA's CPU would go through a whole shard of bfloat16 for every block, but not of integers
-    bits = np.uint16 if self.dtype == jnp.bfloat16 and jax.default_backend() == 'cpu' else dtype
+    platform = (next(iter(parts)) or jax.devices()[0]).platform
+    bits = np.uint16 if self.dtype == jnp.bfloat16 and platform == 'cpu' else dtype
     self.shards = {to: jnp.zeros(size, bits, device=to) for to in parts}
 
   def put(self, block: np.ndarray, at: tuple[int, ...], *, transposed: bool, plus: float) -> None:

@@ -180,7 +180,7 @@ _SPECIAL = {'hidden_act', 'hidden_activation', 'rope_theta', 'rope_scaling', 'ro
 
 
 def _first(values: Mapping[str, Any], *keys: str) -> Any:
-  return next((values[key] for key in (keys or values) if values.get(key) is not None), None)
+  return next((values[key] for key in keys if values.get(key) is not None), None)
 
 
 def _shortest(kinds: tuple[str, ...]) -> tuple[str, ...]:
