@@ -70,6 +70,7 @@ class Mesh:
   fsdp: int = -1
   tensor: int = 1
   sequence: int = 1
+  expert: int = 1  # devices that a layer's experts are spread over; to all else they are more of fsdp
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,7 +60,7 @@ def plan(config: Pretrain, on: Topology, *, write_hlo: str | None = None) -> Pla
   """
   if not config.model.vocab_size:
     raise InputError("plan: model.vocab_size is 0, the tokenizer's: say how many, as --model.vocab-size 32000")
-  mesh = sharding.make_mesh(**_sizes(config), devices=topology.devices(on))
+  mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh), devices=topology.devices(on))
   built = program.build(config, mesh)
   with jax.set_mesh(mesh):
     traced = built.step.trace(built.abstract, built.batch)  # ty: ignore
@@ -70,11 +70,6 @@ def plan(config: Pretrain, on: Topology, *, write_hlo: str | None = None) -> Pla
   if write_hlo:
     epath.Path(write_hlo).write_text(text)
   return _read(config, on, mesh, built, compiled, flops, hlo.collectives(text) if text else [])
-
-
-def _sizes(config: Pretrain) -> dict[str, int]:
-  mesh = config.mesh
-  return {'data': mesh.data, 'fsdp': mesh.fsdp, 'tensor': mesh.tensor, 'sequence': mesh.sequence}
 
 
 def _compiled(lowered: Any, on: Topology) -> Any:

@@ -69,7 +69,7 @@ def build(config: Pretrain, mesh: Mesh, rules: sharding.Rules = sharding.RULES, 
   if config.data.seq_len % mesh.shape['sequence']:
     raise InputError(f'data.seq_len={config.data.seq_len} does not divide by mesh.sequence={mesh.shape["sequence"]}')
   rules_of = rules if mesh.size > 1 else None
-  run = Run(jnp.dtype(dtype), attention, compute.remat, compute.unroll, compute.dropout, rules_of)
+  run = Run(jnp.dtype(dtype), attention, compute.remat, compute.unroll, compute.dropout, platform == 'tpu', rules_of)
   if cfg.positions == 'learned' and config.data.seq_len > cfg.max_seq_len:
     raise InputError(
       f'data.seq_len={config.data.seq_len} exceeds the model.max_seq_len={cfg.max_seq_len} learned positions'
@@ -78,11 +78,11 @@ def build(config: Pretrain, mesh: Mesh, rules: sharding.Rules = sharding.RULES, 
     raise InputError(
       f'compute.loss_chunks={compute.loss_chunks} does not divide the padded vocabulary of {cfg.padded_vocab}'
     )
-  ways = mesh.shape['data'] * mesh.shape['fsdp'] * compute.accum
+  ways = mesh.shape['data'] * mesh.shape['fsdp'] * mesh.shape['expert'] * compute.accum
   ramp = parse_ramp(config.data.batch_warmup, config.data.global_batch)
   for rows in (config.data.global_batch, *(rows for _, rows in ramp)):
     if rows % ways:
-      raise InputError(f'data.global_batch={rows} does not divide by data x fsdp x accum = {ways}')
+      raise InputError(f'data.global_batch={rows} does not divide by data x fsdp x expert x accum = {ways}')
   lr = schedule(config)
   optimizer = make_optimizer(config)
 

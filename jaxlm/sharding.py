@@ -17,19 +17,21 @@ from jaxlm.errors import InputError
 Names = tuple[str | None, ...]
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
-MESH_AXES = ('data', 'fsdp', 'sequence', 'tensor')
+MESH_AXES = ('data', 'fsdp', 'expert', 'sequence', 'tensor')
 
 # Logical axis -> mesh axes. A strategy is a change of this table; a name without an entry is replicated.
 RULES: Rules = FrozenDict(
   {  # hashable: it may be part of a static argument
     # activations
-    'batch': ('data', 'fsdp'),
+    'batch': ('data', 'fsdp', 'expert'),
     'seq': 'sequence',
     'act_heads': 'tensor',
     'act_kv_heads': 'tensor',
     'act_mlp': 'tensor',
     # parameters
-    'embed': 'fsdp',
+    'embed': ('fsdp', 'expert'),
+    'experts': 'expert',
+    'expert_embed': 'fsdp',  # of the experts' own matrices
     'heads': 'tensor',
     'kv_heads': 'tensor',
     'mlp': 'tensor',
@@ -39,14 +41,20 @@ RULES: Rules = FrozenDict(
 
 
 def make_mesh(
-  *, data: int = 1, fsdp: int = -1, tensor: int = 1, sequence: int = 1, devices: Sequence[Any] | None = None
+  *,
+  data: int = 1,
+  fsdp: int = -1,
+  tensor: int = 1,
+  sequence: int = 1,
+  expert: int = 1,
+  devices: Sequence[Any] | None = None,
 ) -> Mesh:
-  """A device mesh with axes `data, fsdp, sequence, tensor`; one size may be -1 and takes what is left.
+  """A device mesh with axes `data, fsdp, expert, sequence, tensor`; one size may be -1 and takes what is left.
 
   Several slices are joined by `data`. Raises InputError when the sizes do not multiply to the number of devices.
   """
   devices = list(jax.devices() if devices is None else devices)
-  sizes = {'data': data, 'fsdp': fsdp, 'sequence': sequence, 'tensor': tensor}
+  sizes = {'data': data, 'fsdp': fsdp, 'expert': expert, 'sequence': sequence, 'tensor': tensor}
   free = [name for name, n in sizes.items() if n == -1]
   fixed = math.prod(n for n in sizes.values() if n != -1)
   shown = ', '.join(f'{k}={v}' for k, v in sizes.items())
@@ -88,23 +96,26 @@ def constrain(x: jax.Array, names: Sequence[str | None], rules: Rules | None) ->
   return jax.lax.with_sharding_constraint(x, spec(names, rules))
 
 
-def own_tokens(fn: Callable[[Any, Any], Any], tokens: Any, whole: Any, rules: Rules | None) -> Any:
-  """`fn(tokens, whole)` with each device at its own part of `tokens`, and of what is returned, all [B, T, ...].
+def own_tokens(
+  fn: Callable[[Any, Any], Any], tokens: Any, weights: Any, rules: Rules | None, kept: Sequence[str | None] = ()
+) -> Any:
+  """`fn(tokens, weights)` with each device at its own part of `tokens`, and of what is returned, all [B, T, ...].
 
-  For what the compiler would do on every device for all tokens. Without rules or mesh, or where B and T do not divide,
-  it is `fn` itself; mesh axes that neither batch nor sequence is laid on are left to the compiler.
+  For what the compiler would do on every device for all tokens. `weights` are whole on each, but for the leading axes
+  named in `kept`, which stay laid out. Without rules or mesh, or where B and T do not divide, it is `fn` itself; mesh
+  axes that neither batch nor sequence is laid on are left to the compiler.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if rules is None or mesh.empty:
-    return fn(tokens, whole)
+    return fn(tokens, weights)
   partition = spec(('batch', 'seq'), rules)
   axes = [(one,) if isinstance(one, str) else one or () for one in partition]
   ways = [math.prod(mesh.shape[a] for a in some) for some in axes]
   if any(size % n for x in jax.tree.leaves(tokens) for size, n in zip(x.shape, ways, strict=False)):
-    return fn(tokens, whole)
+    return fn(tokens, weights)
   names = {a for some in axes for a in some}
-  specs = (partition, PartitionSpec())
-  return jax.shard_map(fn, in_specs=specs, out_specs=partition, axis_names=names)(tokens, whole)
+  specs = (partition, spec(kept, rules))
+  return jax.shard_map(fn, in_specs=specs, out_specs=partition, axis_names=names)(tokens, weights)
 
 
 def batch_shardings(batch: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
@@ -147,9 +158,10 @@ def state_shardings(abstract_state: Any, mesh: Mesh, rules: Rules = RULES) -> An
       return NamedSharding(mesh, PartitionSpec())
     partition = spec(leaf.names, rules)
     for name, size, axes in zip(leaf.names, leaf.value.shape, partition, strict=True):
-      ways = math.prod(mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ()))
-      if size % ways:
-        raise InputError(f'{path}: axis {name!r} of size {size} does not divide by {ways} (mesh axis {axes})')
+      laid = {a: mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ()) if mesh.shape[a] > 1}
+      if size % math.prod(laid.values()):
+        on = ' x '.join(f'{a} {n}' for a, n in laid.items())
+        raise InputError(f'{path}: axis {name!r} of size {size} does not divide by {on}')
     return NamedSharding(mesh, partition)
 
   return tree.path_map(one, abstract_state, is_leaf=is_named)

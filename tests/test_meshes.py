@@ -16,7 +16,7 @@ SIZES = {'d_model': 16, 'n_heads': 8, 'n_kv_heads': 4, 'head_dim': 6, 'd_ff': 24
 MODELS = {
   'llama': dataclasses.replace(LLAMA, **SIZES),
   'mixed': dataclasses.replace(MIXED, **SIZES),
-  'experts': dataclasses.replace(LLAMA, **SIZES, n_experts=4, experts_per_token=4),
+  'experts': dataclasses.replace(LLAMA, **SIZES, n_experts=8, experts_per_token=3),
 }
 MESHES = {
   'data': {'data': 8, 'fsdp': 1},
@@ -25,6 +25,9 @@ MESHES = {
   'sequence': {'sequence': 8, 'fsdp': 1},
   'data, fsdp, tensor': {'data': 2, 'fsdp': 2, 'tensor': 2},
   'fsdp, sequence, tensor': {'fsdp': 2, 'sequence': 2, 'tensor': 2},
+  'expert': {'expert': 8, 'fsdp': 1},
+  'fsdp, expert, tensor': {'fsdp': 2, 'expert': 2, 'tensor': 2},
+  'expert, sequence': {'expert': 4, 'sequence': 2, 'fsdp': 1},
   'data, sequence': {'data': 4, 'sequence': 2, 'fsdp': 1},
 }
 B, T = 8, 16

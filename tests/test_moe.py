@@ -4,6 +4,7 @@ S tokens, D model, F ffn of an expert, E experts, k experts a token.
 """
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jaxlm import cli, models, program, sharding
 from jaxlm.config import Data, Mesh, Pretrain
 from jaxlm.errors import InputError
 from jaxlm.models import LowRank, ModelConfig, Run, dense
+from jaxlm.models.dispatch import Exchange
 from jaxlm.models.linear import grouped
 from jaxlm.models.moe import MoE, mix, route
 from jaxlm.models.transformer import MLP, declare, fan_in
@@ -264,3 +266,49 @@ def test_flops_of_experts_and_of_windows_by_hand():
   local = ModelConfig(**sizes, d_ff=10, pattern=('local', 'global'), window=4)  # two local layers and a global one
   assert metrics.flops_per_token(local, 11) == 6 * (3 * (144 + 180) + 768) + 12 * (4 + 11 + 4) * 8
   assert metrics.flops_per_token(local, 3) == 6 * (3 * (144 + 180) + 768) + 12 * 3 * 3 * 8
+
+
+EXCHANGE = {'expert': 4, 'fsdp': 2}
+
+
+@pytest.mark.parametrize('favourite', [None, 0, 7])
+def test_experts_on_other_devices_are_those_here(favourite):
+  """Rows of 8 devices with experts over 4; the worst case, all tokens to the experts of one device, too."""
+  mesh = sharding.make_mesh(**EXCHANGE)
+  x_BTD, weights = draw(8, 5, D), (draw(8, D, F), draw(8, D, F), draw(8, F, D))
+  logits_SE = (
+    draw(40, 8) if favourite is None else draw(40, 8).at[:, favourite].add(50.0).at[:, favourite ^ 1].add(40.0)
+  )
+  experts_Sk, weights_Sk, _ = route(logits_SE, 2, True)
+  routed = (x_BTD, experts_Sk.reshape(8, 5, 2), weights_Sk.reshape(8, 5, 2))
+  probe = draw(8, 5, D)
+
+  def everywhere(x, weights):
+    flat = lambda y: y.reshape(-1, y.shape[-1])
+
+    def own(tokens, held):
+      got = mix(*map(flat, tokens), held, jax.nn.silu, Exchange('expert', ragged=False))
+      return got.reshape(tokens[0].shape)
+
+    return sharding.own_tokens(own, (x, *routed[1:]), weights, sharding.RULES, ('experts',))
+
+  def here(x, weights):
+    return mix(x.reshape(-1, D), experts_Sk, weights_Sk, weights, jax.nn.silu).reshape(x.shape)
+
+  with jax.set_mesh(mesh):
+    np.testing.assert_allclose(jax.jit(everywhere)(x_BTD, weights), here(x_BTD, weights), rtol=1e-5, atol=1e-5)
+    grad = lambda fn: jax.jit(jax.grad(lambda x, weights: jnp.sum(fn(x, weights) * probe), (0, 1)))(x_BTD, weights)
+    for got, want in zip(jax.tree.leaves(grad(everywhere)), jax.tree.leaves(grad(here)), strict=True):
+      np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_no_device_gathers_the_experts_of_others():
+  """Read from the compiled step: tokens travel, experts' matrices do not (over the axis of experts)."""
+  model = ModelConfig(vocab_size=128, d_model=24, n_layers=1, n_heads=2, d_ff=40, n_experts=8)
+  config = Pretrain(model=model, data=Data(seq_len=16, global_batch=8))
+  mesh = sharding.make_mesh(expert=4, fsdp=2)
+  with jax.set_mesh(mesh):
+    built = program.build(config, mesh)
+    text = built.step.lower(built.abstract, built.batch).compile().as_text()
+  assert 'all-to-all(' in text
+  assert 'f32[2,24,40]' in text and not re.search(r'f32\[(1,)?8,(24,40|40,24)\]', text)

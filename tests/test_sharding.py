@@ -30,13 +30,15 @@ def names(abstract):
 @pytest.mark.parametrize(
   'sizes, expected',
   [
-    ({}, {'data': 1, 'fsdp': 8, 'sequence': 1, 'tensor': 1}),
-    ({'data': 2}, {'data': 2, 'fsdp': 4, 'sequence': 1, 'tensor': 1}),
-    ({'data': -1, 'fsdp': 1, 'tensor': 4}, {'data': 2, 'fsdp': 1, 'sequence': 1, 'tensor': 4}),
-    ({'data': 1, 'fsdp': 2, 'tensor': 2, 'sequence': 2}, {'data': 1, 'fsdp': 2, 'sequence': 2, 'tensor': 2}),
+    ({}, {'fsdp': 8}),
+    ({'data': 2}, {'data': 2, 'fsdp': 4}),
+    ({'data': -1, 'fsdp': 1, 'tensor': 4}, {'data': 2, 'tensor': 4}),
+    ({'data': 1, 'fsdp': 2, 'tensor': 2, 'sequence': 2}, {'fsdp': 2, 'sequence': 2, 'tensor': 2}),
+    ({'expert': 4}, {'fsdp': 2, 'expert': 4}),
   ],
 )
 def test_make_mesh(sizes, expected):
+  expected = dict.fromkeys(sharding.MESH_AXES, 1) | expected
   mesh = sharding.make_mesh(**sizes)
   assert dict(mesh.shape) == expected
   assert set(mesh.axis_types) == {AxisType.Auto}
@@ -71,8 +73,8 @@ def test_batch_shardings():
   mesh = sharding.make_mesh(data=2, fsdp=2, sequence=2)
   batch = {'tokens': jnp.zeros((8, 6)), 'weight': jnp.zeros(8), 'scalar': jnp.zeros(())}
   got = sharding.batch_shardings(batch, mesh)
-  assert got['tokens'].spec == P(('data', 'fsdp'), 'sequence')
-  assert got['weight'].spec == P(('data', 'fsdp'))
+  assert got['tokens'].spec == P(('data', 'fsdp', 'expert'), 'sequence')
+  assert got['weight'].spec == P(('data', 'fsdp', 'expert'))
   assert got['scalar'].spec == P()
 
 
@@ -153,19 +155,20 @@ def test_state_shardings():
   mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
   cfg = dataclasses.replace(CFG, positions='learned', bias=True)
   shardings = dict(tree.items(sharding.state_shardings(named_state(cfg, optim.make('adamw', 1e-3)), mesh)))
+  whole = ('fsdp', 'expert')  # an axis of experts is one more of fsdp to all else
   table = {
-    'embed': P('tensor', 'fsdp'),
-    'head': P('fsdp', 'tensor'),
-    'positions': P(None, 'fsdp'),
+    'embed': P('tensor', whole),
+    'head': P(whole, 'tensor'),
+    'positions': P(None, whole),
     'final_norm/scale': P(None),
     'layers/attn_norm/scale': P(None, None),
-    'layers/attn/q': P(None, 'fsdp', 'tensor'),
-    'layers/attn/k': P(None, 'fsdp', 'tensor'),
-    'layers/attn/o': P(None, 'tensor', 'fsdp'),
+    'layers/attn/q': P(None, whole, 'tensor'),
+    'layers/attn/k': P(None, whole, 'tensor'),
+    'layers/attn/o': P(None, 'tensor', whole),
     'layers/attn/q_bias': P(None, 'tensor'),
-    'layers/attn/o_bias': P(None, 'fsdp'),
-    'layers/mlp/up': P(None, 'fsdp', 'tensor'),
-    'layers/mlp/down': P(None, 'tensor', 'fsdp'),
+    'layers/attn/o_bias': P(None, whole),
+    'layers/mlp/up': P(None, whole, 'tensor'),
+    'layers/mlp/down': P(None, 'tensor', whole),
   }
   for prefix in ('params', 'opt_state/1/0/mu', 'opt_state/1/0/nu'):
     assert {p: shardings[f'{prefix}/{p}'].spec for p in table} == table
@@ -182,13 +185,13 @@ def test_another_strategy_is_another_table():
 
 def test_an_axis_that_does_not_divide_is_named():
   named = named_state(LLAMA, optim.make('adamw', 1e-3))
-  with pytest.raises(InputError, match=r"params/.*axis 'embed' of size 11 does not divide by 8 \(mesh axis fsdp\)"):
+  with pytest.raises(InputError, match=r"params/.*axis 'embed' of size 11 does not divide by fsdp 8"):
     sharding.state_shardings(named, sharding.make_mesh(fsdp=8))
 
 
 def test_an_axis_over_two_mesh_axes_divides_by_both():
   box = {'w': LogicallyPartitioned(jax.ShapeDtypeStruct((12,), jnp.float32), ('batch',))}
-  with pytest.raises(InputError, match="axis 'batch' of size 12 does not divide by 8"):
+  with pytest.raises(InputError, match="axis 'batch' of size 12 does not divide by data 2 x fsdp 4"):
     sharding.state_shardings(box, sharding.make_mesh(data=2, fsdp=4))
 
 

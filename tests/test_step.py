@@ -318,4 +318,4 @@ def test_every_mesh_trains_alike(mesh, name, model):
   assert alone[-1, 0] < 0.8 * alone[0, 0]  # it did learn: a constant would agree too
   same = 11 if model == 'experts' else STEPS  # later a rounding may send a token to another expert
   np.testing.assert_allclose(many[:same], alone[:same], rtol=1e-5)
-  assert specs['layers']['attn']['q'] == P(None, 'fsdp', 'tensor')
+  assert specs['layers']['attn']['q'] == P(None, ('fsdp', 'expert'), 'tensor')

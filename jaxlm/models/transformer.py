@@ -199,8 +199,8 @@ class Block(nn.Module):
       return MLP(cfg, run, cfg.d_ff, name='mlp')(x_BTD), {}
     declared = lambda module, name, shape, axes, scale: declare(module, name, shape, axes, fan_in(scale))
     shared = lambda: MLP(cfg, run, cfg.shared_d_ff, name='shared')
-    layer = MoE(cfg, ACTIVATIONS[cfg.activation], declared, branch_scale(cfg), shared, run.rules, name='mlp')
-    return layer(x_BTD, real_BT)
+    how = shared, run.rules, run.ragged
+    return MoE(cfg, ACTIVATIONS[cfg.activation], declared, branch_scale(cfg), *how, name='mlp')(x_BTD, real_BT)
 
 
 class Outside(nn.Module):
