@@ -32,7 +32,7 @@ def collectives(text: str) -> list[Collective]:
   """Every collective of a compiled TPU program (`compiled.as_text()`).
 
   Overlapped are those that the compiler fused with other work or turned into rings beside matmuls, and the ones that
-  start and end at different places; a fusion's several steps count once.
+  start and end at different places; a fusion's several steps count once. Of a ragged exchange it is the mean.
   """
   bodies, entry = _computations(text)
   times = _times(bodies, entry)
@@ -55,7 +55,12 @@ def collectives(text: str) -> list[Collective]:
         seen.add(key)
       dcn = kind in ('send', 'recv')
       overlapped = fused or 'windowed_dot' in name or dcn or (started and 'async_collective_name' not in line)
-      found.append(Collective(kind, overlapped, dcn, times[name], _output_bytes(match[2], kind, started)))
+      size = _output_bytes(match[2], kind, started)
+      if kind == 'ragged-all-to-all':  # the larger side is room for the worst case
+        operand = re.search(r'ragged-all-to-all(?:-start)?\((%[\w.\-]+)', line)
+        sent = next((other for other in lines if operand and f'{operand[1]} = ' in other), '')
+        size = min(size, _output_bytes(sent.split(' = ')[-1].split('(')[0], '', False) or size)
+      found.append(Collective(kind, overlapped, dcn, times[name], size))
   return found
 
 

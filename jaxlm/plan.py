@@ -13,6 +13,7 @@ from etils import epath
 from jaxlm import hlo, program, sharding, topology
 from jaxlm.config import Pretrain
 from jaxlm.errors import InputError
+from jaxlm.models.dispatch import WORST_CASE
 from jaxlm.topology import DCN, Topology
 from jaxlm.train import metrics
 
@@ -168,7 +169,7 @@ def matmul_flops(jaxpr: Any) -> float:
         left = eqn.invars[0].aval.shape
         total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
       case 'ragged_dot' | 'ragged_dot_general':
-        total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * eqn.invars[0].aval.shape[-1]
+        total += 2.0 * math.prod(eqn.invars[0].aval.shape) * eqn.outvars[0].aval.shape[-1]
       case 'scan':
         total += params['length'] * inner('jaxpr')
       case 'cond':
@@ -176,6 +177,8 @@ def matmul_flops(jaxpr: Any) -> float:
       case 'shard_map':
         names = params.get('newly_manual_axes', params.get('manual_axes'))  # before and since jax 0.10
         total += math.prod(params['mesh'].shape[name] for name in names) * inner('jaxpr')
+      case 'jit' | 'pjit' if share := re.fullmatch(WORST_CASE.format(r'(\d+)'), params['name']):
+        total += inner('jaxpr') / int(share[1])
       case 'pallas_call':
         total += math.prod(params['grid_mapping'].grid) * inner('jaxpr')
       case _:

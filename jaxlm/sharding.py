@@ -67,8 +67,6 @@ def make_mesh(
   shape = tuple(sizes[name] for name in MESH_AXES)
   types = (AxisType.Auto,) * len(shape)
   slices = _slices(devices)
-  if len(slices) == 1:
-    return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
   if sizes['data'] % len(slices):
     raise InputError(f'mesh {shown}: {len(slices)} slices are joined by the data axis: make it a multiple of them')
   own = (sizes['data'] // len(slices), *shape[1:])

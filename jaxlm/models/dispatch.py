@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+WORST_CASE = 'one_in_{}_rows'  # the name of a part of the program: so few of its rows are there, over all devices
+
 
 class Exchange(NamedTuple):
   """How rows travel along a mesh axis: `ragged` sends what there is, otherwise rows are padded to the worst case."""
@@ -46,12 +48,12 @@ def exchanged(
 
 
 def _worst_case(fn: Any, n: int) -> Any:
-  """`fn`, named for those who count work: of its rows one in n is there, over all devices."""
+  """`fn`, named for those who count work."""
 
   def rows(x: Array, sizes: Array) -> Array:
     return fn(x, sizes)
 
-  rows.__name__ = f'one_in_{n}_rows'
+  rows.__name__ = WORST_CASE.format(n)
   return jax.jit(rows)
 
 
@@ -77,8 +79,7 @@ def _ragged(counts_nn: Array, me: Array, axis: str, most: int) -> tuple[Any, Any
   n = len(sent_n)
 
   def move(x: Array, shape: tuple[int, ...], starts: Array, sizes: Array, there: Array, coming: Array) -> Array:
-    into = jnp.zeros(shape, x.dtype)
-    into = jax.lax.pcast(into, tuple(jax.typeof(x).vma), to='varying')
+    into = jnp.broadcast_to(jnp.zeros_like(x[:1]), shape)  # from x, so that it is known to differ between devices
     return jax.lax.ragged_all_to_all(x, into, starts, sizes, there, coming, axis_name=axis)
 
   def send(x_AD: Array) -> Array:
