@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxlm import masked, models
-from jaxlm.losses import lm
+from jaxlm.losses import lm, sharded
 from jaxlm.masked import Sum
 from jaxlm.models import ModelConfig, Run
 from jaxlm.train.step import LossFn
@@ -62,10 +63,12 @@ def _of_targets(cfg: ModelConfig, run: Run, params: Any, batch: Any, chunks: int
   """(logp_BT, lse_BT) of the batch's targets, and what the layers add to the loss."""
   segments = {'positions_BT': batch['positions'], 'segment_ids_BT': batch['segment_ids']}
   out = models.hidden(cfg, params, batch['tokens'], run=run, key=key, **segments)
-  if chunks == 1:
+  laid = sharded.layout(batch['targets'].shape, run.rules)
+  if chunks == 1 and laid is None:
     return *lm.from_logits(models.unembed(cfg, params, out.x_BTD), batch['targets']), out.aux
-  head_DV = models.head(cfg, params)
+  rows = out.x_BTD, models.head(cfg, params), batch['targets']
   scale, cap = cfg.logits_scaling, cfg.logits_softcap
-  how = {'temperature': scale, 'softcap': None if cap is None else cap * scale, 'vocab': cfg.vocab_size}
-  logp_BT, lse_BT, _ = lm.logprobs(out.x_BTD, head_DV, batch['targets'], chunks=chunks, **how)
+  how: dict[str, Any] = {'temperature': scale, 'softcap': None if cap is None else cap * scale, 'vocab': cfg.vocab_size}
+  logprobs = lm.logprobs if laid is None else partial(sharded.logprobs, laid=laid)
+  logp_BT, lse_BT, _ = logprobs(*rows, chunks=chunks, **how)
   return logp_BT, lse_BT, out.aux

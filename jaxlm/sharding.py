@@ -82,6 +82,11 @@ def _slices(devices: Sequence[Any]) -> list[list[Any]]:
   return [found[index] for index in sorted(found)]
 
 
+def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+  """A rule's mesh axes as a tuple."""
+  return (entry,) if isinstance(entry, str) else entry or ()
+
+
 def spec(names: Sequence[str | None], rules: Rules) -> PartitionSpec:
   """The PartitionSpec of an array whose axes carry these logical names."""
   return PartitionSpec(*(rules.get(name) if name else None for name in names))
@@ -107,7 +112,7 @@ def own_tokens(
   if rules is None or mesh.empty:
     return fn(tokens, weights)
   partition = spec(('batch', 'seq'), rules)
-  axes = [(one,) if isinstance(one, str) else one or () for one in partition]
+  axes = [axes_of(one) for one in partition]
   ways = [math.prod(mesh.shape[a] for a in some) for some in axes]
   if any(size % n for x in jax.tree.leaves(tokens) for size, n in zip(x.shape, ways, strict=False)):
     return fn(tokens, weights)
@@ -156,7 +161,7 @@ def state_shardings(abstract_state: Any, mesh: Mesh, rules: Rules = RULES) -> An
       return NamedSharding(mesh, PartitionSpec())
     partition = spec(leaf.names, rules)
     for name, size, axes in zip(leaf.names, leaf.value.shape, partition, strict=True):
-      laid = {a: mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ()) if mesh.shape[a] > 1}
+      laid = {a: mesh.shape[a] for a in axes_of(axes) if mesh.shape[a] > 1}
       if size % math.prod(laid.values()):
         on = ' x '.join(f'{a} {n}' for a, n in laid.items())
         raise InputError(f'{path}: axis {name!r} of size {size} does not divide by {on}')

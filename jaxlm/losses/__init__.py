@@ -1,3 +1,3 @@
-"""Losses: arrays in, `Sum(total, weight)` out. No model, no state, no mesh."""
+"""Losses: arrays in, `Sum(total, weight)` out. No model, no state; a mesh only in `sharded`."""
 
 from jaxlm.losses import lm as lm

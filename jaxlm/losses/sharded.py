@@ -1,0 +1,156 @@
+"""`lm.logprobs` on a mesh, the vocabulary cut over devices: none holds the whole head or its gradient.
+
+Each keeps its own rows, while the parts of the head go round.
+
+B batch, T sequence, D model, V vocabulary, n parts of it, P columns of one, R rows of a device.
+"""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from jaxlm.losses import slices
+from jaxlm.sharding import Rules, axes_of, spec
+
+
+class Layout(NamedTuple):
+  """Which axes of the mesh hold what."""
+
+  x: PartitionSpec
+  rows: PartitionSpec  # of what is [B, T]
+  head: PartitionSpec
+  around: tuple[str, ...]  # rows and vocabulary are cut over these: parts go round them
+  across: tuple[str, ...]  # the vocabulary alone is cut over these: sums go over them
+  beside: tuple[str, ...]  # rows alone
+
+
+def layout(shape: tuple[int, int], rules: Rules | None) -> Layout | None:
+  """How rows of this shape [B, T] and the head are laid out; None without a mesh to cut or where they do not divide."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if rules is None or mesh.empty:
+    return None
+  large = lambda name: tuple(a for a in axes_of(rules.get(name)) if mesh.shape[a] > 1)
+  batch, seq = large('batch'), large('seq')
+  around = tuple(a for a in large('embed') if a in batch)
+  across = tuple(a for a in large('vocab') if a not in batch + seq)
+  ways = [math.prod(mesh.shape[a] for a in some) for some in (batch, seq)]
+  if not around + across or any(size % n for size, n in zip(shape, ways, strict=True)):
+    return None
+  beside = tuple(a for a in batch + seq if a not in around)
+  return Layout(
+    spec(('batch', 'seq', None), rules),
+    spec(('batch', 'seq'), rules),
+    PartitionSpec(None, across + around),
+    around,
+    across,
+    beside,
+  )
+
+
+def logprobs(
+  x_BTD: Float[Array, 'B T D'],
+  head_DV: Float[Array, 'D V'],
+  targets_BT: Int[Array, 'B T'],
+  laid: Layout,
+  *,
+  softcap: float | None = None,
+  temperature: float = 1.0,
+  chunks: int = 1,
+  vocab: int | None = None,
+) -> tuple[Float[Array, 'B T'], Float[Array, 'B T'], Float[Array, 'B T']]:
+  """`(logp_BT, lse_BT, entropy_BT)` as `lm.logprobs` has them; `chunks` counts slices of the whole vocabulary."""
+  mesh = jax.sharding.get_abstract_mesh()
+  n = math.prod(mesh.shape[a] for a in laid.around + laid.across)
+  own = -(-chunks // n)
+  V = head_DV.shape[1]
+  head_DV = jnp.pad(head_DV.astype(x_BTD.dtype), ((0, 0), (0, -V % (n * own))))
+  head_DV = jax.lax.with_sharding_constraint(head_DV, laid.head)
+  return _logprobs(slices.How(softcap, temperature, vocab or V, own), laid, x_BTD, head_DV, targets_BT)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _logprobs(
+  how: slices.How, laid: Layout, x_BTD: Array, head_DV: Array, targets_BT: Array
+) -> tuple[Array, Array, Array]:
+  def own(x_BtD: Array, w_DP: Array, targets_Bt: Array) -> tuple[Array, ...]:
+    x_RD, targets_R = x_BtD.reshape(-1, x_BtD.shape[-1]), targets_Bt.reshape(-1)
+
+    def visit(carry: tuple, turn: Any) -> tuple[tuple, None]:
+      seen, w_DP = carry
+      onward = _pass_on(w_DP, laid.around)
+      return (slices.look(how, seen, x_RD, w_DP, targets_R, _first(w_DP, turn, laid)), onward), None
+
+    (seen, _), _ = jax.lax.scan(visit, (slices.start(x_RD), w_DP), jnp.arange(_size(laid.around)))
+    return tuple(y.reshape(targets_Bt.shape) for y in slices.ended(_over(seen, laid.across)))
+
+  return _mapped(own, (laid.x, laid.head, laid.rows), (laid.rows,) * 3)(x_BTD, head_DV, targets_BT)
+
+
+def _forward(how: slices.How, laid: Layout, x_BTD: Any, head_DV: Any, targets_BT: Any) -> tuple[tuple, tuple]:
+  out = _logprobs(how, laid, x_BTD.value, head_DV.value, targets_BT.value)
+  return out, (x_BTD.value, head_DV.value, targets_BT.value, out[1], out[2])
+
+
+def _backward(how: slices.How, laid: Layout, saved: tuple, cotangents: tuple) -> tuple[Array, Array, None]:
+  """The gradient of a part goes round with it, so that it comes home summed over those that it passed."""
+
+  def own(x_BtD: Array, w_DP: Array, *rows: Any) -> tuple[Array, Array]:
+    x_RD = x_BtD.reshape(-1, x_BtD.shape[-1])
+    targets_R, lse_R, entropy_R, *given = jax.tree.map(lambda y: y.reshape(-1), rows)
+
+    def visit(carry: tuple, turn: Any) -> tuple[tuple, None]:
+      dx_RD, w_DP, dw_DP = carry
+      onward, dw_DP = _pass_on(w_DP, laid.around), _pass_on(dw_DP, laid.around)
+      first = _first(w_DP, turn + 1, laid)
+      more_RD, more_DP = slices.pull(how, x_RD, w_DP, targets_R, lse_R, entropy_R, tuple(given), first)
+      return (dx_RD + more_RD, onward, dw_DP + more_DP), None
+
+    begin = jnp.zeros(x_RD.shape, jnp.float32), _pass_on(w_DP, laid.around), jnp.zeros(w_DP.shape, jnp.float32)
+    (dx_RD, _, dw_DP), _ = jax.lax.scan(visit, begin, jnp.arange(_size(laid.around)))
+    dx_RD = jax.lax.psum(dx_RD, laid.across) if laid.across else dx_RD
+    dw_DP = jax.lax.psum(dw_DP, laid.beside) if laid.beside else dw_DP
+    return dx_RD.reshape(x_BtD.shape).astype(x_BtD.dtype), dw_DP.astype(w_DP.dtype)
+
+  x_BTD, head_DV, *rows = saved
+  rows = (*rows, *slices.given(cotangents))
+  dx_BTD, dhead_DV = _mapped(own, (laid.x, laid.head, *(laid.rows,) * 6), (laid.x, laid.head))(x_BTD, head_DV, *rows)
+  return dx_BTD, dhead_DV, None
+
+
+_logprobs.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _mapped(fn: Any, in_specs: Any, out_specs: Any) -> Any:
+  return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _size(axes: tuple[str, ...]) -> int:
+  return math.prod(jax.lax.axis_size(a) for a in axes)
+
+
+def _pass_on(x: Array, axes: tuple[str, ...]) -> Array:
+  n = _size(axes)
+  return jax.lax.ppermute(x, axes, [(i, (i + 1) % n) for i in range(n)]) if n > 1 else x
+
+
+def _first(w_DP: Array, turn: Any, laid: Layout) -> Any:
+  """The first token of the part in hand after `turn` turns."""
+  n = _size(laid.around)
+  part = (jax.lax.axis_index(laid.around) - turn) % n if laid.around else 0
+  row = jax.lax.axis_index(laid.across) if laid.across else 0
+  return (row * n + part) * w_DP.shape[1]
+
+
+def _over(seen: slices.Seen, axes: tuple[str, ...]) -> slices.Seen:
+  """What the devices along `axes` have seen, together."""
+  if not axes:
+    return seen
+  top_R = jax.lax.pmax(seen.top, axes)
+  shrink_R = jnp.exp(seen.top - top_R)
+  total, dot, picked = jax.lax.psum((seen.total * shrink_R, seen.dot * shrink_R, seen.picked), axes)
+  return slices.Seen(top_R, total, dot, picked)
