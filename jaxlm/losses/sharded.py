@@ -23,7 +23,8 @@ class Layout(NamedTuple):
 
   x: PartitionSpec
   rows: PartitionSpec  # of what is [B, T]
-  head: PartitionSpec
+  stored: PartitionSpec  # of the head as it is kept
+  head: PartitionSpec  # and as it is multiplied by
   around: tuple[str, ...]  # rows and vocabulary are cut over these: parts go round them
   across: tuple[str, ...]  # the vocabulary alone is cut over these: sums go over them
   beside: tuple[str, ...]  # rows alone
@@ -45,6 +46,7 @@ def layout(shape: tuple[int, int], rules: Rules | None) -> Layout | None:
   return Layout(
     spec(('batch', 'seq', None), rules),
     spec(('batch', 'seq'), rules),
+    spec(('embed', 'vocab'), rules),
     PartitionSpec(None, across + around),
     around,
     across,
@@ -68,6 +70,7 @@ def logprobs(
   n = math.prod(mesh.shape[a] for a in laid.around + laid.across)
   own = -(-chunks // n)
   V = head_DV.shape[1]
+  head_DV = jax.lax.with_sharding_constraint(head_DV, laid.stored)  # the gradient's: not every moment's moves, but its
   head_DV = jnp.pad(head_DV.astype(x_BTD.dtype), ((0, 0), (0, -V % (n * own))))
   head_DV = jax.lax.with_sharding_constraint(head_DV, laid.head)
   return _logprobs(slices.How(softcap, temperature, vocab or V, own), laid, x_BTD, head_DV, targets_BT)

@@ -16,6 +16,7 @@ from jaxlm.models import kernels, ring
 from jaxlm.models.attention import Cache, attend, causal_mask, rope_angles, rope_frequencies, rope_scaled, rotate
 from jaxlm.models.config import ModelConfig, Run
 from jaxlm.models.linear import linear
+from jaxlm.models.lookup import lookup
 from jaxlm.models.moe import MoE
 from jaxlm.sharding import constrain
 
@@ -306,7 +307,7 @@ def hidden(
   B, T = tokens_BT.shape
   if positions_BT is None:
     positions_BT = jnp.arange(T, dtype=jnp.int32)[None]
-  x_BTD = jnp.take(params['embed'], tokens_BT, axis=0).astype(run.dtype)
+  x_BTD = lookup(params['embed'], tokens_BT, run.dtype, run.rules)
   if cfg.positions == 'learned':
     x_BTD += jnp.take(params['positions'], positions_BT, axis=0, mode='clip').astype(run.dtype)
   x_BTD = constrain(x_BTD * cfg.embedding_multiplier, STREAM, run.rules)
