@@ -31,6 +31,7 @@ COMPILER_OPTIONS: dict[str, dict[str, bool | str]] = {
     'xla_tpu_enable_async_collective_fusion_fuse_all_gather': True,
     'xla_tpu_enable_async_collective_fusion_fuse_all_reduce': True,
     'xla_tpu_enable_async_collective_fusion_multiple_steps': True,
+    'xla_tpu_enable_async_all_to_all': True,
     'xla_tpu_overlap_compute_collective_tc': True,
     'xla_enable_async_all_gather': True,
     'xla_enable_async_all_reduce': True,

@@ -3,6 +3,7 @@
 B batch, T sequence, D model, F ffn, H heads, K kv heads, N head width, V vocabulary, L layers.
 """
 
+import re
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from jaxlm import tree
 from jaxlm.errors import InputError
 from jaxlm.models import kernels, ring
 from jaxlm.models.attention import Cache, attend, causal_mask, rope_angles, rope_frequencies, rope_scaled, rotate
@@ -336,9 +338,15 @@ def hidden(
       auxes.append(aux)
     cache = None if cache is None else tuple(caches)
   else:
-    x_BTD, auxes = _scanned(one, x_BTD, (layers, keys), cfg.kinds, len(cfg.pattern), run.unroll)
+    x_BTD, auxes = _scanned(one, x_BTD, (_cast(layers, run.dtype), keys), cfg.kinds, len(cfg.pattern), run.unroll)
   normed_BTD: Any = Norm(cfg).apply({'params': params['final_norm']}, x_BTD)
   return Hidden(normed_BTD, cache, jax.tree.map(lambda *xs: sum(map(jnp.sum, xs)) / cfg.n_layers, *auxes))
+
+
+def _cast(layers: Params, dtype: Any) -> Params:
+  """Layers as their matmuls read them: cast before they are gathered, and their stacked gradient is as small."""
+  exact = re.compile(r'(^|/)(\w*norm|router)(/|$)')
+  return tree.path_map(lambda path, leaf: leaf if exact.search(path) else leaf.astype(dtype), layers)
 
 
 def head(cfg: ModelConfig, params: Params) -> Float[Array, 'D V']:
