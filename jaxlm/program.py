@@ -25,18 +25,23 @@ BATCH_DTYPES = {
   'target_bytes': jnp.int32,
 }
 # Collectives beside work rather than waited for: on TPUs the compiler leaves gradients' sums out unless asked.
-COMPILER_OPTIONS: dict[str, dict[str, bool | str]] = {
-  'tpu': {
-    'xla_tpu_enable_async_collective_fusion': True,
-    'xla_tpu_enable_async_collective_fusion_fuse_all_gather': True,
-    'xla_tpu_enable_async_collective_fusion_fuse_all_reduce': True,
-    'xla_tpu_enable_async_collective_fusion_multiple_steps': True,
-    'xla_tpu_enable_async_all_to_all': True,
-    'xla_tpu_overlap_compute_collective_tc': True,
-    'xla_enable_async_all_gather': True,
-    'xla_enable_async_all_reduce': True,
-  }
+TPU_OPTIONS: dict[str, bool | str] = {
+  'xla_tpu_enable_async_collective_fusion': True,
+  'xla_tpu_enable_async_collective_fusion_fuse_all_gather': True,
+  'xla_tpu_enable_async_collective_fusion_fuse_all_reduce': True,
+  'xla_tpu_enable_async_collective_fusion_multiple_steps': True,
+  'xla_tpu_overlap_compute_collective_tc': True,
+  'xla_enable_async_all_gather': True,
+  'xla_enable_async_all_reduce': True,
 }
+
+
+def compiler_options(device: Any) -> dict[str, bool | str] | None:
+  """What the step is compiled with for devices of this kind; None: as the compiler would."""
+  if device.platform != 'tpu':
+    return None
+  flat = 'lite' in device.device_kind  # a torus of two dimensions, where all-to-alls cannot be asynchronous
+  return TPU_OPTIONS | ({} if flat else {'xla_tpu_enable_async_all_to_all': True})
 
 
 class Program(NamedTuple):
@@ -113,7 +118,7 @@ def build(config: Pretrain, mesh: Mesh, rules: sharding.Rules = sharding.RULES, 
       in_shardings=(shardings, layout(batch)),
       out_shardings=(shardings, whole),
       donate_argnums=0,
-      compiler_options=COMPILER_OPTIONS.get(platform),
+      compiler_options=compiler_options(mesh.devices.flat[0]),
     ),
     jax.jit(evaluate, in_shardings=(shardings.params, layout(held_out)), out_shardings=whole),
     abstract,
