@@ -1,8 +1,8 @@
 """`lm.logprobs` on a mesh, the vocabulary cut over devices: none holds the whole head or its gradient.
 
-Each keeps its own rows, while the parts of the head go round.
+Each keeps its own rows, while the parts of the head go round. Many devices make groups, which first gather their part.
 
-B batch, T sequence, D model, V vocabulary, n parts of it, P columns of one, R rows of a device.
+B batch, T sequence, D model, V vocabulary, P columns of a part, R rows of a device.
 """
 
 import math
@@ -16,6 +16,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxlm.losses import slices
 from jaxlm.sharding import Rules, axes_of, spec
+
+RING = 16  # parts that go round, at most, where there are over twice as many devices
 
 
 class Layout(NamedTuple):
@@ -68,7 +70,7 @@ def logprobs(
   """`(logp_BT, lse_BT, entropy_BT)` as `lm.logprobs` has them; `chunks` counts slices of the whole vocabulary."""
   mesh = jax.sharding.get_abstract_mesh()
   n = math.prod(mesh.shape[a] for a in laid.around + laid.across)
-  own = -(-chunks // n)
+  own = -(-chunks // math.prod(mesh.shape[a] for a in laid.across) // _turns(mesh, laid))
   V = head_DV.shape[1]
   head_DV = jax.lax.with_sharding_constraint(head_DV, laid.stored)  # the gradient's: not every moment's moves, but its
   head_DV = jnp.pad(head_DV.astype(x_BTD.dtype), ((0, 0), (0, -V % (n * own))))
@@ -80,15 +82,18 @@ def logprobs(
 def _logprobs(
   how: slices.How, laid: Layout, x_BTD: Array, head_DV: Array, targets_BT: Array
 ) -> tuple[Array, Array, Array]:
+  turns = _turns(jax.sharding.get_abstract_mesh(), laid)
+
   def own(x_BtD: Array, w_DP: Array, targets_Bt: Array) -> tuple[Array, ...]:
     x_RD, targets_R = x_BtD.reshape(-1, x_BtD.shape[-1]), targets_Bt.reshape(-1)
+    w_DP = _gathered(w_DP, laid.around, turns)
 
     def visit(carry: tuple, turn: Any) -> tuple[tuple, None]:
       seen, w_DP = carry
-      onward = _pass_on(w_DP, laid.around)
-      return (slices.look(how, seen, x_RD, w_DP, targets_R, _first(w_DP, turn, laid)), onward), None
+      onward = _pass_on(w_DP, laid.around, turns)
+      return (slices.look(how, seen, x_RD, w_DP, targets_R, _first(w_DP, turn, turns, laid)), onward), None
 
-    (seen, _), _ = jax.lax.scan(visit, (slices.start(x_RD), w_DP), jnp.arange(_size(laid.around)))
+    (seen, _), _ = jax.lax.scan(visit, (slices.start(x_RD), w_DP), jnp.arange(turns))
     return tuple(y.reshape(targets_Bt.shape) for y in slices.ended(_over(seen, laid.across)))
 
   return _mapped(own, (laid.x, laid.head, laid.rows), (laid.rows,) * 3)(x_BTD, head_DV, targets_BT)
@@ -102,21 +107,25 @@ def _forward(how: slices.How, laid: Layout, x_BTD: Any, head_DV: Any, targets_BT
 def _backward(how: slices.How, laid: Layout, saved: tuple, cotangents: tuple) -> tuple[Array, Array, None]:
   """The gradient of a part goes round with it, so that it comes home summed over those that it passed."""
 
+  turns = _turns(jax.sharding.get_abstract_mesh(), laid)
+
   def own(x_BtD: Array, w_DP: Array, *rows: Any) -> tuple[Array, Array]:
     x_RD = x_BtD.reshape(-1, x_BtD.shape[-1])
     targets_R, lse_R, entropy_R, *given = jax.tree.map(lambda y: y.reshape(-1), rows)
 
     def visit(carry: tuple, turn: Any) -> tuple[tuple, None]:
       dx_RD, w_DP, dw_DP = carry
-      onward, dw_DP = _pass_on(w_DP, laid.around), _pass_on(dw_DP, laid.around)
-      first = _first(w_DP, turn + 1, laid)
+      onward, dw_DP = (_pass_on(w, laid.around, turns) for w in (w_DP, dw_DP))
+      first = _first(w_DP, turn + 1, turns, laid)
       more_RD, more_DP = slices.pull(how, x_RD, w_DP, targets_R, lse_R, entropy_R, tuple(given), first)
       return (dx_RD + more_RD, onward, dw_DP + more_DP), None
 
-    begin = jnp.zeros(x_RD.shape, jnp.float32), _pass_on(w_DP, laid.around), jnp.zeros(w_DP.shape, jnp.float32)
-    (dx_RD, _, dw_DP), _ = jax.lax.scan(visit, begin, jnp.arange(_size(laid.around)))
+    w_DP = _gathered(w_DP, laid.around, turns)
+    begin = jnp.zeros(x_RD.shape, jnp.float32), _pass_on(w_DP, laid.around, turns), jnp.zeros(w_DP.shape, jnp.float32)
+    (dx_RD, _, dw_DP), _ = jax.lax.scan(visit, begin, jnp.arange(turns))
     dx_RD = jax.lax.psum(dx_RD, laid.across) if laid.across else dx_RD
     dw_DP = jax.lax.psum(dw_DP, laid.beside) if laid.beside else dw_DP
+    dw_DP = _scattered(dw_DP, laid.around, turns)
     return dx_RD.reshape(x_BtD.shape).astype(x_BtD.dtype), dw_DP.astype(w_DP.dtype)
 
   x_BTD, head_DV, *rows = saved
@@ -132,21 +141,40 @@ def _mapped(fn: Any, in_specs: Any, out_specs: Any) -> Any:
   return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def _size(axes: tuple[str, ...]) -> int:
-  return math.prod(jax.lax.axis_size(a) for a in axes)
+def _turns(mesh: Any, laid: Layout) -> int:
+  """How many parts go round."""
+  n = math.prod(mesh.shape[a] for a in laid.around)
+  return n if n <= 2 * RING else math.gcd(n, RING)
 
 
-def _pass_on(x: Array, axes: tuple[str, ...]) -> Array:
-  n = _size(axes)
-  return jax.lax.ppermute(x, axes, [(i, (i + 1) % n) for i in range(n)]) if n > 1 else x
+def _groups(axes: tuple[str, ...], turns: int) -> list[list[int]] | None:
+  """Neighbours that hold one part together; None where each has one."""
+  g = math.prod(jax.lax.axis_size(a) for a in axes) // turns
+  return [list(range(i * g, (i + 1) * g)) for i in range(turns)] if g > 1 else None
 
 
-def _first(w_DP: Array, turn: Any, laid: Layout) -> Any:
+def _gathered(w: Array, axes: tuple[str, ...], turns: int) -> Array:
+  groups = _groups(axes, turns)
+  return jax.lax.all_gather(w, axes, axis=1, tiled=True, axis_index_groups=groups) if groups else w
+
+
+def _scattered(w: Array, axes: tuple[str, ...], turns: int) -> Array:
+  groups = _groups(axes, turns)
+  how = {'scatter_dimension': 1, 'tiled': True, 'axis_index_groups': groups}
+  return jax.lax.psum_scatter(w, axes, **how) if groups else w
+
+
+def _pass_on(x: Array, axes: tuple[str, ...], turns: int) -> Array:
+  n = math.prod(jax.lax.axis_size(a) for a in axes)
+  return jax.lax.ppermute(x, axes, [(i, (i + n // turns) % n) for i in range(n)]) if n > 1 else x
+
+
+def _first(w_DP: Array, turn: Any, turns: int, laid: Layout) -> Any:
   """The first token of the part in hand after `turn` turns."""
-  n = _size(laid.around)
-  part = (jax.lax.axis_index(laid.around) - turn) % n if laid.around else 0
+  n = math.prod(jax.lax.axis_size(a) for a in laid.around)
+  part = (jax.lax.axis_index(laid.around) // (n // turns) - turn) % turns if laid.around else 0
   row = jax.lax.axis_index(laid.across) if laid.across else 0
-  return (row * n + part) * w_DP.shape[1]
+  return (row * turns + part) * w_DP.shape[1]
 
 
 def _over(seen: slices.Seen, axes: tuple[str, ...]) -> slices.Seen:
