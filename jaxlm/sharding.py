@@ -25,6 +25,7 @@ RULES: Rules = FrozenDict(
     # activations
     'batch': ('data', 'fsdp', 'expert'),
     'seq': 'sequence',
+    'stream': ('sequence', 'tensor'),  # the sequence between layers, where no device needs all of it
     'act_heads': 'tensor',
     'act_kv_heads': 'tensor',
     'act_mlp': 'tensor',
@@ -93,10 +94,13 @@ def spec(names: Sequence[str | None], rules: Rules) -> PartitionSpec:
 
 
 def constrain(x: jax.Array, names: Sequence[str | None], rules: Rules | None) -> jax.Array:
-  """Pins an activation to its sharding under the mesh in use; without rules or mesh it is the identity."""
+  """Pins an activation's axes that divide to the mesh in use; without rules or mesh it is the identity."""
   if rules is None or jax.sharding.get_abstract_mesh().empty:
     return x
-  return jax.lax.with_sharding_constraint(x, spec(names, rules))
+  shape = jax.sharding.get_abstract_mesh().shape
+  divides = lambda n, axes: n % math.prod(shape[a] for a in axes_of(axes)) == 0
+  laid = (axes if divides(n, axes) else None for n, axes in zip(x.shape, spec(names, rules), strict=True))
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*laid))
 
 
 def own_tokens(

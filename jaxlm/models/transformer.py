@@ -33,7 +33,7 @@ REMAT = {
   'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 SAVEABLE = {'attn_values', 'attn_out', 'mlp_up', 'mlp_gate', 'mlp_out'}  # what a remat policy may keep by name
-STREAM = ('batch', 'seq', None)  # the logical axes of the residual stream
+STREAM = ('batch', 'stream', None)  # the logical axes of the residual stream
 
 
 class Hidden(NamedTuple):
