@@ -12,7 +12,7 @@ EXTRAS = {
   'gcs': ['gcsfs>=2026.1'],
   'serve': [],  # empty ones are filled when what needs them is there
   'eval': [],
-  'quant': [],
+  'quant': ['qwix>=0.1.8'],
   'parity': ['torch==2.13.0', 'transformers>=5.0'],
   'dev': [
     'pytest>=8',
@@ -29,6 +29,7 @@ EXTRAS = {
     'huggingface_hub>=2.4',
     'gcsfs>=2026.1',
     'gcp-storage-emulator>=2026.7',
+    'qwix>=0.1.8',
   ],
 }
 

@@ -84,6 +84,7 @@ class Compute:
   remat: str = 'none'
   unroll: int = 1
   dropout: float = 0.0
+  float8: bool = False  # the layers' matmuls in eight bits (needs qwix), experts' not
   loss_chunks: int = 1  # slices of the vocabulary; 1 keeps whole logits
   accum: int = 1  # micro-batches in a step
 

@@ -1,5 +1,6 @@
 """The program of a run: the very step that `jaxlm pretrain` executes, built from a config and a mesh, with no data."""
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -75,7 +76,18 @@ def build(config: Pretrain, mesh: Mesh, rules: sharding.Rules = sharding.RULES, 
   if config.data.seq_len % mesh.shape['sequence']:
     raise InputError(f'data.seq_len={config.data.seq_len} does not divide by mesh.sequence={mesh.shape["sequence"]}')
   rules_of = rules if mesh.size > 1 else None
-  run = Run(jnp.dtype(dtype), attention, compute.remat, compute.unroll, compute.dropout, platform == 'tpu', rules_of)
+  if compute.float8 and importlib.util.find_spec('qwix') is None:
+    raise InputError("compute.float8 needs qwix: pip install 'jaxlm[quant]'")
+  run = Run(
+    jnp.dtype(dtype),
+    attention,
+    compute.remat,
+    compute.unroll,
+    compute.dropout,
+    float8=compute.float8,
+    ragged=platform == 'tpu',
+    rules=rules_of,
+  )
   if cfg.positions == 'learned' and config.data.seq_len > cfg.max_seq_len:
     raise InputError(
       f'data.seq_len={config.data.seq_len} exceeds the model.max_seq_len={cfg.max_seq_len} learned positions'

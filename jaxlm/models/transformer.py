@@ -17,7 +17,7 @@ from jaxlm.errors import InputError
 from jaxlm.models import kernels, ring
 from jaxlm.models.attention import Cache, attend, causal_mask, rope_angles, rope_frequencies, rope_scaled, rotate
 from jaxlm.models.config import ModelConfig, Run
-from jaxlm.models.linear import linear
+from jaxlm.models.linear import LowRank, float8, linear
 from jaxlm.models.lookup import lookup
 from jaxlm.models.moe import MoE
 from jaxlm.sharding import constrain
@@ -338,15 +338,26 @@ def hidden(
       auxes.append(aux)
     cache = None if cache is None else tuple(caches)
   else:
-    x_BTD, auxes = _scanned(one, x_BTD, (_cast(layers, run.dtype), keys), cfg.kinds, len(cfg.pattern), run.unroll)
+    x_BTD, auxes = _scanned(one, x_BTD, (_cast(layers, run), keys), cfg.kinds, len(cfg.pattern), run.unroll)
   normed_BTD: Any = Norm(cfg).apply({'params': params['final_norm']}, x_BTD)
   return Hidden(normed_BTD, cache, jax.tree.map(lambda *xs: sum(map(jnp.sum, xs)) / cfg.n_layers, *auxes))
 
 
-def _cast(layers: Params, dtype: Any) -> Params:
+def _cast(layers: Params, run: Run) -> Params:
   """Layers as their matmuls read them: cast before they are gathered, and their stacked gradient is as small."""
-  exact = re.compile(r'(^|/)(\w*norm|router)(/|$)')
-  return tree.path_map(lambda path, leaf: leaf if exact.search(path) else leaf.astype(dtype), layers)
+  exact, matmul = (
+    re.compile(r'(^|/)(\w*norm|router)(/|$)'),
+    re.compile(r'(^|/)(attn/[qkvo]|(mlp|shared)/(up|gate|down))$'),
+  )
+
+  def one(path: str, leaf: Any) -> Any:
+    if exact.search(path):
+      return leaf
+    leaf = jax.tree.map(lambda x: x.astype(run.dtype), leaf)
+    dense = matmul.search(path) and jax.tree.leaves(leaf)[0].ndim == 3  # not experts
+    return float8(leaf) if run.float8 and dense else leaf
+
+  return tree.path_map(one, layers, is_leaf=lambda x: isinstance(x, LowRank))
 
 
 def head(cfg: ModelConfig, params: Params) -> Float[Array, 'D V']:

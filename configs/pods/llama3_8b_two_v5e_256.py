@@ -1,0 +1,15 @@
+"""Llama 3.1 8B on two v5e-256 slices: 512 rows of 4,096 tokens a step, FSDP inside of a slice, `data` across."""
+
+from jaxlm.config import Compute, Data, Mesh, Optim, Pretrain, Watch
+from jaxlm.models import presets
+
+config = Pretrain(
+  run='runs/llama3-8b-two-slices',
+  model=presets.get('llama3.1-8b'),
+  data=Data(seq_len=4096, global_batch=512),
+  optim=Optim(lr=3e-4, warmup_steps=2000),
+  mesh=Mesh(data=2),
+  compute=Compute(remat='full', loss_chunks=8, unroll=2),
+  watch=Watch(save_every=1000, eval_every=1000, sample_every=0),
+  steps=500_000,
+)
