@@ -78,9 +78,8 @@ class Compute:
   """How the step is computed."""
 
   dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # auto: bfloat16 on accelerators, float32 on CPU
-  attention: Literal['auto', 'xla', 'splash', 'ring'] = (
-    'auto'  # auto: by the platform, and ring where mesh.sequence > 1
-  )
+  # auto: by the platform (cudnn has no soft caps, and heads of up to 128), and ring where mesh.sequence > 1
+  attention: Literal['auto', 'xla', 'splash', 'cudnn', 'ring'] = 'auto'
   remat: str = 'none'
   unroll: int = 1
   dropout: float = 0.0

@@ -6,12 +6,16 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 BYTES = {'pred': 1, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4, 'f32': 4}
 BYTES |= {'s64': 8, 'u64': 8, 'f64': 8, 'f8e4m3fn': 1, 'f8e5m2': 1}
 KINDS = 'all-gather|all-reduce|reduce-scatter|ragged-all-to-all|all-to-all|collective-permute|send|recv'
 COLLECTIVE = re.compile(rf'(%[\w.\-]+) = (.*?) ({KINDS})(-start)?\(')
 SHAPE = re.compile(r'\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]')
 WHILE = re.compile(r' while\(.*condition=(%[\w.\-]+), body=(%[\w.\-]+)')
+
+MESH = r'replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}'
 
 
 class Collective(NamedTuple):
@@ -28,11 +32,12 @@ class Collective(NamedTuple):
     return self.times * self.bytes
 
 
-def collectives(text: str) -> list[Collective]:
-  """Every collective of a compiled TPU program (`compiled.as_text()`).
+def collectives(text: str, *, node: int | None = None) -> list[Collective]:
+  """Every collective of a compiled program (`compiled.as_text()`), of TPUs or, with `node` of them a machine, GPUs.
 
   Overlapped are those that the compiler fused with other work or turned into rings beside matmuls, and the ones that
-  start and end at different places; a fusion's several steps count once. Of a ragged exchange it is the mean.
+  start and end at different places; a fusion's several steps count once. Of a ragged exchange it is the mean. GPUs
+  start all of them: there those are overlapped that have other work between start and end.
   """
   bodies, entry = _computations(text)
   times = _times(bodies, entry)
@@ -41,7 +46,7 @@ def collectives(text: str) -> list[Collective]:
     if not times[name]:
       continue
     fused_body = name.startswith('%async_collective_fusion') or any('AsyncCollective' in line for line in lines)
-    for line in lines:
+    for number, line in enumerate(lines):
       match = COLLECTIVE.search(line)
       if not match:
         continue
@@ -55,6 +60,8 @@ def collectives(text: str) -> list[Collective]:
         seen.add(key)
       dcn = kind in ('send', 'recv')
       overlapped = fused or 'windowed_dot' in name or dcn or (started and 'async_collective_name' not in line)
+      if node:
+        dcn, overlapped = _spans(line, node), started and _work_beside(match[1], lines[number + 1 :])
       size = _output_bytes(match[2], kind, started)
       if kind == 'ragged-all-to-all':  # the larger side is room for the worst case
         operand = re.search(r'ragged-all-to-all(?:-start)?\((%[\w.\-]+)', line)
@@ -62,6 +69,41 @@ def collectives(text: str) -> list[Collective]:
         size = min(size, _output_bytes(sent.split(' = ')[-1].split('(')[0], '', False) or size)
       found.append(Collective(kind, overlapped, dcn, times[name], size))
   return found
+
+
+def _work_beside(start: str, after: Sequence[str]) -> bool:
+  """Whether anything that takes time lies between a start and its end, in a text that is in the order of running."""
+  end = next((i for i, line in enumerate(after) if re.search(rf'-done\({re.escape(start)}[,)]', line)), 0)
+  return any(re.search(r' (fusion|custom-call|while|dot|convolution)\(', line) for line in after[:end])
+
+
+def _spans(line: str, node: int) -> bool:
+  """Whether a collective's first group, or any pair of it, has devices of several machines; what is not known has."""
+  whole = lambda text: [int(n) for n in re.findall(r'\d+', text or '')]
+  if pairs := re.search(r'source_target_pairs=\{(.*?)\}\}', line):
+    return any(int(a) // node != int(b) // node for a, b in re.findall(r'(\d+),(\d+)', pairs[1]))
+  if listed := re.search(r'replica_groups=\{\{([\d,]*)\}', line):
+    group = whole(listed[1])
+  elif tiled := re.search(r'replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', line):
+    group = _ids(whole(tiled[2]), whole(tiled[3])).reshape(-1)[: int(tiled[1])]
+  elif named := re.search(
+    r'replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}', line
+  ):
+    axes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", named[1])}
+    if named[4].replace("'", '').replace(' ', '').split(',') != (over := re.findall(r"'(\w+)'", named[4])):
+      return True
+    sizes = list(axes.values())
+    ids = _ids(whole(named[2]) or sizes, whole(named[3])).reshape(sizes)
+    group = ids[tuple(slice(None) if name in over else 0 for name in axes)].reshape(-1)
+  else:
+    return True
+  return len({int(n) // node for n in group}) > 1
+
+
+def _ids(dims: list[int], order: list[int]) -> np.ndarray:
+  """0, 1, ... laid out in `dims`, their axes in another order."""
+  ids = np.arange(math.prod(dims)).reshape(dims)
+  return ids.transpose(order) if order else ids
 
 
 def _output_bytes(type_: str, kind: str, started: bool) -> int:

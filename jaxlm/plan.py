@@ -1,6 +1,7 @@
 """What a step costs on chips that are not here: the run's own program, compiled for them, and read."""
 
 import dataclasses
+import itertools
 import math
 import re
 import time
@@ -14,7 +15,7 @@ from jaxlm import hlo, program, sharding, topology
 from jaxlm.config import Pretrain
 from jaxlm.errors import InputError
 from jaxlm.models.dispatch import WORST_CASE
-from jaxlm.topology import DCN, Topology
+from jaxlm.topology import Topology
 from jaxlm.train import metrics
 
 GIB = 2.0**30
@@ -70,7 +71,8 @@ def plan(config: Pretrain, on: Topology, *, write_hlo: str | None = None) -> Pla
   text = '' if isinstance(compiled, float) else compiled.as_text()
   if write_hlo:
     epath.Path(write_hlo).write_text(text)
-  return _read(config, on, mesh, built, compiled, flops, hlo.collectives(text) if text else [])
+  node = on.shape[1] if on.chip.kind == 'gpu' else None
+  return _read(config, on, mesh, built, compiled, flops, hlo.collectives(text, node=node) if text else [])
 
 
 def _compiled(lowered: Any, on: Topology) -> Any:
@@ -97,7 +99,7 @@ def _read(
   tokens = data.global_batch * data.seq_len
   model_flops = metrics.flops_per_token(config.model, data.seq_len) * tokens / mesh.size
   seconds = lambda some: sum(
-    c.total * (2 if c.kind == 'all-reduce' else 1) / (DCN if c.dcn else chip.ici) for c in some
+    c.total * (2 if c.kind == 'all-reduce' else 1) / (chip.dcn if c.dcn else chip.ici) for c in some
   )
   beside, waited = seconds(c for c in found if c.overlapped), seconds(c for c in found if not c.overlapped)
   moved = size('argument_size') + size('output_size') + 2 * (exposed + overlapped) / GIB
@@ -106,8 +108,8 @@ def _read(
     topology=on.name,
     chips=mesh.size,
     mesh={name: n for name, n in mesh.shape.items() if n > 1},
-    fits=bool(memory) and peak <= chip.memory_gib,
-    limit_gib=chip.memory_gib,
+    fits=bool(memory) and peak <= on.limit_gib,
+    limit_gib=on.limit_gib,
     peak_gib=peak,
     parameters_gib=_bytes(built.abstract.params) / GIB,
     optimizer_gib=_bytes(built.abstract.opt_state) / GIB,
@@ -179,6 +181,9 @@ def matmul_flops(jaxpr: Any) -> float:
         total += math.prod(params['mesh'].shape[name] for name in names) * inner('jaxpr')
       case 'jit' | 'pjit' if share := re.fullmatch(WORST_CASE.format(r'(\d+)'), params['name']):
         total += inner('jaxpr') / int(share[1])
+      case 'dot_product_attention_fwd_wrapper' | 'dot_product_attention_bwd_wrapper' as name:  # cuDNN's
+        (B, T, H, N), S = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape[1]
+        total += 2.0 * B * T * S * H * N * (2 if 'fwd' in name else 5)
       case 'pallas_call':
         total += math.prod(params['grid_mapping'].grid) * inner('jaxpr')
       case _:
@@ -197,7 +202,8 @@ def lines(found: Plan, table: Callable[..., str]) -> list[str]:
   verdict = f'fits: {found.peak_gib:.2f} of {found.limit_gib:.2f} GiB'
   if not found.fits:
     over = found.peak_gib - found.limit_gib
-    verdict = f'does not fit: {found.peak_gib:.2f} GiB, {over:.2f} more than the {found.limit_gib:.2f} that a chip has'
+    missing = f'{over:.2f} more than the {found.limit_gib:.2f} that a chip has'
+    verdict = f'does not fit: {found.peak_gib:.2f} GiB, {missing}'
   place = lambda c: ('DCN' if c['dcn'] else 'ICI', 'beside work' if c['overlapped'] else 'waited for')
   sent = [(c['kind'], *place(c), c['times'], c['gib']) for c in found.collectives]
   bounds = [
@@ -225,15 +231,15 @@ REMATS = ('none', 'dots', 'attn_values,attn_out,mlp_out', 'full')  # from what k
 
 def candidates(config: Pretrain, chips: int) -> Iterator[list[Pretrain]]:
   """Lists of the same run on one mesh and with one number of micro-batches, from the lightest remat to the heaviest."""
-  for accum in (1, 2, 4):
-    for tensor in (1, 2, 4, 8):
-      rest = chips // (tensor * config.mesh.sequence)
-      fsdp = rest // config.mesh.data
-      divides = rest * tensor * config.mesh.sequence == chips and fsdp * config.mesh.data == rest
-      if divides and not config.model.kv_heads % tensor and not config.data.global_batch % (rest * accum):
-        mesh = dataclasses.replace(config.mesh, fsdp=fsdp, tensor=tensor)
-        computed = [dataclasses.replace(config.compute, accum=accum, remat=remat) for remat in REMATS]
-        yield [dataclasses.replace(config, mesh=mesh, compute=compute) for compute in computed]
+  spread = [n for n in (1, 4, 8, 16) if config.model.n_experts and config.model.n_experts % n == 0] or [1]
+  for accum, tensor, expert in itertools.product((1, 2, 4), (1, 2, 4, 8), sorted({*spread, config.mesh.expert})):
+    fixed = tensor * expert * config.mesh.sequence * config.mesh.data
+    rows = chips // (tensor * config.mesh.sequence) * accum
+    if chips % fixed or config.model.kv_heads % tensor or config.data.global_batch % rows:
+      continue
+    mesh = dataclasses.replace(config.mesh, fsdp=chips // fixed, tensor=tensor, expert=expert)
+    computed = [dataclasses.replace(config.compute, accum=accum, remat=remat) for remat in REMATS]
+    yield [dataclasses.replace(config, mesh=mesh, compute=compute) for compute in computed]
 
 
 def search(

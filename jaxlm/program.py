@@ -66,8 +66,11 @@ def build(config: Pretrain, mesh: Mesh, rules: sharding.Rules = sharding.RULES, 
   cfg, compute = config.model, config.compute
   platform = mesh.devices.flat[0].platform
   dtype = {'auto': 'float32' if platform == 'cpu' else 'bfloat16'}.get(compute.dtype, compute.dtype)
-  kernel = 'ring' if mesh.shape['sequence'] > 1 else 'splash' if platform == 'tpu' else 'xla'
-  attention = {'auto': kernel}.get(compute.attention, compute.attention)
+  attention = compute.attention
+  if attention == 'auto':
+    attention = 'ring' if mesh.shape['sequence'] > 1 else _kernel(cfg, platform)
+  if attention == 'cudnn' and _kernel(cfg, 'gpu') != 'cudnn':
+    raise InputError('compute.attention=cudnn has no attention_softcap, and heads of up to 128: set xla')
   if attention != 'xla' and cfg.kv_heads % mesh.shape['tensor']:
     heads = f'model.n_kv_heads={cfg.kv_heads}'
     raise InputError(
@@ -139,6 +142,13 @@ def build(config: Pretrain, mesh: Mesh, rules: sharding.Rules = sharding.RULES, 
     lr,
     run,
   )
+
+
+def _kernel(cfg: models.ModelConfig, platform: str) -> str:
+  """The fastest attention of a platform that does what the model asks for."""
+  if platform == 'gpu':
+    return 'cudnn' if cfg.attention_softcap is None and cfg.head_size <= 128 else 'xla'
+  return 'splash' if platform == 'tpu' else 'xla'
 
 
 def schedule(config: Pretrain) -> optax.Schedule:

@@ -51,12 +51,38 @@ def splash(
     heads_first = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     return jnp.swapaxes(jax.vmap(kernel)(*heads_first, SegmentIds(segments_BT, segments_BT)), 1, 2)
 
-  mesh = jax.sharding.get_abstract_mesh()
-  if rules is None or mesh.empty:
-    return own(q, k, v, segments_BT)
+  return _mapped(own, rules)(q, k, v, segments_BT)
+
+
+def cudnn(
+  q: Float[Array, 'B T H N'],
+  k: Float[Array, 'B T K N'],
+  v: Float[Array, 'B T K N'],
+  segments_BT: Int[Array, 'B T'] | None,
+  *,
+  window: int | None = None,
+  scale: float | None = None,
+  rules: Rules | None = None,
+) -> Float[Array, 'B T H N']:
+  """Causal attention by cuDNN's flash kernel on GPUs, of 16 bits alone; the segments are a mask of T x T bits a row."""
+
+  def own(q: Array, k: Array, v: Array, segments_BT: Array) -> Array:
+    same_B1TT = (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
+    reach = None if window is None else (window - 1, 0)
+    how: dict[str, Any] = {'scale': scale, 'is_causal': True, 'local_window_size': reach, 'implementation': 'cudnn'}
+    return jax.nn.dot_product_attention(q, k, v, mask=None if segments is None else same_B1TT, **how)
+
+  segments = segments_BT
+  return _mapped(own, rules)(q, k, v, jnp.zeros(q.shape[:2], jnp.int32) if segments is None else segments)
+
+
+def _mapped(own: Any, rules: Rules | None) -> Any:
+  """`own(q, k, v, segments)` with each device at its rows and heads."""
+  if rules is None or jax.sharding.get_abstract_mesh().empty:
+    return own
   of = lambda heads: spec(('batch', None, heads, None), rules)
   specs = (of('act_heads'), of('act_kv_heads'), of('act_kv_heads'), spec(('batch', None), rules))
-  return jax.shard_map(own, in_specs=specs, out_specs=of('act_heads'), check_vma=False)(q, k, v, segments_BT)
+  return jax.shard_map(own, in_specs=specs, out_specs=of('act_heads'), check_vma=False)
 
 
 def _kernel(T: int, H: int, how: Splash) -> Any:

@@ -134,6 +134,8 @@ class Attention(nn.Module):
     if self.run.attention == 'splash' and cache is None:
       how = kernels.Splash(ctx.window, scale, softcap)
       out_BTHN = kernels.splash(q_BTHN, k_BTKN, v_BTKN, ctx.segments, how, rules)
+    elif self.run.attention == 'cudnn' and cache is None:
+      out_BTHN = kernels.cudnn(q_BTHN, k_BTKN, v_BTKN, ctx.segments, window=ctx.window, scale=scale, rules=rules)
     elif self.run.attention == 'ring' and cache is None:
       around = {'window': ctx.window, 'scale': scale, 'softcap': softcap, 'rules': rules}
       out_BTHN = ring.ring(q_BTHN, k_BTKN, v_BTKN, ctx.segments, **around)
