@@ -15,10 +15,9 @@ from jaxlm import hlo, program, sharding, topology
 from jaxlm.config import Pretrain
 from jaxlm.errors import InputError
 from jaxlm.models.dispatch import WORST_CASE
+from jaxlm.program import GIB
 from jaxlm.topology import Topology
 from jaxlm.train import metrics
-
-GIB = 2.0**30
 
 
 class Plan(NamedTuple):
@@ -76,14 +75,10 @@ def plan(config: Pretrain, on: Topology, *, write_hlo: str | None = None) -> Pla
 
 
 def _compiled(lowered: Any, on: Topology) -> Any:
-  """The compiled program, or the GiB that it would need where that is more than there are."""
   try:
-    return lowered.compile()
+    return program.compiled_or_gib(lowered)
   except jax.errors.JaxRuntimeError as error:
-    used = re.search(r'(?:Used |temporaries \()([\d.]+)([GM])', str(error))
-    if 'RESOURCE_EXHAUSTED' not in str(error) or not used:
-      raise InputError(f'{on.name}: the compiler refuses the step: {str(error).splitlines()[0]}') from error
-    return float(used[1]) / (1 if used[2] == 'G' else 1024)
+    raise InputError(f'{on.name}: the compiler refuses the step: {str(error).splitlines()[0]}') from error
 
 
 def _read(
@@ -111,9 +106,9 @@ def _read(
     fits=bool(memory) and peak <= on.limit_gib,
     limit_gib=on.limit_gib,
     peak_gib=peak,
-    parameters_gib=_bytes(built.abstract.params) / GIB,
-    optimizer_gib=_bytes(built.abstract.opt_state) / GIB,
-    batch_gib=_bytes(built.batch) / GIB,
+    parameters_gib=program.local_bytes(built.abstract.params) / GIB,
+    optimizer_gib=program.local_bytes(built.abstract.opt_state) / GIB,
+    batch_gib=program.local_bytes(built.batch) / GIB,
     arguments_gib=size('argument_size'),
     temporaries_gib=size('temp_size'),
     program_gib=size('generated_code_size'),
@@ -150,11 +145,6 @@ def _by_kind(found: list[hlo.Collective]) -> list[dict[str, Any]]:
     }
     for (kind, beside, dcn), some in sorted(groups.items())
   ]
-
-
-def _bytes(tree: Any) -> int:
-  """Of a tree's parts on one device."""
-  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def matmul_flops(jaxpr: Any) -> float:

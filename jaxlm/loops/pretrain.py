@@ -60,7 +60,7 @@ def pretrain(
   run, watch = epath.Path(config.run), config.watch
   with lock.hold(run), jax.set_mesh(mesh):
     rows, groups = corpus.held_out(list(opened.folders.values()), config.data.seq_len)
-    built = program.build(config, mesh, groups=len(groups))
+    built = program.fitting(program.build(config, mesh, groups=len(groups)), program.memory_limit(mesh))
     keep = {'keep_last': watch.keep_last, 'keep_every': watch.keep_every, 'keep_best': watch.keep_best}
     checkpoints = Checkpoints(run / 'checkpoints', **keep, say=say)
     rewinds = rewind.Rewinds(run, watch.spike, watch.most_rewinds)
