@@ -241,7 +241,7 @@ def search(
   compute more for nothing. What does not divide or compile is told and left out.
   """
   began, found = time.monotonic(), []
-  for same in candidates(config, math.prod(on.shape) * on.slices * (2 if on.platform == 'tpu7x' else 1)):
+  for same in candidates(config, on.size):
     for one in same:
       if found and time.monotonic() - began > seconds:
         say(f'{seconds:.0f} s are over: more may be found with more')

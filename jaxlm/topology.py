@@ -75,6 +75,11 @@ class Topology(NamedTuple):
     return f'{self.platform}:{"x".join(map(str, self.shape))}' + (f' x {self.slices} slices' if self.slices > 1 else '')
 
   @property
+  def size(self) -> int:
+    """How many devices."""
+    return math.prod(self.shape) * self.slices * (2 if self.platform == 'tpu7x' else 1)
+
+  @property
   def limit_gib(self) -> float:
     """What a program may use of a device: on GPUs JAX takes three quarters, if its environment says no other share."""
     share = float(os.environ.get('XLA_PYTHON_CLIENT_MEM_FRACTION', 0.75)) if self.chip.kind == 'gpu' else 1.0
