@@ -193,7 +193,7 @@ def lines(found: Plan, table: Callable[..., str]) -> list[str]:
   if not found.fits:
     over = found.peak_gib - found.limit_gib
     missing = f'{over:.2f} more than the {found.limit_gib:.2f} that a chip has'
-    verdict = f'does not fit: {found.peak_gib:.2f} GiB, {missing}'
+    verdict = f'does not fit: {found.peak_gib:.2f} GiB, {missing}; --search finds what would'
   place = lambda c: ('DCN' if c['dcn'] else 'ICI', 'beside work' if c['overlapped'] else 'waited for')
   sent = [(c['kind'], *place(c), c['times'], c['gib']) for c in found.collectives]
   bounds = [
