@@ -5,22 +5,34 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
-E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
+from jaxlm.models import float8
 
 
 @struct.dataclass
 class LowRank:
   """A weight with a low-rank update: w + scale * a @ b (LoRA, Hu et al. 2021, arXiv:2106.09685, eq. 3).
 
-  Every array may carry leading stack axes. `w` comes first: Linen checks the shape of a parameter's first leaf.
+  With a `magnitude` each column of that sum is scaled to it (DoRA, Liu et al. 2024, arXiv:2402.09353, eq. 5). With keys
+  a share `rate` of the inputs of `a` is dropped. Every array may carry leading stack axes. `w` comes first: Linen
+  checks the shape of a parameter's first leaf.
   """
 
-  w: Float[Array, '*stack i o']
+  w: Any  # [*stack, i, o], or Quantized
   a: Float[Array, '*stack i r']
   b: Float[Array, '*stack r o']
   scale_L: Float[Array, '*stack']
+  magnitude: Float[Array, '*stack o'] | None = None
+  key_L: Key[Array, '*stack'] | None = None
+  rate: float = struct.field(pytree_node=False, default=0.0)
+
+
+@struct.dataclass
+class Quantized:
+  """A frozen weight in few bits, a `qwix.QArray` of [*stack, i, o]."""
+
+  q: Any
 
 
 @struct.dataclass
@@ -30,50 +42,44 @@ class Float8:
   w: Float[Array, '*stack i o']
 
 
-Weight = Float[Array, 'i o'] | LowRank | Float8
+Weight = Float[Array, 'i o'] | LowRank | Quantized | Float8
 
 
-def float8(w: Any) -> Any:
-  """The same weight, its large matmul in eight bits; an update of low rank is left as it is."""
-  return w.replace(w=float8(w.w)) if isinstance(w, LowRank) else Float8(w)
+def is_weight(x: Any) -> bool:
+  """Whether a node of a tree is one of these types, rather than an array or a dict of them."""
+  return isinstance(x, (LowRank, Quantized, Float8))
 
 
 def linear(x: Float[Array, '*batch i'], w: Weight, bias: Float[Array, ' o'] | None = None) -> Float[Array, '*batch o']:
   """x @ w + bias in the dtype of `x`, whatever kind of leaf `w` is."""
-  if isinstance(w, LowRank):
-    update = (x @ w.a.astype(x.dtype)) @ w.b.astype(x.dtype)
-    y = linear(x, w.w) + update * w.scale_L.astype(x.dtype)
-  elif isinstance(w, Float8):
-    y = _float8_matmul(x.reshape(-1, x.shape[-1]), w.w.astype(x.dtype)).reshape(*x.shape[:-1], -1)
-  else:
-    y = x @ w.astype(x.dtype)
+  match w:
+    case LowRank():
+      y = _low_rank(x, w)
+    case Float8():
+      y = float8.matmul(x.reshape(-1, x.shape[-1]), w.w.astype(x.dtype)).reshape(*x.shape[:-1], -1)
+    case _:
+      y = x @ plain(w).astype(x.dtype)
   return y if bias is None else y + bias.astype(x.dtype)
 
 
-def _float8_dot(a: Array, b: Array, contracted: tuple[int, int], types: tuple[Any, Any]) -> Array:
-  """Two matrices, quantized with a scale for each row that is not summed over, multiplied by qwix."""
-  import qwix
-
-  a8, b8 = (
-    qwix.quantize(x, t, channelwise_axes=(1 - axis,)) for x, t, axis in zip((a, b), types, contracted, strict=True)
-  )
-  axes = (((contracted[0],), (contracted[1],)), ((), ()))
-  return qwix.dot_general(a8, b8, axes, preferred_element_type=jnp.float32).astype(a.dtype)
-
-
-@jax.custom_vjp
-def _float8_matmul(x_Ri: Array, w_io: Array) -> Array:
-  """x @ w: e4m3 forward, gradients in e5m2 (Micikevicius et al. 2022, arXiv:2209.05433)."""
-  return _float8_dot(x_Ri, w_io, (1, 0), (E4M3, E4M3))
+def _low_rank(x: Array, w: LowRank) -> Array:
+  dropped = x
+  if w.key_L is not None and w.rate:
+    keep = jax.random.bernoulli(w.key_L, 1.0 - w.rate, x.shape)
+    dropped = jnp.where(keep, x / (1.0 - w.rate), 0.0).astype(x.dtype)
+  update = (dropped @ w.a.astype(x.dtype)) @ w.b.astype(x.dtype) * w.scale_L.astype(x.dtype)
+  if w.magnitude is None:
+    return linear(x, w.w) + update
+  ratio_o = (w.magnitude / _column_norms(w)).astype(x.dtype)
+  if dropped is x:
+    return ratio_o * (linear(x, w.w) + update)
+  return linear(x, w.w) + (ratio_o - 1.0) * linear(dropped, w.w) + ratio_o * update
 
 
-def _float8_backward(saved: tuple[Array, Array], g_Ro: Array) -> tuple[Array, Array]:
-  x_Ri, w_io = saved
-  dx_Ri = _float8_dot(g_Ro, w_io, (1, 1), (E5M2, E4M3))
-  return dx_Ri, _float8_dot(x_Ri, g_Ro, (0, 0), (E4M3, E5M2))
-
-
-_float8_matmul.defvjp(lambda x, w: (_float8_matmul(x, w), (x, w)), _float8_backward)
+def _column_norms(w: LowRank) -> Array:
+  """Of w + scale * a @ b, [*stack, o]; a constant to gradients (DoRA, section 4.3)."""
+  whole = jax.lax.stop_gradient(plain(w.w) + w.scale_L[..., None, None] * jnp.matmul(w.a, w.b))
+  return jnp.linalg.norm(whole.astype(jnp.float32), axis=-2)
 
 
 def grouped(x: Float[Array, 'A i'], w: Any, sizes: Int[Array, ' E']) -> Float[Array, 'A o']:
@@ -82,13 +88,33 @@ def grouped(x: Float[Array, 'A i'], w: Any, sizes: Int[Array, ' E']) -> Float[Ar
     rows_A = jnp.repeat(jnp.arange(len(sizes)), sizes, total_repeat_length=len(x))
     update = grouped(grouped(x, w.a, sizes), w.b, sizes)
     return grouped(x, w.w, sizes) + update * w.scale_L[rows_A, None].astype(x.dtype)
-  return jax.lax.ragged_dot(x, w.astype(x.dtype), sizes)
+  return jax.lax.ragged_dot(x, plain(w).astype(x.dtype), sizes)
 
 
-def dense(w: Array | LowRank | Float8) -> Array:
+def plain(w: Any) -> Array:
+  """A weight without its updates as an array; few bits are widened."""
+  if isinstance(w, Quantized):
+    import qwix
+
+    return qwix.dequantize(w.q)
+  return plain(w.w) if isinstance(w, (LowRank, Float8)) else w
+
+
+def dense(w: Any) -> Array:
   """The weight as one plain array, any update folded in; what is no matrix comes back as it is."""
-  if isinstance(w, Float8):
-    return w.w
-  if isinstance(w, LowRank):
-    return w.w + w.scale_L[..., None, None] * jnp.matmul(w.a, w.b)
-  return w
+  if not isinstance(w, LowRank):
+    return plain(w)
+  whole = plain(w.w) + w.scale_L[..., None, None] * jnp.matmul(w.a, w.b)
+  return whole if w.magnitude is None else whole * (w.magnitude / _column_norms(w))[..., None, :]
+
+
+def as_computed(w: Any, dtype: Any, eight: bool) -> Any:
+  """A weight with its arrays cast as a matmul in `dtype` reads them, or for one in eight bits; few bits stay."""
+  cast = lambda x: x.astype(dtype)
+  match w:
+    case LowRank():
+      return w.replace(w=as_computed(w.w, dtype, eight), a=cast(w.a), b=cast(w.b))
+    case Quantized():
+      return w
+    case _:
+      return Float8(cast(w)) if eight else cast(w)

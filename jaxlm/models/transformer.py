@@ -17,7 +17,7 @@ from jaxlm.errors import InputError
 from jaxlm.models import kernels, ring
 from jaxlm.models.attention import Cache, attend, causal_mask, rope_angles, rope_frequencies, rope_scaled, rotate
 from jaxlm.models.config import ModelConfig, Run
-from jaxlm.models.linear import LowRank, float8, linear
+from jaxlm.models.linear import as_computed, is_weight, linear
 from jaxlm.models.lookup import lookup
 from jaxlm.models.moe import MoE
 from jaxlm.sharding import constrain
@@ -347,19 +347,16 @@ def hidden(
 
 def _cast(layers: Params, run: Run) -> Params:
   """Layers as their matmuls read them: cast before they are gathered, and their stacked gradient is as small."""
-  exact, matmul = (
-    re.compile(r'(^|/)(\w*norm|router)(/|$)'),
-    re.compile(r'(^|/)(attn/[qkvo]|(mlp|shared)/(up|gate|down))$'),
-  )
+  exact = re.compile(r'(^|/)(\w*norm|router)(/|$)')
+  matmul = re.compile(r'(^|/)(attn/[qkvo]|(mlp|shared)/(up|gate|down))$')
 
   def one(path: str, leaf: Any) -> Any:
     if exact.search(path):
       return leaf
-    leaf = jax.tree.map(lambda x: x.astype(run.dtype), leaf)
-    dense = matmul.search(path) and jax.tree.leaves(leaf)[0].ndim == 3  # not experts
-    return float8(leaf) if run.float8 and dense else leaf
+    whole = jax.tree.leaves(leaf)[0].ndim == 3  # not experts
+    return as_computed(leaf, run.dtype, bool(run.float8 and whole and matmul.search(path)))
 
-  return tree.path_map(one, layers, is_leaf=lambda x: isinstance(x, LowRank))
+  return tree.path_map(one, layers, is_leaf=is_weight)
 
 
 def head(cfg: ModelConfig, params: Params) -> Float[Array, 'D V']:
