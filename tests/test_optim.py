@@ -231,6 +231,25 @@ def test_a_group_decays_at_its_multiple(name):
   np.testing.assert_allclose((plain['embed'] - free['embed']) / params['embed'], -0.5 * 0.1 * 0.5, rtol=1e-2)
 
 
+def test_layers_of_a_stack_have_rates_of_their_own():
+  axes = {'embed': ('vocab', 'embed'), 'layers': {'up': ('layers', 'embed', 'mlp'), 'scale': ('layers', 'norm')}}
+  shapes = {'embed': (5, 3), 'layers': {'up': (3, 3, 7), 'scale': (3, 3)}}
+  draw = lambda: jax.tree.map(
+    lambda s: RNG.normal(size=s).astype(np.float32), shapes, is_leaf=lambda x: isinstance(x, tuple)
+  )
+  params, grads = draw(), [draw()]
+  groups = ('layers/0/*=0', 'layers/2/up=3', 'layers/*=0.5')
+  plain, grouped = (trained(optim.make('adamw', 0.1, axes=axes, group_lr=g), params, grads) for g in ((), groups))
+  moved = jax.tree.map(lambda new, old, was: (new - was) / (old - was), grouped, plain, params)
+  np.testing.assert_allclose(moved['embed'], 1.0, rtol=1e-3)
+  for n, (up, scale) in enumerate(((0.0, 0.0), (0.5, 0.5), (3.0, 0.5))):
+    np.testing.assert_allclose(moved['layers']['up'][n], up, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(moved['layers']['scale'][n], scale, rtol=1e-3, atol=1e-5)
+  np.testing.assert_array_equal(grouped['layers']['up'][0], params['layers']['up'][0])
+  with pytest.raises(InputError, match="'layers/3/up' matches no parameter"):
+    optim.make('adamw', 0.1, group_lr=('layers/3/up=2',)).init(params)
+
+
 @pytest.mark.parametrize('group', ['embed', '=2', 'embed=', 'embed=fast', 'embed=-1', 'embed=inf', 'embed=nan'])
 def test_a_group_that_is_none_is_refused(group):
   with pytest.raises(InputError, match='is not PATTERN=FACTOR'):

@@ -1,5 +1,6 @@
 """The leaf types a matmul weight may have, and the one function that multiplies by any of them."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -113,7 +114,7 @@ def as_computed(w: Any, dtype: Any, eight: bool) -> Any:
   cast = lambda x: x.astype(dtype)
   match w:
     case LowRank():
-      return w.replace(w=as_computed(w.w, dtype, eight), a=cast(w.a), b=cast(w.b))
+      return dataclasses.replace(w, w=as_computed(w.w, dtype, eight), a=cast(w.a), b=cast(w.b))
     case Quantized():
       return w
     case _:

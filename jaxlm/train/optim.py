@@ -31,8 +31,7 @@ def kinds(params: Any, axes: Any = None) -> Any:
 
   def one(path: str, leaf: Any) -> Kind:
     names = next((n for p, n in table if f'/{p}/' in f'/{path}/'), None)
-    rank = leaf.ndim if names is None else sum(name not in STACK_AXES for name in names)
-    if rank < 2:
+    if leaf.ndim - sum(name in STACK_AXES for name in names or ()) < 2:
       return 'vector'
     return 'table' if names is not None and any(name in TABLE_AXES for name in names) else 'matrix'
 
@@ -104,7 +103,7 @@ def make(
   All decay matrices and tables by learning rate x `weight_decay`, and neither norms nor biases. Gradients are first
   clipped to a global norm of `clip_norm` (None: not). `group_lr` are 'PATTERN=FACTOR': leaves whose path matches
   ('embed', 'layers/mlp/*') learn at that multiple of the learning rate, the first pattern that matches counting;
-  `group_decay` multiplies `weight_decay` in the same way.
+  `group_decay` multiplies `weight_decay` in the same way. A layer of the stack goes by its number: 'layers/3/*'.
   Raises InputError for one that is not of this form and, at `init`, for one that matches no leaf.
   `ema_decay` above 0 keeps an average of the weights (see `averaged`), for `eval_params`.
   """
@@ -194,7 +193,7 @@ def scale_by_group(groups: Sequence[str]) -> optax.GradientTransformation:
     return optax.EmptyState()
 
   def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-    return tree.path_map(lambda path, update: update * group_factor(table, path), updates), state
+    return tree.path_map(lambda path, update: update * group_factors(table, path, update), updates), state
 
   return optax.GradientTransformation(init, update)
 
@@ -211,7 +210,7 @@ def decay_by_group(optimizer: optax.GradientTransformation, groups: Sequence[str
     return optimizer.init(params)
 
   def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-    shown = tree.path_map(lambda path, x: x * group_factor(table, path), params)
+    shown = tree.path_map(lambda path, x: x * group_factors(table, path, x), params)
     return optimizer.update(updates, state, shown)
 
   return optax.GradientTransformation(init, update)
@@ -236,11 +235,28 @@ def group_factor(table: Sequence[tuple[str, float]], path: str) -> float:
   return next((factor for pattern, factor in table if fnmatchcase(path, pattern)), 1.0)
 
 
+def group_factors(table: Sequence[tuple[str, float]], path: str, leaf: Any) -> Any:
+  """`group_factor`; of a stack whose layers have several, as an array [L, 1, ...]."""
+  found = [
+    next((x for pattern, x in table if any(fnmatchcase(name, pattern) for name in names)), 1.0)
+    for names in _layers(path, leaf)
+  ]
+  if len(set(found)) == 1:
+    return found[0]
+  return jnp.asarray(found, leaf.dtype).reshape(-1, *[1] * (leaf.ndim - 1))
+
+
+def _layers(path: str, leaf: Any) -> list[tuple[str, ...]]:
+  """The names that a leaf goes by, or each layer of a stack: its path, and that with the layer's number."""
+  inner = path.removeprefix('layers/')
+  return [(path, f'layers/{n}/{inner}') for n in range(len(leaf))] if inner != path else [(path,)]
+
+
 def _check_groups(table: Sequence[tuple[str, float]], params: Any, field: str) -> None:
-  paths = [path for path, _ in tree.items(params)]
+  leaves = tree.items(params)
   for pattern, _ in table:
-    if not any(fnmatchcase(path, pattern) for path in paths):
-      raise InputError(f'optim.{field}: {pattern!r} matches no parameter; there are {", ".join(paths)}')
+    if not any(fnmatchcase(name, pattern) for leaf in leaves for names in _layers(*leaf) for name in names):
+      raise InputError(f'optim.{field}: {pattern!r} matches no parameter; there are {", ".join(p for p, _ in leaves)}')
 
 
 def _last_two_axes(x: Any) -> MuonDimensionNumbers:
