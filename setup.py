@@ -13,7 +13,7 @@ EXTRAS = {
   'serve': [],  # empty ones are filled when what needs them is there
   'eval': [],
   'quant': ['qwix>=0.1.8'],
-  'parity': ['torch==2.13.0', 'transformers>=5.0'],
+  'parity': ['torch==2.13.0', 'transformers>=5.0', 'peft>=0.17'],
   'dev': [
     'pytest>=8',
     'pytest-xdist>=3.6',

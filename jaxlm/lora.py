@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from jaxlm import tree
 from jaxlm.errors import InputError
-from jaxlm.models.linear import LowRank, Quantized, dense, is_weight, plain
+from jaxlm.models.linear import LowRank, Quantized, dense, is_weight, plain, shape
 
 ADAPTED = re.compile(r'(^|/)(a|b|magnitude)$')  # what of a LowRank learns
 WHERE = {
@@ -56,11 +56,13 @@ def init(
   def one(path: str, w: Any) -> Any:
     if not chosen(path, w):
       return w
-    if isinstance(w, LowRank) or len(_shape(w)) < 2:
+    if isinstance(w, LowRank) or len(shape(w)) < 2:
       raise InputError(f'{path}: {"has an adapter already" if isinstance(w, LowRank) else "is no matrix"}')
     found.append(path)
     r = next((n for pattern, n in (ranks or {}).items() if tree.matching(pattern)(path, w)), rank)
-    *stack, i, o = _shape(w)
+    *stack, i, o = shape(w)
+    if len(stack) > 1 and (dora or dropout):
+      raise InputError(f'{path}: matrices of experts have neither dora nor dropout here; leave them out with `where`')
     bound = 1.0 / math.sqrt(i)
     a = jax.random.uniform(jax.random.fold_in(key, len(found)), (*stack, i, r), jnp.float32, -bound, bound)
     scale = alpha / (math.sqrt(r) if rank_stabilized else r)
@@ -73,8 +75,9 @@ def init(
   return new
 
 
-def _shape(w: Any) -> tuple[int, ...]:
-  return w.q.qvalue.shape if isinstance(w, Quantized) else w.shape
+def adapted(params: Any) -> dict[str, LowRank]:
+  """The adapters of a tree by the path of their matrix."""
+  return {path: w for path, w in tree.items(params, is_leaf=is_weight) if isinstance(w, LowRank)}
 
 
 def _each(fn: Any, params: Any) -> Any:

@@ -51,6 +51,13 @@ def is_weight(x: Any) -> bool:
   return isinstance(x, (LowRank, Quantized, Float8))
 
 
+def shape(w: Any) -> tuple[int, ...]:
+  """[*stack, i, o] of any of them, or of an array."""
+  if isinstance(w, (LowRank, Float8)):
+    return shape(w.w)
+  return w.q.qvalue.shape if isinstance(w, Quantized) else w.shape
+
+
 def linear(x: Float[Array, '*batch i'], w: Weight, bias: Float[Array, ' o'] | None = None) -> Float[Array, '*batch o']:
   """x @ w + bias in the dtype of `x`, whatever kind of leaf `w` is."""
   match w:
