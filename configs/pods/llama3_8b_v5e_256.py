@@ -1,7 +1,7 @@
 """Llama 3.1 8B on a v5e-256: 256 rows of 4,096 tokens a step, FSDP over all chips.
 
-jaxlm plan configs/pods/llama3_8b_v5e_256.py --topology v5e-256 (libtpu 0.0.42.1): peak 2.93 of 15.75 GiB a chip;
-7.6 GiB of collectives waited for and 32.7 beside work; at best 72 % MFU and 706,000 tokens/s. Compiled for, not run on.
+jaxlm plan configs/pods/llama3_8b_v5e_256.py --topology v5e-256 (libtpu 0.0.42.1): peak 2.99 of 15.75 GiB a chip;
+5.8 GiB of collectives waited for and 34.7 beside work; at best 72 % MFU and 710,000 tokens/s. Compiled for, not run on.
 
   jaxlm pretrain configs/pods/llama3_8b_v5e_256.py --run gs://BUCKET/runs/8b --data.path gs://BUCKET/data
 """
