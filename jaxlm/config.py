@@ -93,6 +93,40 @@ class Compute:
 
 
 @dataclasses.dataclass(frozen=True)
+class Lora:
+  """Adapters of low rank, which then learn alone (see `jaxlm.lora`)."""
+
+  rank: int = 0  # 0: no adapters
+  alpha: float = 16.0  # the update is scaled by alpha / rank
+  where: str = 'all-linear'  # or 'attention', or patterns of paths: 'layers/attn/q,layers/mlp/*'
+  ranks: tuple[str, ...] = ()  # 'PATTERN=RANK' for paths or layers ('layers/3/*') of another rank
+  rank_stabilized: bool = False  # alpha / sqrt(rank) (rsLoRA)
+  dora: bool = False  # the magnitude of each column learns apart
+  dropout: float = 0.0  # of what enters an adapter
+  b_lr: float = 1.0  # times optim.lr for the second matrix (LoRA+)
+  bits: Literal['none', 'nf4', 'int8'] = 'none'  # what the frozen matrices are kept in (QLoRA; needs qwix)
+  tile: int = 64  # inputs that share a scale there
+
+  def __post_init__(self):
+    at_least(0, 'lora', rank=self.rank)
+    at_least(1, 'lora', tile=self.tile)
+    within('(0, inf)', 'lora', alpha=self.alpha, b_lr=self.b_lr)
+    within('[0, 1)', 'lora', dropout=self.dropout)
+    if self.bits != 'none' and not self.rank:
+      raise InputError(f'lora.bits={self.bits} freezes matrices: set lora.rank, which learns in their place')
+    _ = self.ranks_by_pattern
+
+  @property
+  def ranks_by_pattern(self) -> dict[str, int]:
+    """`ranks` read. Raises InputError for what is not PATTERN=RANK."""
+    found = [rank.rpartition('=') for rank in self.ranks]
+    for pattern, _, rank in found:
+      if not pattern or not rank.isdigit():
+        raise InputError(f"lora.ranks: {pattern}={rank} is not PATTERN=RANK, as 'layers/attn/*=4' is")
+    return {pattern: int(rank) for pattern, _, rank in found}
+
+
+@dataclasses.dataclass(frozen=True)
 class Watch:
   """How often what is written down; everything is counted in steps."""
 
@@ -127,6 +161,8 @@ class Pretrain:
   model: ModelConfig = ModelConfig()  # vocab_size 0: the tokenizer's
   data: Data = Data()
   optim: Optim = Optim()
+  trainable: str = ''  # patterns of paths that learn, with commas ('layers/*/mlp/*,head'); '': all, or the adapters
+  lora: Lora = Lora()
   mesh: Mesh = Mesh()
   compute: Compute = Compute()
   watch: Watch = Watch()
@@ -141,6 +177,8 @@ class Pretrain:
     at_least(1, steps=self.steps)
     within('[0, inf)', z_loss=self.z_loss, balance_loss=self.balance_loss, router_z_loss=self.router_z_loss)
     within('[-9e18, 9e18]', seed=self.seed)  # 64 bits
+    if self.trainable and self.lora.rank:
+      raise InputError(f'trainable={self.trainable!r}: with lora.rank the adapters learn, and they alone')
     if self.profile and not self.profiled:
       raise InputError(f"profile={self.profile!r} is not 'A:B', two steps with A below B")
     if self.profiled and self.profiled[1] > self.steps:

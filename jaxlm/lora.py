@@ -48,31 +48,46 @@ def init(
 
   `a` is uniform within 1 / sqrt(inputs), `b` is 0 (as in peft). The update is scaled by alpha / rank, or alpha /
   sqrt(rank) if `rank_stabilized` (Kalajdzievski 2023, arXiv:2312.03732). `ranks` gives the rank of paths that match a
-  pattern; the first that matches counts. `dora` learns each column's magnitude too. Leaves of [*stack, i, o] keep their
-  stack. Nothing of `params` is copied. Raises InputError if nothing is picked, or what is picked is no matrix.
+  pattern, the first that matches counting. `dora` learns each column's magnitude too. A layer of a stack goes by its
+  number ('layers/3/attn/q'): ranks that differ are filled up with zeros, which stay, and a rank of 0 is no update.
+  Nothing of `params` is copied. Raises InputError if nothing is picked, or what is picked is no matrix.
   """
-  chosen, found = picks(where), []
+  found = []
 
   def one(path: str, w: Any) -> Any:
-    if not chosen(path, w):
+    sizes = _ranks(path, w, where, rank, ranks or {})
+    if not any(sizes):
       return w
     if isinstance(w, LowRank) or len(shape(w)) < 2:
       raise InputError(f'{path}: {"has an adapter already" if isinstance(w, LowRank) else "is no matrix"}')
     found.append(path)
-    r = next((n for pattern, n in (ranks or {}).items() if tree.matching(pattern)(path, w)), rank)
     *stack, i, o = shape(w)
     if len(stack) > 1 and (dora or dropout):
       raise InputError(f'{path}: matrices of experts have neither dora nor dropout here; leave them out with `where`')
-    bound = 1.0 / math.sqrt(i)
+    r, bound = max(sizes), 1.0 / math.sqrt(i)
     a = jax.random.uniform(jax.random.fold_in(key, len(found)), (*stack, i, r), jnp.float32, -bound, bound)
-    scale = alpha / (math.sqrt(r) if rank_stabilized else r)
+    each = jnp.asarray(sizes).reshape([-1, *[1] * (len(stack) - 1)]) if len(sizes) > 1 else jnp.asarray(sizes[0])
+    a = jnp.where(jnp.arange(r) < each[..., None, None], a, 0.0)
+    scale = jnp.where(each > 0, alpha / (jnp.sqrt(each) if rank_stabilized else each), 0.0)
     magnitude = jnp.linalg.norm(plain(w).astype(jnp.float32), axis=-2) if dora else None
-    return LowRank(w, a, jnp.zeros((*stack, r, o)), jnp.full(stack, scale, jnp.float32), magnitude, rate=dropout)
+    scale = jnp.broadcast_to(scale, stack).astype(jnp.float32)
+    return LowRank(w, a, jnp.zeros((*stack, r, o)), scale, magnitude, rate=dropout)
 
   new = tree.path_map(one, params, is_leaf=is_weight)
   if not found:
     raise InputError(f'lora: {where!r} picks nothing; paths are as {", ".join(p for p, _ in tree.items(params)[:3])}')
   return new
+
+
+def _ranks(path: str, w: Any, where: Where, rank: int, ranks: Mapping[str, int]) -> list[int]:
+  """The rank of each layer of a stack, or of what is none; 0 where it is not picked."""
+  called = tree.names(path, jax.ShapeDtypeStruct(shape(w), jnp.float32))
+  if isinstance(where, str) and where not in WHERE:
+    chosen = [tree.called(where.split(','), names) for names in called]
+  else:
+    chosen = [picks(where)(path, w)] * len(called)
+  sizes = [next((n for p, n in ranks.items() if tree.called([p], names)), rank) for names in called]
+  return [n * picked for n, picked in zip(sizes, chosen, strict=True)]
 
 
 def adapted(params: Any) -> dict[str, LowRank]:

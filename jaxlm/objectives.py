@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxlm import masked, models
+from jaxlm import lora, masked, models
 from jaxlm.losses import lm, sharded
 from jaxlm.masked import Sum
 from jaxlm.models import ModelConfig, Run
@@ -28,7 +28,7 @@ def next_token(
   """
 
   def loss_fn(params: Any, batch: Any, key: Any) -> tuple[Sum, dict[str, Any]]:
-    logp_BT, lse_BT, aux = _of_targets(cfg, run, params, batch, chunks, key if run.dropout else None)
+    logp_BT, lse_BT, aux = _of_targets(cfg, run, params, batch, chunks, key)
     nats = masked.total(-logp_BT, batch['loss_mask'])
     bytes_ = jnp.sum(batch['target_bytes'], dtype=jnp.float32)
     metrics = {'nll': nats, 'bits_per_byte': Sum(nats.total / math.log(2), bytes_)}
@@ -61,8 +61,9 @@ def by_group(cfg: ModelConfig, run: Run, *, groups: int, chunks: int = 1) -> Cal
 
 def _of_targets(cfg: ModelConfig, run: Run, params: Any, batch: Any, chunks: int, key: Any) -> tuple[Array, Array, Any]:
   """(logp_BT, lse_BT) of the batch's targets, and what the layers add to the loss."""
+  params = params if key is None else lora.with_keys(params, key)
   segments = {'positions_BT': batch['positions'], 'segment_ids_BT': batch['segment_ids']}
-  out = models.hidden(cfg, params, batch['tokens'], run=run, key=key, **segments)
+  out = models.hidden(cfg, params, batch['tokens'], run=run, key=key if run.dropout else None, **segments)
   laid = sharded.layout(batch['targets'].shape, run.rules)
   if chunks == 1 and laid is None:
     return *lm.from_logits(models.unembed(cfg, params, out.x_BTD), batch['targets']), out.aux

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlm import models, objectives, sharding
+from jaxlm import lora, models, objectives, sharding, tree
 from jaxlm.config import Pretrain
 from jaxlm.data.batches import parse_ramp
 from jaxlm.errors import InputError
@@ -20,6 +20,7 @@ from jaxlm.models import Run
 from jaxlm.train import optim, state, step
 
 GIB = 2.0**30
+ADAPTERS = 0x10AA  # what is folded into a run's key for them
 BATCH_DTYPES = {
   'tokens': jnp.int32,
   'targets': jnp.int32,
@@ -108,11 +109,11 @@ def build(config: Pretrain, mesh: Mesh, rules: sharding.Rules = sharding.RULES, 
     if rows % ways:
       raise InputError(f'data.global_batch={rows} does not divide by data x fsdp x expert x accum = {ways}')
   lr = schedule(config)
-  optimizer = make_optimizer(config)
+  optimizer, learns = make_optimizer(config), trainable(config)
 
   def create() -> state.State:
     params_key, state_key = jax.random.split(jax.random.key(config.seed))
-    return state.create(models.init(cfg, params_key), optimizer, state_key)
+    return state.create(adapt(config, models.init(cfg, params_key)), optimizer, state_key, trainable=learns)
 
   named = state.abstract(create, models.abstract(cfg))
   shardings = sharding.state_shardings(named, mesh, rules)
@@ -132,7 +133,7 @@ def build(config: Pretrain, mesh: Mesh, rules: sharding.Rules = sharding.RULES, 
   return Program(
     jax.jit(create, out_shardings=shardings),
     jax.jit(
-      step.make_train_step(loss_fn, optimizer, accum=compute.accum),
+      step.make_train_step(loss_fn, optimizer, trainable=learns, accum=compute.accum),
       in_shardings=(shardings, layout(batch)),
       out_shardings=(shardings, whole),
       donate_argnums=0,
@@ -145,6 +146,33 @@ def build(config: Pretrain, mesh: Mesh, rules: sharding.Rules = sharding.RULES, 
     lr,
     run,
   )
+
+
+def adapt(config: Pretrain, params: Any) -> Any:
+  """A model's parameters as the run trains them: with its adapters, the frozen matrices in as few bits as it says."""
+  how = config.lora
+  if not how.rank:
+    return params
+  if how.bits != 'none':
+    params = lora.quantize(params, where=how.where, qtype=how.bits, tile=how.tile)
+  return lora.init(
+    jax.random.fold_in(jax.random.key(config.seed), ADAPTERS),
+    params,
+    rank=how.rank,
+    alpha=how.alpha,
+    where=how.where,
+    ranks=how.ranks_by_pattern,
+    rank_stabilized=how.rank_stabilized,
+    dora=how.dora,
+    dropout=how.dropout,
+  )
+
+
+def trainable(config: Pretrain) -> tree.Where:
+  """The filter of what learns in a run."""
+  if config.lora.rank:
+    return lora.is_adapter
+  return tree.matching(*config.trainable.split(',')) if config.trainable else tree.everything
 
 
 def memory_limit(mesh: Mesh) -> int | None:
@@ -218,6 +246,8 @@ def schedule(config: Pretrain) -> optax.Schedule:
 def make_optimizer(config: Pretrain) -> optax.GradientTransformation:
   """The run's optimizer."""
   o = config.optim
+  faster = (f'*/b={config.lora.b_lr}',) if config.lora.rank and config.lora.b_lr != 1.0 else ()
+  only = config.trainable.split(',') if config.trainable else ()
   return optim.make(
     o.name,
     schedule(config),
@@ -228,9 +258,10 @@ def make_optimizer(config: Pretrain) -> optax.GradientTransformation:
     eps=o.eps,
     muon_momentum=o.muon_momentum,
     clip_norm=o.clip_norm,
-    group_lr=o.group_lr,
+    group_lr=(*o.group_lr, *faster),
     group_decay=o.group_decay,
     ema_decay=o.ema_decay,
+    only=only,
   )
 
 

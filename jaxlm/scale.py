@@ -127,7 +127,7 @@ def transfer(base: Pretrain, model: ModelConfig) -> Pretrain:
 
   def groups(field: str, factors: dict[str, float]) -> tuple[str, ...]:
     given = getattr(base.optim, field)
-    table = read_groups(given, field)
+    table = read_groups(given, f'optim.{field}')
     return tuple(f'{p}={x * group_factor(table, p):.9g}' for p, x in factors.items() if x != 1.0) + given
 
   return dataclasses.replace(

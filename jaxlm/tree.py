@@ -1,8 +1,7 @@
 """Paths, filters and splits over trees of parameters: freezing is splitting, never masking."""
 
-from collections.abc import Callable
-from fnmatch import translate
-from re import compile as regex
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
@@ -17,9 +16,22 @@ def everything(path: str, leaf: Any) -> bool:
 
 
 def matching(*patterns: str) -> Where:
-  """A filter from shell-style patterns over '/'-joined paths: `matching('layers/attn/*', 'head/*')`."""
-  compiled = [regex(translate(p)) for p in patterns]
-  return lambda path, leaf: any(p.match(path) for p in compiled)
+  """A filter from shell-style patterns over '/'-joined paths: `matching('layers/attn/*', 'head/*')`.
+
+  'layers/3/attn/*' picks the stack that layer 3 is in, 'layers/*/attn/*' as 'layers/attn/*' does.
+  """
+  return lambda path, leaf: any(called(patterns, some) for some in names(path, leaf))
+
+
+def called(patterns: Iterable[str], names: Iterable[str]) -> bool:
+  """Whether one of the names matches one of the patterns."""
+  return any(fnmatchcase(name, pattern) for pattern in patterns for name in names)
+
+
+def names(path: str, leaf: Any) -> list[tuple[str, ...]]:
+  """What a leaf is called, or each layer of one in a stack: its path, and that with the layer's number."""
+  inner, shape = path.removeprefix('layers/'), getattr(leaf, 'shape', ())
+  return [(path, f'layers/{n}/{inner}') for n in range(shape[0])] if inner != path and shape else [(path,)]
 
 
 def path_str(path: tuple) -> str:

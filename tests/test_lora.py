@@ -71,6 +71,27 @@ def test_the_scale_and_the_ranks():
   assert sizes['layers/mlp/up'] == (5, pytest.approx(1.2))
 
 
+def test_layers_of_a_stack_have_ranks_of_their_own():
+  """Zeros that fill a rank up stay zeros, and a layer that is not picked never changes."""
+  params = randomized(LLAMA)
+  n = LLAMA.n_layers
+  new = lora.init(
+    jax.random.key(1), params, rank=3, alpha=6.0, where='layers/0/mlp/up,layers/attn/q', ranks={'layers/1/attn/q': 2}
+  )
+  found = lora.adapted(new)
+  assert set(found) == {'layers/mlp/up', 'layers/attn/q'}
+  up, q = found['layers/mlp/up'], found['layers/attn/q']
+  np.testing.assert_allclose(up.scale_L, [2.0] + [0.0] * (n - 1))
+  np.testing.assert_allclose(q.scale_L, [2.0, 3.0] + [2.0] * (n - 2))
+  assert not up.a[1:].any() and not q.a[1, :, 2].any() and q.a[1, :, :2].all() and q.a[0].all()
+  picked, rest = lora.split(new)
+  for _ in range(2):
+    grad = jax.grad(lambda p: jnp.sum(models.forward(LLAMA, tree.combine(p, rest), TOKENS)[0] ** 2))(picked)
+    picked = jax.tree.map(lambda x, g: x - 0.01 * g, picked, grad)
+  up, q = (lora.adapted(tree.combine(picked, rest))[path] for path in ('layers/mlp/up', 'layers/attn/q'))
+  assert up.b[0].any() and not up.b[1:].any() and not q.a[1, :, 2].any() and not q.b[1, 2].any() and q.b[1, :2].any()
+
+
 def test_several_adapters_on_one_base():
   params = randomized(LLAMA)
   new = [moved(lora.init(jax.random.key(n), params, rank=2 + n, alpha=4.0), 0.1 * (n + 1)) for n in range(2)]

@@ -39,6 +39,9 @@ def test_items_name_every_leaf_and_descend_into_adapters():
     (('mbed', 'embe'), []),
     (('layers/*/?',), ['layers/attn/k'] + [f'layers/attn/q/{n}' for n in ('w', 'a', 'b')]),
     ((), []),
+    (('layers/*/attn/q/a',), ['layers/attn/q/a']),
+    (('layers/1/attn/q/*',), [f'layers/attn/q/{n}' for n in ('w', 'a', 'b', 'scale_L')]),  # the stack that it is in
+    (('layers/7/attn/q/*',), []),
   ],
 )
 def test_matching(patterns, expected):

@@ -1,7 +1,8 @@
 """Llama 3.1 8B from 4k to 32k tokens on a v5p-128 (64 chips): YaRN, the sequence over 4 chips (ring attention).
 
-jaxlm plan configs/pods/llama3_8b_32k_v5p_128.py --topology v5p-128 (libtpu 0.0.42.1): peak 12.00 of 95.74 GiB a chip;
-14.5 GiB of collectives waited for and 44.5 beside work; at best 71 % MFU and 215,000 tokens/s. Compiled for, not run on.
+jaxlm plan configs/pods/llama3_8b_32k_v5p_128.py --topology v5p-128 (libtpu 0.0.42.1): peak 12.00 of 95.74 GiB a
+chip; 14.5 GiB of collectives waited for and 44.5 beside work; at best 71 % MFU and 215,000 tokens/s.
+Compiled for, not run on.
 
   jaxlm pretrain configs/pods/llama3_8b_32k_v5p_128.py --run gs://BUCKET/runs/8b-32k --init gs://BUCKET/runs/8b \
     --data.path gs://BUCKET/long

@@ -85,14 +85,16 @@ def _logprobs(how: slices.How, x_RD: Array, head_DV: Array, targets_R: Array) ->
 
 def _forward(how: slices.How, x_RD: Any, head_DV: Any, targets_R: Any) -> tuple[tuple, tuple]:
   out = _logprobs(how, x_RD.value, head_DV.value, targets_R.value)
-  return out, (x_RD.value, head_DV.value, targets_R.value, out[1], out[2])
+  learns = () if head_DV.perturbed else None
+  return out, (x_RD.value, head_DV.value, targets_R.value, out[1], out[2], learns)
 
 
-def _backward(how: slices.How, saved: tuple, cotangents: tuple) -> tuple[Array, Array, None]:
-  x_RD, head_DV, targets_R, lse_R, entropy_R = saved
-  given = slices.given(cotangents)
-  dx_RD, dhead_DV = slices.pull(how, x_RD, head_DV, targets_R, lse_R, entropy_R, given)
-  return dx_RD.astype(x_RD.dtype), dhead_DV.astype(head_DV.dtype), None
+def _backward(how: slices.How, saved: tuple, cotangents: tuple) -> tuple[Array, Array | None, None]:
+  """A frozen head has no gradient, and none is computed."""
+  x_RD, head_DV, targets_R, lse_R, entropy_R, learns = saved
+  rows = targets_R, lse_R, entropy_R, slices.given(cotangents)
+  dx_RD, dhead_DV = slices.pull(how, x_RD, head_DV, *rows, learns=learns is not None)
+  return dx_RD.astype(x_RD.dtype), None if dhead_DV is None else dhead_DV.astype(head_DV.dtype), None
 
 
 _logprobs.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -101,34 +101,39 @@ def _logprobs(
 
 def _forward(how: slices.How, laid: Layout, x_BTD: Any, head_DV: Any, targets_BT: Any) -> tuple[tuple, tuple]:
   out = _logprobs(how, laid, x_BTD.value, head_DV.value, targets_BT.value)
-  return out, (x_BTD.value, head_DV.value, targets_BT.value, out[1], out[2])
+  learns = () if head_DV.perturbed else None
+  return out, (x_BTD.value, head_DV.value, targets_BT.value, out[1], out[2], learns)
 
 
-def _backward(how: slices.How, laid: Layout, saved: tuple, cotangents: tuple) -> tuple[Array, Array, None]:
+def _backward(how: slices.How, laid: Layout, saved: tuple, cotangents: tuple) -> tuple[Array, Array | None, None]:
   """The gradient of a part goes round with it, so that it comes home summed over those that it passed."""
-
   turns = _turns(jax.sharding.get_abstract_mesh(), laid)
+  x_BTD, head_DV, *rows, learns = saved
+  learns = learns is not None
 
-  def own(x_BtD: Array, w_DP: Array, *rows: Any) -> tuple[Array, Array]:
+  def own(x_BtD: Array, w_DP: Array, *rows: Any) -> tuple[Array, Array | None]:
     x_RD = x_BtD.reshape(-1, x_BtD.shape[-1])
     targets_R, lse_R, entropy_R, *given = jax.tree.map(lambda y: y.reshape(-1), rows)
 
     def visit(carry: tuple, turn: Any) -> tuple[tuple, None]:
       dx_RD, w_DP, dw_DP = carry
-      onward, dw_DP = (_pass_on(w, laid.around, turns) for w in (w_DP, dw_DP))
+      onward, dw_DP = jax.tree.map(lambda w: _pass_on(w, laid.around, turns), (w_DP, dw_DP))
       first = _first(w_DP, turn + 1, turns, laid)
-      more_RD, more_DP = slices.pull(how, x_RD, w_DP, targets_R, lse_R, entropy_R, tuple(given), first)
-      return (dx_RD + more_RD, onward, dw_DP + more_DP), None
+      more = slices.pull(how, x_RD, w_DP, targets_R, lse_R, entropy_R, tuple(given), first, learns=learns)
+      dx_RD, dw_DP = jax.tree.map(jnp.add, (dx_RD, dw_DP), more)
+      return (dx_RD, onward, dw_DP), None
 
     w_DP = _gathered(w_DP, laid.around, turns)
-    begin = jnp.zeros(x_RD.shape, jnp.float32), _pass_on(w_DP, laid.around, turns), jnp.zeros(w_DP.shape, jnp.float32)
+    zeros = jnp.zeros(w_DP.shape, jnp.float32) if learns else None
+    begin = jnp.zeros(x_RD.shape, jnp.float32), _pass_on(w_DP, laid.around, turns), zeros
     (dx_RD, _, dw_DP), _ = jax.lax.scan(visit, begin, jnp.arange(turns))
     dx_RD = jax.lax.psum(dx_RD, laid.across) if laid.across else dx_RD
+    dx_BtD = dx_RD.reshape(x_BtD.shape).astype(x_BtD.dtype)
+    if dw_DP is None:
+      return dx_BtD, None
     dw_DP = jax.lax.psum(dw_DP, laid.beside) if laid.beside else dw_DP
-    dw_DP = _scattered(dw_DP, laid.around, turns)
-    return dx_RD.reshape(x_BtD.shape).astype(x_BtD.dtype), dw_DP.astype(w_DP.dtype)
+    return dx_BtD, _scattered(dw_DP, laid.around, turns).astype(w_DP.dtype)
 
-  x_BTD, head_DV, *rows = saved
   rows = (*rows, *slices.given(cotangents))
   dx_BTD, dhead_DV = _mapped(own, (laid.x, laid.head, *(laid.rows,) * 6), (laid.x, laid.head))(x_BTD, head_DV, *rows)
   return dx_BTD, dhead_DV, None

@@ -75,8 +75,10 @@ def pull(
   entropy_R: Array,
   cotangents: tuple[Array | None, ...],
   first: Any = 0,
-) -> tuple[Array, Array]:
-  """(dx_RD, dw_DP) in float32 for one part of the head.
+  *,
+  learns: bool = True,
+) -> tuple[Array, Array | None]:
+  """(dx_RD, dw_DP) in float32 for one part of the head; for one that does not learn (dx_RD, None).
 
   With p = softmax(l): d logp = onehot - p, d lse = p, d entropy = -p (l - lse + entropy).
   """
@@ -96,10 +98,12 @@ def pull(
     C = d_RC.shape[1]
     w_DC = jax.lax.dynamic_slice_in_dim(w_DP, chunk * C, C, axis=1)
     dx_RD += jnp.matmul(d_RC, w_DC.astype(x_RD.dtype).T, preferred_element_type=jnp.float32)
-    dw_DC = jnp.matmul(x_RD.T, d_RC, preferred_element_type=jnp.float32)
-    return (dx_RD, jax.lax.dynamic_update_slice_in_dim(dw_DP, dw_DC, chunk * C, axis=1)), None
+    if learns:
+      dw_DC = jnp.matmul(x_RD.T, d_RC, preferred_element_type=jnp.float32)
+      dw_DP = jax.lax.dynamic_update_slice_in_dim(dw_DP, dw_DC, chunk * C, axis=1)
+    return (dx_RD, dw_DP), None
 
-  begin = jnp.zeros(x_RD.shape, jnp.float32), jnp.zeros(w_DP.shape, jnp.float32)
+  begin = jnp.zeros(x_RD.shape, jnp.float32), jnp.zeros(w_DP.shape, jnp.float32) if learns else None
   return jax.lax.scan(visit, begin, jnp.arange(how.chunks))[0]
 
 

@@ -88,6 +88,7 @@ def make(
   group_lr: Sequence[str] = (),
   ema_decay: float = 0.0,
   group_decay: Sequence[str] = (),
+  only: Sequence[str] = (),
 ) -> optax.GradientTransformation:
   """An optimizer for a tree of parameters whose logical axis names are `axes` (see `kinds`).
 
@@ -104,6 +105,7 @@ def make(
   clipped to a global norm of `clip_norm` (None: not). `group_lr` are 'PATTERN=FACTOR': leaves whose path matches
   ('embed', 'layers/mlp/*') learn at that multiple of the learning rate, the first pattern that matches counting;
   `group_decay` multiplies `weight_decay` in the same way. A layer of the stack goes by its number: 'layers/3/*'.
+  `only` are patterns of what learns at all: of a stack that a pattern means in part, the other layers stay as they are.
   Raises InputError for one that is not of this form and, at `init`, for one that matches no leaf.
   `ema_decay` above 0 keeps an average of the weights (see `averaged`), for `eval_params`.
   """
@@ -139,7 +141,8 @@ def make(
     optimizer = optax.partition({'matrix': matrices, 'rest': optimizer}, labels)
   if group_decay:
     optimizer = decay_by_group(optimizer, group_decay)
-  scaled = (scale_by_group(group_lr),) if group_lr else ()
+  frozen = (scale_by_group([f'{pattern}=1' for pattern in only] + ['*=0'], 'trainable'),) if only else ()
+  scaled = (*((scale_by_group(group_lr),) if group_lr else ()), *frozen)
   if name == 'schedule_free':  # around the groups: what it averages has moved by their multiples
     optimizer, scaled = optax.contrib.schedule_free(optax.chain(optimizer, *scaled), learning_rate, b1), ()
   first = () if clip_norm is None else (optax.clip_by_global_norm(clip_norm),)
@@ -184,12 +187,12 @@ def eval_params(opt_state: Any, params: Any) -> Any:
   return params
 
 
-def scale_by_group(groups: Sequence[str]) -> optax.GradientTransformation:
+def scale_by_group(groups: Sequence[str], field: str = 'optim.group_lr') -> optax.GradientTransformation:
   """Multiplies the updates of the leaves whose path matches, see `group_lr` of `make`; put it near the end."""
-  table = read_groups(groups, 'group_lr')
+  table = read_groups(groups, field)
 
   def init(params: Any) -> Any:
-    _check_groups(table, params, 'group_lr')
+    _check_groups(table, params, field)
     return optax.EmptyState()
 
   def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
@@ -203,10 +206,10 @@ def decay_by_group(optimizer: optax.GradientTransformation, groups: Sequence[str
 
   For an optimizer that reads parameters for their decay alone: it is shown multiples of them.
   """
-  table = read_groups(groups, 'group_decay')
+  table = read_groups(groups, 'optim.group_decay')
 
   def init(params: Any) -> Any:
-    _check_groups(table, params, 'group_decay')
+    _check_groups(table, params, 'optim.group_decay')
     return optimizer.init(params)
 
   def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
@@ -226,7 +229,7 @@ def read_groups(groups: Sequence[str], field: str) -> list[tuple[str, float]]:
     except ValueError:
       pattern = ''
     if not pattern or not 0.0 <= table[-1][1] < float('inf'):
-      raise InputError(f"optim.{field}: {group!r} is not PATTERN=FACTOR, as 'embed=0.1' is")
+      raise InputError(f"{field}: {group!r} is not PATTERN=FACTOR, as 'embed=0.1' is")
   return table
 
 
@@ -239,24 +242,18 @@ def group_factors(table: Sequence[tuple[str, float]], path: str, leaf: Any) -> A
   """`group_factor`; of a stack whose layers have several, as an array [L, 1, ...]."""
   found = [
     next((x for pattern, x in table if any(fnmatchcase(name, pattern) for name in names)), 1.0)
-    for names in _layers(path, leaf)
+    for names in tree.names(path, leaf)
   ]
   if len(set(found)) == 1:
     return found[0]
   return jnp.asarray(found, leaf.dtype).reshape(-1, *[1] * (leaf.ndim - 1))
 
 
-def _layers(path: str, leaf: Any) -> list[tuple[str, ...]]:
-  """The names that a leaf goes by, or each layer of a stack: its path, and that with the layer's number."""
-  inner = path.removeprefix('layers/')
-  return [(path, f'layers/{n}/{inner}') for n in range(len(leaf))] if inner != path else [(path,)]
-
-
 def _check_groups(table: Sequence[tuple[str, float]], params: Any, field: str) -> None:
   leaves = tree.items(params)
   for pattern, _ in table:
-    if not any(fnmatchcase(name, pattern) for leaf in leaves for names in _layers(*leaf) for name in names):
-      raise InputError(f'optim.{field}: {pattern!r} matches no parameter; there are {", ".join(p for p, _ in leaves)}')
+    if not any(fnmatchcase(name, pattern) for leaf in leaves for names in tree.names(*leaf) for name in names):
+      raise InputError(f'{field}: {pattern!r} matches no parameter; there are {", ".join(p for p, _ in leaves)}')
 
 
 def _last_two_axes(x: Any) -> MuonDimensionNumbers:
