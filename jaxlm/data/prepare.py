@@ -53,7 +53,7 @@ class Made(NamedTuple):
 
   groups: list[records.Group]
   by_group: dict[str, list[Count]]
-  dropped: dict[str, dict[str, int]]
+  dropped: Mapping[str, Mapping[str, int]]
   contents: str
 
   @property
@@ -102,15 +102,15 @@ def prepare(
   """Tokenize the documents of `specs` (see `sources.terms`) into the folder `out`; returns what is in there.
 
   Each document becomes BOS + tokens + EOS (a tokenizer without BOS: EOS at both ends). It goes to 'validation' or
-  'train' by the hash of its text alone, so adding documents moves none; exact duplicates and empty ones are dropped,
-  with `near` those whose Jaccard similarity to a kept one is at least that (see `neardup`), and with `quality` those that
+  'train' by the hash of its text alone, so adding documents moves none. Exact duplicates and empty ones are dropped,
+  with `near` those whose Jaccard similarity to a kept one is at least that (see `neardup`), with `quality` those that
   have a fault (see `quality`). Weights that `specs` give are kept as the mixture that training draws unless told
-  otherwise; nothing is left out for them. With few documents 'validation' may stay empty. A folder that was finished with the same files (size and time),
-  tokenizer and options is left as it is; anything else is started over. `on_progress(done, total)` gets bytes of the
-  input files. Up to `max_bad` bad records are left out and listed in `quarantine.jsonl`, with file, line and reason.
-  Raises InputError as `sources.documents` does, at one bad record too many, or if every document falls into
-  validation; a folder that was finished before is then still whole. Raises OSError for a full disk, which leaves `out`
-  without what was there: two preparations have no room beside each other.
+  otherwise; nothing is left out for them. With few documents 'validation' may stay empty. A folder that was finished
+  with the same files (size and time), tokenizer and options is left as it is; anything else is started over.
+  `on_progress(done, total)` gets bytes of the input files. Up to `max_bad` bad records are left out and listed in
+  `quarantine.jsonl`, with file, line and reason. Raises InputError as `sources.documents` does, at one bad record too
+  many, or if every document falls into validation; a folder that was finished before is then still whole. Raises
+  OSError for a full disk, which leaves `out` without what was there: two preparations have no room beside each other.
   """
   options = {'val_fraction': val_fraction, 'max_bad': max_bad, 'column': column, 'near': near, 'quality': quality}
   this = job(specs, tokenizer, out, **options)

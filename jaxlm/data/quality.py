@@ -37,6 +37,7 @@ class Thresholds:
   most_word_length: float = 12.0  # Gopher's 10 is for English; Finnish or Malayalam prose comes near it
   least_lettered: float = 0.8  # share of words with a letter; what has no digit either is layout, not a word
   most_symbols: float = 0.1  # '#' for each word; ellipses too
+  least_judged: int = 50  # words from which on the shares below say something; Gopher's documents have that many
   most_ellipsis_lines: float = 0.3
   most_bullet_lines: float = 0.9
   most_repeated_lines: float = 0.3  # share of the lines with a letter that stood before; of the paragraphs too
@@ -51,10 +52,13 @@ def fault(text: str, limits: Thresholds = Thresholds()) -> str | None:
   if len(words) < limits.least_words:
     return 'few words'
   lines = [line.strip() for line in text.splitlines() if line.strip()]
-  return _odd(text, words, lines, limits) or _repetitive(text, words, lines, limits)
+  odd = _odd(text, words, limits)
+  if odd or len(words) < limits.least_judged:
+    return odd
+  return _lines(lines, limits) or _repetitive(text, words, lines, limits)
 
 
-def _odd(text: str, words: list[str], lines: list[str], limits: Thresholds) -> str | None:
+def _odd(text: str, words: list[str], limits: Thresholds) -> str | None:
   lengths = [_length(word) for word in words if SPACED.match(word)]
   mean = sum(lengths) / max(len(lengths), 1)
   if 2 * len(lengths) > len(words) and not limits.least_word_length <= mean <= limits.most_word_length:
@@ -63,13 +67,13 @@ def _odd(text: str, words: list[str], lines: list[str], limits: Thresholds) -> s
     return 'few letters'
   if text.count('#') > limits.most_symbols * len(words):
     return 'symbols'
-  if sum(map(text.count, ELLIPSES)) > limits.most_symbols * len(words):
-    return 'ellipses'
+  return 'ellipses' if sum(map(text.count, ELLIPSES)) > limits.most_symbols * len(words) else None
+
+
+def _lines(lines: list[str], limits: Thresholds) -> str | None:
   if sum(line.endswith(ELLIPSES) for line in lines) > limits.most_ellipsis_lines * len(lines):
     return 'ellipses'
-  if sum(line.startswith(BULLETS) for line in lines) > limits.most_bullet_lines * len(lines):
-    return 'bullets'
-  return None
+  return 'bullets' if sum(line.startswith(BULLETS) for line in lines) > limits.most_bullet_lines * len(lines) else None
 
 
 def _repetitive(text: str, words: list[str], lines: list[str], limits: Thresholds) -> str | None:
@@ -98,8 +102,8 @@ def _commonest(phrases: Counter[tuple[str, ...]]) -> tuple[int, int]:
 
 def _again(parts: list[str]) -> list[str]:
   """The parts that stood before."""
-  seen: set[str] = set()
-  return [part for part in parts if part in seen or seen.add(part)]
+  first = {part: at for at, part in reversed(list(enumerate(parts)))}
+  return [part for at, part in enumerate(parts) if first[part] < at]
 
 
 def _length(word: str) -> int:

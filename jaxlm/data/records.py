@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from jaxlm.data import datasets
 from jaxlm.data.choice import SPLITS, Kept
 from jaxlm.data.prepared import VERSION, Count
 from jaxlm.data.sources import Document
@@ -183,18 +184,11 @@ def describe(folder: epath.Path, lengths: Mapping[str, list[int]], sizes: Mappin
 def stored_tokens(path: epath.Path) -> Iterator[bytes]:
   """The raw tokens of each record of one file of a data set, in their order."""
   import tensorflow_datasets as tfds
-  from array_record.python.array_record_module import ArrayRecordReader
   from tensorflow_datasets.core.example_parser import ExampleParserNp
 
   only = tfds.features.FeaturesDict({'tokens': features()['tokens']})
   parse: Any = ExampleParserNp(only.get_serialized_info()).parse_example
-  reader = ArrayRecordReader(os.fspath(path))
-  try:
-    for start in range(0, reader.num_records(), 256):
-      for record in reader.read(start, min(start + 256, reader.num_records())):
-        yield parse(record)['tokens']
-  finally:
-    reader.close()
+  return (parse(record)['tokens'] for record in datasets.array_records(path, 256))
 
 
 class Groups:
