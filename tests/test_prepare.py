@@ -83,6 +83,17 @@ def test_it_is_a_tfds_data_set_without_tensorflow(tmp_path, t):
   assert 'tensorflow' not in sys.modules
 
 
+def test_records_are_the_same_bytes_in_every_process(tmp_path, t):
+  """A map of protobuf has another order in each, unless it is asked for."""
+  from array_record.python.array_record_module import ArrayRecordReader
+
+  source = jsonl(tmp_path / 'a.jsonl', TEXTS, source='sea')
+  prepare([source], t, tmp_path / 'out', val_fraction=0)
+  raw = ArrayRecordReader(str(tmp_path / 'out' / 'records' / 'tokens-train.array_record-00000')).read(7)
+  names = [b'\x08document\x12', b'\x04kind\x12', b'\x06source\x12', b'\x06tokens\x12']
+  assert [raw.count(name) for name in names] == [1] * 4 and sorted(names, key=raw.index) == names
+
+
 def test_a_long_document_is_cut_without_loss(tmp_path, t, monkeypatch):
   monkeypatch.setattr(records, 'PIECE_CHARS', 50)
   monkeypatch.setattr(records, 'GROUP_CHARS', 120)

@@ -116,6 +116,17 @@ def _info(folder: epath.PathLike) -> Any:
   return tfds.core.DatasetInfo(builder=identity, features=features(), disable_shuffling=True)
 
 
+def _deterministic(described: Any) -> Any:
+  """TFDS's serializer with features in the order of their names: its own order is another one in every process."""
+  from tensorflow_datasets.core.example_serializer import ExampleSerializer
+
+  class Deterministic(ExampleSerializer):
+    def serialize_example(self, example: Any) -> bytes:
+      return self.get_tf_example(example).SerializeToString(deterministic=True)
+
+  return Deterministic(described.get_serialized_info())
+
+
 class DataSet:
   """A TFDS data set in array_record that grows by records, RECORDS_PER_FILE of them a file.
 
@@ -128,6 +139,7 @@ class DataSet:
     folder.mkdir(parents=True, exist_ok=True)
     self._folder, self._dataset = folder, _info(folder)
     self._tfds = tfds.core.SequentialWriter(self._dataset, RECORDS_PER_FILE, file_format='array_record')
+    self._tfds._serializer = _deterministic(self._dataset.features)
     self._tfds.initialize_splits(list(SPLITS))
 
   def add(self, examples: Mapping[str, Sequence[dict[str, Any]]]) -> None:
