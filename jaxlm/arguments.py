@@ -187,6 +187,15 @@ def parse_some(cls: Any, args: Sequence[str], verb: str) -> tuple[Any, list[str]
   return tyro.cli(cls, prog=f'jaxlm {verb}', args=args, return_unknown_args=True)
 
 
+def with_value(args: Sequence[str], flag: str) -> list[str]:
+  """The arguments with `flag` and its value in one, so that a value may look like a flag itself."""
+  joined = list(args)
+  if flag in joined[:-1]:
+    at = joined.index(flag)
+    joined[at : at + 2] = [f'{flag}={joined[at + 1]}']
+  return joined
+
+
 def named(args: Sequence[str]) -> set[str]:
   """The fields whose flags are among the arguments, as dotted paths: {'depth', 'model.d_model'}."""
   flags = (arg[2:].partition('=')[0] for arg in args if arg.startswith('--'))

@@ -126,7 +126,7 @@ def _tokenizer(args: Sequence[str]) -> None:
 def _prepare(args: Sequence[str]) -> None:
   from jaxlm import arguments
 
-  options = arguments.parse(arguments.Prepare, args, 'prepare')
+  options = arguments.parse(arguments.Prepare, arguments.with_value(args, '--beam-options'), 'prepare')
   from jaxlm.console import reading, table
   from jaxlm.data import prepare, tokenizer
 

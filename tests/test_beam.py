@@ -84,17 +84,7 @@ def corpus(tmp_path) -> list[str]:
   again = ['too short', CHAIN[1].upper(), f'{prose(62)} end']
   a = [*many[:20], '', CHAIN[0], '{"text": 3}', 'too short', prose(3), prose(61, 2000), f'{HINDI} {prose(64, 20)}']
   b = [CHAIN[1], many[4], (prose(7), 'other'), (' \n', 'x'), *many[15:], '{', *again]
-  c = [
-    *(f'{n}. {HINDI}' for n in range(30)),
-    CHAIN[2],
-    CHAIN[1],
-    CHAIN[2],
-    '{"no": 1}',
-    prose(62),
-    HINDI,
-    '',
-    *['x y z'] * 3,
-  ]
+  c = [*(f'{n}. {HINDI}' for n in range(30)), CHAIN[2], CHAIN[1], CHAIN[2], '{"no": 1}', prose(62), HINDI, '']
   return [
     write(tmp_path / 'a.jsonl', a),
     f'kind={write(tmp_path / "b.jsonl", b)}',
