@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -201,6 +202,30 @@ def test_either_way_sees_what_the_other_has_finished(t, tmp_path, capsys):
   assert beam.run([source], t, tmp_path / 'out', runner='DirectRunner', quality=True).inputs != first.inputs
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures('library', 'small')
+def test_sources_and_folder_on_an_object_store(bucket, corpus, t, tmp_path):
+  for spec in corpus:
+    if '.jsonl' in spec:
+      path = Path(spec.rpartition('=')[2])
+      (bucket / 'text' / path.name).write_bytes(path.read_bytes())
+  time.sleep(1.1)  # a file of this second may still change and is never taken as unchanged
+  specs = [f'{name}=gs://bucket/text/{name}.jsonl' for name in 'abc']
+  expected = prepare.prepare(specs, t, tmp_path / 'local', **EVERYTHING)
+  lines: list[str] = []
+  assert beam.run(specs, t, bucket / 'beam', runner='DirectRunner', say=lines.append, **EVERYTHING) == expected
+  found = {str(path.relative_to(bucket / 'beam')): path.read_bytes() for path in everything(bucket / 'beam')}
+  assert found == folder(tmp_path / 'local') and lines
+  assert prepare.prepare(specs, t, bucket / 'beam', **EVERYTHING) == expected
+  assert list(prepare.load(bucket / 'beam').texts('train')) == list(prepare.load(tmp_path / 'local').texts('train'))
+
+
+def everything(place: epath.Path) -> list[epath.Path]:
+  """All files below a folder."""
+  below = [everything(path) if path.is_dir() else [path] for path in files.children(place)]
+  return [path for paths in below for path in paths]
+
+
 @pytest.mark.usefixtures('library')
 def test_bad_input_is_refused_in_the_same_words_and_costs_nothing(corpus, t, tmp_path):
   out = tmp_path / 'out'
@@ -306,5 +331,5 @@ def test_of_pairs_the_later_goes_where_the_earlier_stays(alike, rng):
 def test_a_shard_is_put_in_its_place_whole(tmp_path):
   (tmp_path / 'a').write_bytes(b'new')
   (tmp_path / 'there').write_bytes(b'old')
-  steps.publish(files.epath.Path(tmp_path / 'a'), files.epath.Path(tmp_path / 'there'))
+  steps.publish(epath.Path(tmp_path / 'a'), epath.Path(tmp_path / 'there'))
   assert (tmp_path / 'there').read_bytes() == b'new' and len(list(tmp_path.iterdir())) == 2

@@ -280,7 +280,6 @@ def _collected(this: Job, folder: epath.Path) -> Summary:
     sizes = {split: sum(facts['bytes'] for facts in found.values()) for split, found in shards.items()}
     records.describe(ready / 'records', lengths, sizes)
     index.save(ready)
-    folder.rmtree()
     return prepare.seal_up(this, ready, made, digests)
 
 

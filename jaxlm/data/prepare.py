@@ -185,22 +185,18 @@ def workplace(out: epath.Path, there: Mapping[str, epath.Path] | None = None) ->
   there = there or {}
   if not files.remote(out):
     _clear(out)
-    _move(there, out)
+    for name, path in there.items():
+      files.move(path, out / name)
     yield out
     return
   with tempfile.TemporaryDirectory() as here:
     folder = epath.Path(here)
     yield folder
     _clear(out)
-    _move(there, out)
+    for name, path in there.items():
+      files.move(path, out / name)
     names = [str(path.relative_to(folder)) for path in [*_ours(folder), *folder.glob('tokenizer*')]]
     files.copy(folder, out, [*names, MARKER])
-
-
-def _move(there: Mapping[str, epath.Path], out: epath.Path) -> None:
-  for name, path in there.items():
-    (out / name).parent.mkdir(parents=True, exist_ok=True)
-    path.replace(out / name)
 
 
 def training_texts(
