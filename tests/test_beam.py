@@ -1,5 +1,6 @@
 """Preparation on Apache Beam: every file of the folder is that of the local path, byte for byte."""
 
+import importlib.util
 import json
 import os
 import random
@@ -290,9 +291,17 @@ def test_without_the_library_the_extra_is_named(t, tmp_path, monkeypatch, capsys
   t.save(tmp_path / 'tokenizer.json')
   args = ['prepare', source, '--tokenizer', str(tmp_path / 'tokenizer.json'), '--out', str(tmp_path / 'out')]
   assert cli.main([*args, '--beam-runner', 'DirectRunner']) == 1
-  assert capsys.readouterr().err == "jaxlm: --beam-runner needs apache-beam: pip install 'jaxlm[beam]'\n"
+  assert capsys.readouterr().err == "jaxlm: --beam-runner needs more than is installed: pip install 'jaxlm[beam]'\n"
   assert cli.main([*args, '--beam-options', '--project=a']) == 1
   assert '--beam-options needs --beam-runner' in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures('library')
+def test_dataflow_without_its_clients_names_the_extra():
+  if importlib.util.find_spec('apitools'):
+    pytest.skip('apache-beam[gcp] is installed')
+  with pytest.raises(InputError, match=r"pip install 'apache-beam\[gcp\]'"):
+    beam._engine('dataflowrunner', '')
 
 
 GROUPS = st.lists(st.tuples(st.sampled_from('kl'), st.sampled_from(['a', 'b', 'c', 'd', 'other'])), max_size=30)

@@ -33,6 +33,7 @@ from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import InputError
 
 STAGING = '.beam-'  # folders in `out` where workers write
+DATAFLOW = 'DataflowRunner'
 PLAIN_EVERY = 10.0  # seconds between lines about one stage
 
 Say = Callable[[str], None]
@@ -57,11 +58,11 @@ def run(
   this = prepare.job(specs, tokenizer, out, **choices)
   if done := prepare.finished(this):
     return done
+  if runner.lower() == DATAFLOW.lower():
+    _refuse_local([this.out, *(file.path for file in this.files)])
   engine, flags = _engine(runner, options)
   if this.rules.near is not None:
     neardup.Sketcher(this.rules.near)  # refuses what the workers would
-  if engine == 'DataflowRunner':
-    _refuse_local([this.out, *(file.path for file in this.files)])
   with _staging(this.out) as folder:
     tokenizer.save(folder / 'tokenizer.json')
     (folder / 'files.json').write_text(json.dumps([[str(file.path), *file[1:]] for file in this.files]))
@@ -71,13 +72,13 @@ def run(
     return _collected(this, folder)
 
 
-def _library(module: str = 'apache_beam') -> Any:
+def _library(module: str = 'apache_beam', install: str = 'jaxlm[beam]') -> Any:
   """A module of Beam's, imported without what it logs about optional parts of it."""
   logging.disable(logging.WARNING)
   try:
     return importlib.import_module(module)
   except ImportError as error:
-    raise InputError("--beam-runner needs apache-beam: pip install 'jaxlm[beam]'") from error
+    raise InputError(f"--beam-runner needs more than is installed: pip install '{install}'") from error
   finally:
     logging.disable(logging.NOTSET)
 
@@ -91,6 +92,8 @@ def _engine(runner: str, options: str) -> tuple[str, Any]:
   name = known.get(runner.lower())
   if name is None:
     raise InputError(f'--beam-runner {runner}: Beam has no such runner; it has {", ".join(sorted(known.values()))}')
+  if name == DATAFLOW:
+    _library('apache_beam.runners.dataflow.internal.apiclient', 'apache-beam[gcp]')
   try:
     words = shlex.split(options)
     flags = module.PipelineOptions([*words, f'--runner={name}'])
@@ -175,8 +178,6 @@ def _execute(this: Job, folder: epath.Path, engine: str, flags: Any) -> None:
     state = result.wait_until_finish()
   except (InputError, OSError):
     raise
-  except ImportError as error:
-    raise InputError(f'--beam-runner {engine} needs more of Beam ({error}): pip install apache-beam[gcp]') from error
   except Exception as error:  # each runner has its own
     lines = str(error).strip().splitlines() or ['']
     raise InputError(f'{engine}: the pipeline failed: {type(error).__name__}: {lines[-1]}') from error
