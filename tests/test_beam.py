@@ -307,6 +307,7 @@ def test_dataflow_without_its_clients_names_the_extra():
 GROUPS = st.lists(st.tuples(st.sampled_from('kl'), st.sampled_from(['a', 'b', 'c', 'd', 'other'])), max_size=30)
 
 
+@settings(deadline=None)
 @given(GROUPS, st.integers(1, 5), st.randoms())
 def test_groups_are_numbered_as_one_by_one(met, most, rng):
   with pytest.MonkeyPatch.context() as patch:
@@ -325,7 +326,7 @@ def test_groups_are_numbered_as_one_by_one(met, most, rng):
   assert [of.get(group, of.get((group[0], 'other'))) for group in met] == numbers
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.sets(st.tuples(st.integers(0, 9), st.integers(0, 9)).filter(lambda pair: pair[1] < pair[0])), st.randoms())
 def test_of_pairs_the_later_goes_where_the_earlier_stays(alike, rng):
   kept: list[int] = []

@@ -89,7 +89,7 @@ def test_records_are_the_same_bytes_in_every_process(tmp_path, t):
 
   source = jsonl(tmp_path / 'a.jsonl', TEXTS, source='sea')
   prepare([source], t, tmp_path / 'out', val_fraction=0)
-  raw = ArrayRecordReader(str(tmp_path / 'out' / 'records' / 'tokens-train.array_record-00000')).read(7)
+  raw = ArrayRecordReader(str(tmp_path / 'out' / 'records' / 'tokens-train.array_record-00000')).read([7])[0]
   names = [b'\x08document\x12', b'\x04kind\x12', b'\x06source\x12', b'\x06tokens\x12']
   assert [raw.count(name) for name in names] == [1] * 4 and sorted(names, key=raw.index) == names
 

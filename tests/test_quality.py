@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxlm
@@ -124,6 +124,7 @@ def test_a_long_book_is_not_worse_for_its_length():
   assert fault('\n'.join(lines)) is None
 
 
+@settings(deadline=None)
 @given(
   st.text(st.characters(), max_size=400)
   | st.lists(st.sampled_from(['a', '#', '...', '\n', 'क', '中', ' '])).map(''.join)
