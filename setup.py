@@ -10,6 +10,7 @@ EXTRAS = {
   'hub': ['huggingface_hub>=2.4'],
   'dedup': ['datasketch>=2.0'],
   'gcs': ['gcsfs>=2026.1'],
+  'beam': ['apache-beam>=2.77'],  # apart from dev and parity: it wants an older protobuf
   'serve': [],  # empty ones are filled when what needs them is there
   'eval': [],
   'quant': ['qwix>=0.1.8'],

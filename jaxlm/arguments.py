@@ -50,8 +50,13 @@ class Prepare:
   max_bad: int = 0  # bad records to leave out, listed in OUT/quarantine.jsonl, before giving up
   text_column: str = 'text'  # the key or column that holds a document
   near_duplicates: float | None = None  # also drop what is that similar (Jaccard, as 0.8) to a document kept before
+  quality: bool = False  # also drop what is not prose: a few words, odd or repeated ones (code and tables are not)
+  beam_runner: str | None = None  # on Apache Beam: DirectRunner, DataflowRunner, FlinkRunner, SparkRunner, ...
+  beam_options: str = ''  # its flags in one string: '--project=mine --region=us-central1 --temp_location=gs://...'
 
   def __post_init__(self):
+    if self.beam_options and not self.beam_runner:
+      raise InputError('--beam-options needs --beam-runner')
     at_least(0, max_bad=self.max_bad)
     within('[0, 1)', val_fraction=self.val_fraction)
 
@@ -180,6 +185,15 @@ def parse(cls: Any, args: Sequence[str], verb: str, default: Any = None) -> Any:
 def parse_some(cls: Any, args: Sequence[str], verb: str) -> tuple[Any, list[str]]:
   """`parse` of what belongs to `cls`, and the arguments that do not."""
   return tyro.cli(cls, prog=f'jaxlm {verb}', args=args, return_unknown_args=True)
+
+
+def with_value(args: Sequence[str], flag: str) -> list[str]:
+  """The arguments with `flag` and its value in one, so that a value may look like a flag itself."""
+  joined = list(args)
+  if flag in joined[:-1]:
+    at = joined.index(flag)
+    joined[at : at + 2] = [f'{flag}={joined[at + 1]}']
+  return joined
 
 
 def named(args: Sequence[str]) -> set[str]:

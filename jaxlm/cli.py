@@ -126,22 +126,26 @@ def _tokenizer(args: Sequence[str]) -> None:
 def _prepare(args: Sequence[str]) -> None:
   from jaxlm import arguments
 
-  options = arguments.parse(arguments.Prepare, args, 'prepare')
+  options = arguments.parse(arguments.Prepare, arguments.with_value(args, '--beam-options'), 'prepare')
   from jaxlm.console import reading, table
   from jaxlm.data import prepare, tokenizer
 
-  loaded = tokenizer.load(options.tokenizer)
-  with reading() as on_progress:
-    summary = prepare.prepare(
-      options.sources,
-      loaded,
-      options.out,
-      val_fraction=options.val_fraction,
-      max_bad=options.max_bad,
-      column=options.text_column,
-      near=options.near_duplicates,
-      on_progress=on_progress,
-    )
+  given = options.sources, tokenizer.load(options.tokenizer), options.out
+  choices = {
+    'val_fraction': options.val_fraction,
+    'max_bad': options.max_bad,
+    'column': options.text_column,
+    'near': options.near_duplicates,
+    'quality': options.quality,
+  }
+  if options.beam_runner:
+    from jaxlm.data import beam
+
+    say = lambda line: print(line, file=sys.stderr, flush=True)
+    summary = beam.run(*given, runner=options.beam_runner, options=options.beam_options, say=say, **choices)
+  else:
+    with reading() as on_progress:
+      summary = prepare.prepare(*given, on_progress=on_progress, **choices)
   read, kinds = summary.read(), {split: summary.kinds(split) for split in summary.splits}
   columns = ('documents', 'tokens', 'bytes')
   whole = lambda rows: [*rows, ('all', *(sum(column) for column in list(zip(*rows, strict=True))[1:]))]

@@ -206,6 +206,17 @@ def changes(expected: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
   return lines + [f'{name} has changed' for name in expected if name in found and expected[name] != found[name]]
 
 
+def move(path: epath.Path, target: epath.Path) -> None:
+  """Moves a file to another place in its file system or store, over what is there; its bytes do not come here."""
+  target.parent.mkdir(parents=True, exist_ok=True)
+  if not remote(path):
+    path.replace(target)
+    return
+  system, name = _system(path)
+  system.cp_file(name, _system(target)[1])
+  system.rm_file(name)
+
+
 def copy(source: epath.Path, target: epath.Path, names: Iterable[str]) -> None:
   """Copies files by their paths below `source`, over those that are there."""
   for name in names:

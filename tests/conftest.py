@@ -5,11 +5,15 @@ import functools
 import gc
 import hashlib
 import importlib.metadata
+import importlib.util
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import time
+import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -29,6 +33,7 @@ import jax.numpy as jnp  # noqa: E402
 import jaxtyping  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from etils import epath  # noqa: E402
 
 CHECKED = ['jaxlm.models', 'jaxlm.losses', 'jaxlm.masked', 'jaxlm.train.step', 'jaxlm.sample']
 
@@ -153,6 +158,42 @@ def disk(tmp_path_factory):
     pytest.skip('a file system can be mounted by root alone, and on Linux')
   yield folder
   subprocess.run(['umount', '--lazy', str(folder)], check=True)  # a writer that failed may hold a file open
+
+
+@pytest.fixture(scope='module')
+def bucket(tmp_path_factory):
+  """The root of an empty bucket."""
+  for module in ('gcsfs', 'gcp_storage_emulator'):
+    if not importlib.util.find_spec(module):  # not imported: what is set below is read when it is
+      pytest.skip(f"{module} is not installed: pip install 'jaxlm[dev]'")
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    port = free.getsockname()[1]
+  server = subprocess.Popen(
+    [sys.executable, str(Path(__file__).parent / 'gcs_emulator.py'), str(port)],
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.DEVNULL,
+  )
+  url = f'http://localhost:{port}'
+  home = tmp_path_factory.mktemp('home')
+  settings = {
+    'STORAGE_EMULATOR_HOST': url,
+    'TENSORSTORE_GCS_HTTP_URL': url,
+    'GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT': 'false',  # it would ask the real service what kind of bucket this is
+    'XDG_CACHE_HOME': str(home),
+  }
+  with pytest.MonkeyPatch.context() as patch:
+    for name, value in settings.items():
+      patch.setenv(name, value)
+    for _ in range(100):
+      try:
+        urllib.request.urlopen(url).close()
+        break
+      except OSError:
+        time.sleep(0.1)
+    yield epath.Path('gs://bucket')
+  server.kill()
+  server.wait()
 
 
 @pytest.fixture(scope='session')

@@ -123,6 +123,10 @@ def test_importing_jaxlm_is_lazy():
   assert run('import sys, jaxlm; print([m for m in ("jax", "flax", "numpy", "optax") if m in sys.modules])') == '[]\n'
 
 
+def test_beam_is_imported_when_it_is_asked_for():
+  assert run('import sys, jaxlm.data.beam; print("apache_beam" in sys.modules)') == 'False\n'
+
+
 def test_importing_every_module_initialises_no_backend():
   out = run(
     'import importlib, os, pkgutil, jaxlm\n'

@@ -1,21 +1,16 @@
 """Runs, prepared data and checkpoints on gs://, against an emulator on this machine: nothing is renamed or locked."""
 
 import dataclasses
-import importlib.util
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from etils import epath
 
 from jaxlm import cli, files
 from jaxlm.config import Data, Optim, Pretrain, Watch
@@ -28,42 +23,6 @@ from jaxlm.train.checkpoint import Checkpoints
 from jaxlm.train.metrics import read_rows
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope='module')
-def bucket(tmp_path_factory):
-  """The root of an empty bucket."""
-  for module in ('gcsfs', 'gcp_storage_emulator'):
-    if not importlib.util.find_spec(module):  # not imported: what is set below is read when it is
-      pytest.skip(f"{module} is not installed: pip install 'jaxlm[dev]'")
-  with socket.socket() as free:
-    free.bind(('localhost', 0))
-    port = free.getsockname()[1]
-  server = subprocess.Popen(
-    [sys.executable, str(Path(__file__).parent / 'gcs_emulator.py'), str(port)],
-    stdout=subprocess.DEVNULL,
-    stderr=subprocess.DEVNULL,
-  )
-  url = f'http://localhost:{port}'
-  home = tmp_path_factory.mktemp('home')
-  settings = {
-    'STORAGE_EMULATOR_HOST': url,
-    'TENSORSTORE_GCS_HTTP_URL': url,
-    'GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT': 'false',  # it would ask the real service what kind of bucket this is
-    'XDG_CACHE_HOME': str(home),
-  }
-  with pytest.MonkeyPatch.context() as patch:
-    for name, value in settings.items():
-      patch.setenv(name, value)
-    for _ in range(100):
-      try:
-        urllib.request.urlopen(url).close()
-        break
-      except OSError:
-        time.sleep(0.1)
-    yield epath.Path('gs://bucket')
-  server.kill()
-  server.wait()
 
 
 def test_a_file_is_created_once_and_listings_are_fresh(bucket):

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 
 from jaxlm import cli, files
-from jaxlm.data import prepare as prep
-from jaxlm.data import prepared
+from jaxlm.data import prepared, records
 from jaxlm.data import tokenizer as tok
 from jaxlm.data.prepare import prepare
 from jaxlm.data.prepared import load
@@ -58,7 +57,7 @@ def test_documents_come_back_in_order_in_their_split(tmp_path, t):
 
 
 def test_tokens_are_bos_text_eos_and_any_window_reads_the_same(tmp_path, t, monkeypatch):
-  monkeypatch.setattr(prep, 'RECORD_TOKENS', 13)
+  monkeypatch.setattr(records, 'RECORD_TOKENS', 13)
   prepare([jsonl(tmp_path / 'a.jsonl', TEXTS)], t, tmp_path / 'out', val_fraction=0)
   tokens = load(tmp_path / 'out').split('train')
   expected = [np.array([t.bos_id, *t.encode(text), t.eos_id]) for text in TEXTS]
@@ -84,17 +83,28 @@ def test_it_is_a_tfds_data_set_without_tensorflow(tmp_path, t):
   assert 'tensorflow' not in sys.modules
 
 
+def test_records_are_the_same_bytes_in_every_process(tmp_path, t):
+  """A map of protobuf has another order in each, unless it is asked for."""
+  from array_record.python.array_record_module import ArrayRecordReader
+
+  source = jsonl(tmp_path / 'a.jsonl', TEXTS, source='sea')
+  prepare([source], t, tmp_path / 'out', val_fraction=0)
+  raw = ArrayRecordReader(str(tmp_path / 'out' / 'records' / 'tokens-train.array_record-00000')).read([7])[0]
+  names = [b'\x08document\x12', b'\x04kind\x12', b'\x06source\x12', b'\x06tokens\x12']
+  assert [raw.count(name) for name in names] == [1] * 4 and sorted(names, key=raw.index) == names
+
+
 def test_a_long_document_is_cut_without_loss(tmp_path, t, monkeypatch):
-  monkeypatch.setattr(prep, 'PIECE_CHARS', 50)
-  monkeypatch.setattr(prep, 'GROUP_CHARS', 120)
-  monkeypatch.setattr(prep, 'RECORD_TOKENS', 7)
+  monkeypatch.setattr(records, 'PIECE_CHARS', 50)
+  monkeypatch.setattr(records, 'GROUP_CHARS', 120)
+  monkeypatch.setattr(records, 'RECORD_TOKENS', 7)
   texts = ['line one\n\n' * 40 + 'no break ' * 40 + 'x' * 333 + '\n', 'é', 'नमस्ते' * 100]
   summary = prepare([jsonl(tmp_path / 'a.jsonl', texts)], t, tmp_path / 'out', val_fraction=0)
   ready = load(tmp_path / 'out')
   assert list(ready.texts('train')) == texts
   ids, begins = ready.split('train').read(0, 1 << 30)
   assert begins.sum() == (ids == t.bos_id).sum() == (ids == t.eos_id).sum() == 3
-  assert summary.splits['train'] == prep.Count(3, len(ids), len(''.join(texts).encode()))
+  assert summary.splits['train'] == prepared.Count(3, len(ids), len(''.join(texts).encode()))
 
 
 def test_no_piece_costs_the_tokenizer_more_than_a_megabyte(tmp_path, t):
@@ -111,11 +121,11 @@ def test_no_piece_costs_the_tokenizer_more_than_a_megabyte(tmp_path, t):
 
 
 def test_pieces_end_after_a_line_break_else_before_a_space():
-  piece = 'a' * (prep.PIECE_CHARS - 10)
-  assert prep._cut(f'{piece}\nbc de fghijkl', 0) == len(piece) + 1
-  assert prep._cut(f'{piece}bc de fghijkl', 0) == len(piece) + 5
-  assert prep._cut('a' * (prep.PIECE_CHARS + 5), 0) == prep.PIECE_CHARS
-  assert prep._cut('\n' + piece, 1) == len(piece) + 1
+  piece = 'a' * (records.PIECE_CHARS - 10)
+  assert records._cut(f'{piece}\nbc de fghijkl', 0) == len(piece) + 1
+  assert records._cut(f'{piece}bc de fghijkl', 0) == len(piece) + 5
+  assert records._cut('a' * (records.PIECE_CHARS + 5), 0) == records.PIECE_CHARS
+  assert records._cut('\n' + piece, 1) == len(piece) + 1
 
 
 def test_duplicates_and_empty_documents_are_dropped_and_counted(tmp_path, t):
@@ -128,7 +138,7 @@ def test_duplicates_and_empty_documents_are_dropped_and_counted(tmp_path, t):
 
 
 def test_counts_by_split_kind_and_source_add_up(tmp_path, t, monkeypatch):
-  monkeypatch.setattr(prep, 'MOST_SOURCES', 2)
+  monkeypatch.setattr(records, 'MOST_SOURCES', 2)
   paths = [jsonl(tmp_path / f'{name}.jsonl', [f'{name} {text}' for text in TEXTS], source=name) for name in 'abcd']
   summary = prepare([*paths[:2], *(f'k={path}' for path in paths[2:])], t, tmp_path / 'out', val_fraction=0.3)
   assert summary.groups == [('a', 'a'), ('b', 'b'), ('k', 'other')]
@@ -143,7 +153,7 @@ def test_counts_by_split_kind_and_source_add_up(tmp_path, t, monkeypatch):
 
 
 def test_one_kind_read_alone(tmp_path, t, monkeypatch):
-  monkeypatch.setattr(prep, 'RECORD_TOKENS', 13)
+  monkeypatch.setattr(records, 'RECORD_TOKENS', 13)
   texts = {name: [f'{name} {text}' for text in TEXTS] for name in 'abc'}
   prepare([jsonl(tmp_path / f'{name}.jsonl', texts[name]) for name in 'abc'], t, tmp_path / 'out', val_fraction=0.2)
   ready = load(tmp_path / 'out')
@@ -285,10 +295,10 @@ def test_an_interrupted_preparation_is_refused_and_started_over(tmp_path, t):
   source = jsonl(tmp_path / 'a.jsonl', TEXTS)
   code = """
 import os, signal, sys
-from jaxlm.data import prepare as prep, tokenizer
+from jaxlm.data import prepare as prep, records, tokenizer
 at, source, out = sys.argv[1:]
 kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-target = {'group': (prep._Writer, 'add'), 'end': (prep._Writer, 'finish')}[at]
+target = {'group': (records.Writer, 'add'), 'end': (records.Writer, 'finish')}[at]
 whole = getattr(*target)
 setattr(*target, lambda *args: (whole(*args), kill()))
 prep.prepare([source], tokenizer.load(os.path.dirname(source)), out)

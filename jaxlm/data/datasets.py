@@ -125,7 +125,7 @@ def read_shard(path: epath.Path, column: str | None, on_bad: OnBad) -> Iterator[
   name = _column(shard.features, column, str(path))
   parse = ExampleParserNp(_only(shard.features, name).get_serialized_info()).parse_example
   batch = max(1, min(1024, BATCH_BYTES * shard.records // max(1, path.stat().length)))
-  read = {'array_record': _array_records, 'parquet': _parquet_records, 'tfrecord': _tf_records}[shard.form]
+  read = {'array_record': array_records, 'parquet': _parquet_records, 'tfrecord': _tf_records}[shard.form]
   number, file = 0, str(path)
   for number, record in enumerate(read(path, batch), 1):
     where = f'{file}:{number}'
@@ -301,7 +301,7 @@ def _shard(path: epath.Path) -> _Shard:
   raise InputError(f'{path}: not a file of the data set in {path.parent}')
 
 
-def _array_records(path: epath.Path, batch: int) -> Iterator[bytes]:
+def array_records(path: epath.Path, batch: int) -> Iterator[bytes]:
   module = importlib.import_module('array_record.python.array_record_module')  # compiled, without types
   start = 0
   try:
@@ -312,7 +312,7 @@ def _array_records(path: epath.Path, batch: int) -> Iterator[bytes]:
     reader.close()
   except (RuntimeError, ValueError, IndexError) as error:
     if batch > 1:
-      yield from islice(_array_records(path, 1), start, None)  # up to the very record, which raises
+      yield from islice(array_records(path, 1), start, None)  # up to the very record, which raises
     raise _damaged(path, start + 1, _line(error)) from error
 
 

@@ -1,7 +1,7 @@
 """Near-duplicates: documents most of whose word sequences were in one document kept before (MinHash with banding)."""
 
 import zlib
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -14,14 +14,15 @@ AT_ONCE = 1 << 12  # shingles hashed together: 2 MB for 128 permutations
 MISSES_COST_MORE = (0.1, 0.9)  # than false candidates, which the whole signature then rejects
 LONGEST_WORD = 12.0  # characters a word on average; beyond it (Chinese, Japanese, Thai) spaces do not part words
 
+Place = tuple[int, ...]  # of a document, by which documents are in their order
 
-class NearDuplicates:
-  """Remembers documents and tells whether a new one is like one of them; the first of its kind is kept.
+
+class Sketcher:
+  """Makes sketches of texts, and tells which are alike: a sketch is `num_perm` values of 4 bytes.
 
   Alike means an estimated Jaccard similarity of at least `threshold` between the sets of shingles (see `shingles`), and
   the estimate has a standard deviation of sqrt(s (1 - s) / num_perm), 0.035 at s = 0.8 and 128: pairs well above the
-  threshold are found, pairs near it by chance, always the same for the same documents in the same order. What is
-  found depends on the order; every run on every machine finds the same. A kept document takes about 6 KB of memory.
+  threshold are found, pairs near it by chance, always the same for the same documents in the same order.
 
   Papers: Broder, On the resemblance and containment of documents, 1997; Leskovec et al., Mining of Massive Datasets,
   chapter 3.
@@ -40,30 +41,79 @@ class NearDuplicates:
       )
     self.threshold, self.shingle = threshold, shingle
     try:
-      self._index = datasketch.MinHashLSH(threshold, num_perm, weights=MISSES_COST_MORE)
+      self.index = datasketch.MinHashLSH(threshold, num_perm, weights=MISSES_COST_MORE)
     except ValueError as error:
       raise InputError(f'near-duplicates: threshold {threshold} with num_perm {num_perm}: {error}') from error
     self._empty = datasketch.MinHash(num_perm, SEED, hashfunc=zlib.crc32)
-    self._kept: dict[Hashable, np.ndarray] = {}
 
-  def seen(self, text: str) -> bool:
-    """True if `text` is like one kept before; otherwise it is kept. A text without a word is like none."""
-    sketch = self._sketch(text)
-    if sketch.is_empty():
-      return False
-    values = sketch.hashvalues
-    for key in self._index.query(sketch):
-      if np.mean(values == self._kept[key]) >= self.threshold:
-        return True
-    self._index.insert(len(self._kept), sketch, check_duplication=False)
-    self._kept[len(self._kept)] = values
-    return False
-
-  def _sketch(self, text: str) -> Any:
+  def minhash(self, text: str) -> Any:
+    """The sketch as an object of the library."""
     sketch, parts = self._empty.copy(), shingles(text, self.shingle)
     while some := list(islice(parts, AT_ONCE)):
       sketch.update_batch(some)
     return sketch
+
+  def sketch(self, text: str) -> bytes:
+    """The sketch's values; nothing for a text without a word, which is like none."""
+    sketch = self.minhash(text)
+    return b'' if sketch.is_empty() else sketch.hashvalues.tobytes()
+
+  def values(self, sketches: Sequence[bytes]) -> np.ndarray:
+    """The values of sketches: [len(sketches), num_perm]."""
+    kind = self._empty.hashvalues.dtype
+    return np.frombuffer(b''.join(sketches), kind).reshape(len(sketches), -1)
+
+  def bands(self, sketch: bytes) -> list[bytes]:
+    """Sketches that are compared at all have one of these in common."""
+    (values,) = self.values([sketch])
+    cuts = [values[start:stop].tobytes() for start, stop in self.index.hashranges]
+    return [number.to_bytes(2, 'big') + cut for number, cut in enumerate(cuts)]
+
+  def alike(self, values: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """bool [N]: which of the sketches' values `others` [N, num_perm] are like `values` [num_perm]."""
+    return np.mean(others == values, axis=-1) >= self.threshold
+
+
+class NearDuplicates(Sketcher):
+  """Remembers documents and tells whether a new one is like one of them; the first of its kind is kept.
+
+  What is found depends on the order; every run on every machine finds the same. A kept document takes about 6 KB of
+  memory.
+  """
+
+  def __init__(self, threshold: float = 0.8, num_perm: int = 128, shingle: int = 5):
+    super().__init__(threshold, num_perm, shingle)
+    self._kept: dict[Hashable, np.ndarray] = {}
+
+  def seen(self, text: str) -> bool:
+    """True if `text` is like one kept before; otherwise it is kept. A text without a word is like none."""
+    sketch = self.minhash(text)
+    if sketch.is_empty():
+      return False
+    values = sketch.hashvalues
+    if any(self.alike(values, self._kept[key]) for key in self.index.query(sketch)):
+      return True
+    self.index.insert(len(self._kept), sketch, check_duplication=False)
+    self._kept[len(self._kept)] = values
+    return False
+
+
+def pairs(sketcher: Sketcher, documents: Iterable[tuple[Place, bytes]]) -> Iterator[tuple[Place, Place]]:
+  """(later, earlier) for those of some documents (place, sketch) that are alike."""
+  places, sketches = zip(*sorted(documents), strict=True)
+  values = sketcher.values(sketches)
+  for later in range(1, len(places)):
+    for earlier in np.flatnonzero(sketcher.alike(values[later], values[:later])):
+      yield places[later], places[earlier]
+
+
+def later_ones(found: Iterable[tuple[Place, Place]]) -> set[Place]:
+  """Which documents `NearDuplicates` would not keep, given all pairs (later, earlier) that are alike."""
+  dropped: set[Place] = set()
+  for later, earlier in sorted(found):
+    if earlier not in dropped:
+      dropped.add(later)
+  return dropped
 
 
 def shingles(text: str, size: int = 5) -> Iterator[bytes]:
