@@ -12,7 +12,7 @@ EXTRAS = {
   'gcs': ['gcsfs>=2026.1'],
   'beam': ['apache-beam>=2.77'],  # apart from dev and parity: it wants an older protobuf
   'serve': [],  # empty ones are filled when what needs them is there
-  'eval': [],
+  'eval': ['rouge-score>=0.1.2', 'sacrebleu>=2.6'],
   'quant': ['qwix>=0.1.8'],
   'parity': ['torch==2.13.0', 'transformers>=5.0', 'peft>=0.17'],
   'dev': [
@@ -31,6 +31,8 @@ EXTRAS = {
     'gcsfs>=2026.1',
     'gcp-storage-emulator>=2026.7',
     'qwix>=0.1.8',
+    'rouge-score>=0.1.2',
+    'sacrebleu>=2.6',
   ],
 }
 

@@ -83,6 +83,7 @@ class Compute:
   remat: str = 'none'
   unroll: int = 1
   dropout: float = 0.0
+  embed_noise: float = 0.0  # NEFTune's alpha: noise on embeddings in training (5 to 15 is usual)
   float8: bool = False  # the layers' matmuls in eight bits (needs qwix), experts' not
   loss_chunks: int = 1  # slices of the vocabulary; 1 keeps whole logits
   accum: int = 1  # micro-batches in a step
@@ -90,6 +91,7 @@ class Compute:
   def __post_init__(self):
     at_least(1, 'compute', unroll=self.unroll, loss_chunks=self.loss_chunks, accum=self.accum)
     within('[0, 1)', 'compute', dropout=self.dropout)
+    within('[0, inf)', 'compute', embed_noise=self.embed_noise)
 
 
 @dataclasses.dataclass(frozen=True)

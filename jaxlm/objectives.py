@@ -46,7 +46,7 @@ def by_group(cfg: ModelConfig, run: Run, *, groups: int, chunks: int = 1) -> Cal
 
   `batch['group']` says which of them a target counts for. No dropout.
   """
-  quiet = dataclasses.replace(run, dropout=0.0)
+  quiet = dataclasses.replace(run, dropout=0.0, embed_noise=0.0)
 
   def fn(params: Any, batch: Any) -> dict[str, Sum]:
     logp_BT, _, _ = _of_targets(cfg, quiet, params, batch, chunks, None)
@@ -63,7 +63,9 @@ def _of_targets(cfg: ModelConfig, run: Run, params: Any, batch: Any, chunks: int
   """(logp_BT, lse_BT) of the batch's targets, and what the layers add to the loss."""
   params = params if key is None else lora.with_keys(params, key)
   segments = {'positions_BT': batch['positions'], 'segment_ids_BT': batch['segment_ids']}
-  out = models.hidden(cfg, params, batch['tokens'], run=run, key=key if run.dropout else None, **segments)
+  out = models.hidden(
+    cfg, params, batch['tokens'], run=run, key=key if run.dropout or run.embed_noise else None, **segments
+  )
   laid = sharded.layout(batch['targets'].shape, run.rules)
   if chunks == 1 and laid is None:
     return *lm.from_logits(models.unembed(cfg, params, out.x_BTD), batch['targets']), out.aux

@@ -582,3 +582,20 @@ def test_the_padded_vocabulary_is_never_trained(style, chunks, multipliers):
   if not cfg.tie_embeddings:
     assert not np.any(grads['head'][:, cfg.vocab_size :])
     assert np.any(grads['head'][:, cfg.vocab_size - 1])
+
+
+def test_noise_on_embeddings_is_uniform_within_its_bound():
+  """NEFTune: alpha / sqrt(T * D), on what enters the first layer, another for each key, none without one."""
+  cfg = dataclasses.replace(SHALLOW, n_layers=1)
+  params = models.init(cfg, jax.random.key(0))
+  still = {**params, 'layers': jax.tree.map(jnp.zeros_like, params['layers'])}  # the first layer adds nothing
+  still['final_norm'] = jax.tree.map(jnp.ones_like, params['final_norm'])
+  t = jnp.arange(12).reshape(2, 6)
+  run = Run(embed_noise=7.0)
+  x = lambda key, run=run: models.hidden(cfg, still, t, run=run, key=key).x_BTD
+  np.testing.assert_array_equal(x(None), x(jax.random.key(1), Run()))
+  assert np.abs(x(jax.random.key(1)) - x(jax.random.key(2))).max() > 0.01
+  noise = jax.random.uniform(jax.random.fold_in(jax.random.key(1), -1), (2, 6, cfg.d_model), jnp.float32, -1, 1)
+  entered = jnp.take(params['embed'], t, axis=0) + noise * 7.0 / (6 * cfg.d_model) ** 0.5
+  scale = jax.lax.rsqrt(jnp.mean(entered**2, -1, keepdims=True) + cfg.norm_eps)
+  np.testing.assert_allclose(x(jax.random.key(1)), entered * scale, rtol=1e-4, atol=1e-5)

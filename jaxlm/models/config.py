@@ -115,6 +115,7 @@ class Run:
   remat: str = 'none'  # 'none', 'full', 'dots', or comma-separated names of what to keep ('attn_out,mlp_out', ...)
   unroll: int = 1  # layers per iteration of the scan; n_layers unrolls all
   dropout: float = 0.0  # on what each sub-layer adds to the residual stream, where a key is given
+  embed_noise: float = 0.0  # NEFTune's alpha: noise on what enters the first layer, where a key is given
   float8: bool = False  # the layers' matmuls in eight bits, but for experts (of training: decoding has none of it)
   ragged: bool = False  # what goes to other devices' experts is sent as it is, not padded (not on CPUs)
   rules: Rules | None = None  # logical axis -> mesh axes; None leaves every layout to the compiler
