@@ -595,7 +595,9 @@ def test_noise_on_embeddings_is_uniform_within_its_bound():
   x = lambda key, run=run: models.hidden(cfg, still, t, run=run, key=key).x_BTD
   np.testing.assert_array_equal(x(None), x(jax.random.key(1), Run()))
   assert np.abs(x(jax.random.key(1)) - x(jax.random.key(2))).max() > 0.01
-  noise = jax.random.uniform(jax.random.fold_in(jax.random.key(1), -1), (2, 6, cfg.d_model), jnp.float32, -1, 1)
+  noise = jax.random.uniform(
+    jax.random.fold_in(jax.random.key(1), cfg.n_layers), (2, 6, cfg.d_model), jnp.float32, -1, 1
+  )
   entered = jnp.take(params['embed'], t, axis=0) + noise * 7.0 / (6 * cfg.d_model) ** 0.5
   scale = jax.lax.rsqrt(jnp.mean(entered**2, -1, keepdims=True) + cfg.norm_eps)
   np.testing.assert_allclose(x(jax.random.key(1)), entered * scale, rtol=1e-4, atol=1e-5)

@@ -316,7 +316,7 @@ def hidden(
     x_BTD += jnp.take(params['positions'], positions_BT, axis=0, mode='clip').astype(run.dtype)
   if run.embed_noise and key is not None:  # Jain et al. 2023, arXiv:2310.05914
     within = run.embed_noise / (T * cfg.d_model) ** 0.5
-    x_BTD += jax.random.uniform(jax.random.fold_in(key, -1), x_BTD.shape, x_BTD.dtype, -within, within)
+    x_BTD += jax.random.uniform(jax.random.fold_in(key, cfg.n_layers), x_BTD.shape, x_BTD.dtype, -within, within)
   x_BTD = constrain(x_BTD * cfg.embedding_multiplier, STREAM, run.rules)
   layers, block = params['layers'], Block(cfg, run)
   if cache is not None and not isinstance(layers, tuple):
