@@ -18,7 +18,7 @@ from typing import Any
 
 CODE = 76  # the exit code of those that leave because of another; EX_PROTOCOL of sysexits.h
 BEAT = 1.0  # seconds between beats
-DEAD = 20.0  # without one for so long a process counts as dead,
+DEAD = 15.0  # without one for so long a process counts as dead,
 BROKEN = 8.0  # or for so long, where a connection to some process broke
 SLOW = 10  # times the step timeout: for what compiles, evaluates, restores or saves
 FOLDER = 'jaxlm/beat/'
@@ -178,9 +178,9 @@ class Watch:
         _in_time(act, 3 * BEAT)
       os._exit(CODE)
 
-  def _aborted(self, _: int) -> None:
+  def _aborted(self, number: int) -> None:
     """The handler of SIGABRT: where it was for the loss of process 0, that is the last line; else it goes on."""
-    host, _, port = self._address.rpartition(':')
+    host, port = self._address.rsplit(':', 1)
     try:
       socket.create_connection((host, int(port)), 1.0).close()
     except OSError:

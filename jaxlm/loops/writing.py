@@ -46,8 +46,8 @@ def load(run: Any, layout: Any = None) -> tuple[Pretrain, Any, Tokenizer, int]:
   """(config, parameters, tokenizer, step) of a run's newest checkpoint: its average, where the optimizer keeps one.
 
   `layout` gives the sharding of each parameter (a tree like them); without it all are on one device of this process.
-  The optimizer's state is read only where the average is in it. Raises InputError if the run has no checkpoint, a damaged
-  one, or another tokenizer than it was trained with.
+  The optimizer's state is read only where the average is in it. Raises InputError if the run has no checkpoint, a
+  damaged one, or another tokenizer than it was trained with.
   """
   run = epath.Path(run)
   checkpoints = checkpoint.Checkpoints(run / 'checkpoints')
