@@ -1,12 +1,14 @@
 """A run as two processes of four devices: the numbers of one process, its saves, its end, and the end of a peer."""
 
 import dataclasses
+import math
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -179,12 +181,14 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(home, number, cod
 
 
 def wreck(home: Path, name: str, rank: int, number: int, *flags: str):
-  """(run, survivor, the one that gets the signal, when it got it): two processes that save after every step."""
+  """(run, survivor, the one that gets a signal, a list that gets the seconds between that and the survivor's end)."""
   run = home / name
   both = two(home, training(home, run, *LONG, *flags))
   until(both, lambda: logged(run) >= 3 and Checkpoints(run / 'checkpoints').steps())
   both[rank].send_signal(number)
-  return run, both[1 - rank], both[rank], time.monotonic()
+  when, survivor, seconds = time.monotonic(), both[1 - rank], []
+  threading.Thread(target=lambda: (survivor.wait(), seconds.append(time.monotonic() - when)), daemon=True).start()
+  return run, survivor, both[rank], seconds
 
 
 WRECKS = {
@@ -199,22 +203,20 @@ WRECKS = {
 
 @pytest.fixture(scope='module')
 def wrecks(home):
-  """{name: (run, seconds until the survivor left, its exit code, its output)}; they are waited for together."""
-  every = {'asleep': ('--watch.save-every', '3', '--watch.step-timeout', '2')}
+  """{name: (run, seconds until the survivor left, its exit code, its output)}; they wait at the same time."""
+  every = {'asleep': ('--watch.save-every', '3', '--watch.step-timeout', '5')}
   wrecked = {
     name: wreck(home, name, *how, *every.get(name[7:], ('--watch.save-every', '1'))) for name, how in WRECKS.items()
   }
-  found = {}
-  while len(found) < len(wrecked):
-    for name, (run, survivor, _, when) in wrecked.items():
-      if name not in found and (survivor.poll() is not None or time.monotonic() - when > 60):
-        found[name] = run, time.monotonic() - when, survivor.poll(), survivor
-    time.sleep(0.05)
-  for _, survivor, other, _ in wrecked.values():
+  deadline, found = time.monotonic() + 60, {}
+  for name, (run, survivor, other, seconds) in wrecked.items():
+    while not seconds and time.monotonic() < deadline:
+      time.sleep(0.05)
     survivor.kill()
     other.kill()
-    other.communicate()
-  return {name: (run, seconds, code, p.communicate()[0]) for name, (run, seconds, code, p) in found.items()}
+    out, _ = survivor.communicate()
+    found[name] = run, *(seconds or [math.inf]), survivor.returncode, out
+  return found
 
 
 @pytest.mark.slow

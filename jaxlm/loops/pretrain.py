@@ -257,7 +257,7 @@ def _stream(wired: Wired, state: Any) -> Iterator[Any]:
     return hosts.place(batches.size(cursor), functools.partial(batches, cursor), built.batch)
 
   def marked(cursor: int, batch: Any) -> Any:
-    hosts.mark(f'batch {cursor}', slow=cursor == start)  # the first step compiles
+    hosts.mark(f'batch {cursor}', slow=cursor < start + 2)  # the first step compiles, its row too
     return batch
 
   return (marked(cursor, batch) for cursor, batch in data_batches.prefetch(make, start, stop))
