@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -42,7 +43,6 @@ signal.signal(signal.SIGUSR1, lambda *_: time.sleep(1e6))  # the main thread alo
 FLAGS = '--xla_force_host_platform_device_count={} --xla_backend_optimization_level=0'
 MESHES = {
   'data and fsdp': {'data': 2, 'fsdp': 4},
-  'fsdp': {'fsdp': 8},
   'sequence and tensor': {'fsdp': 1, 'sequence': 4, 'tensor': 2},
 }
 
@@ -115,7 +115,7 @@ def assert_same(found: Path, expected: Path, step: int) -> None:
   states = saved_state(found, step), saved_state(expected, step)
   for name in ('step', 'cursor', 'key'):
     np.testing.assert_array_equal(states[0][name], states[1][name])
-  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
   jax.tree.map(close, states[0]['params'], states[1]['params'])
 
 
@@ -127,7 +127,7 @@ def test_two_processes_give_what_one_gives(home, mesh):
   alone(home, one, MESHES[mesh], 10)
   assert_same(many, one, 10)
   assert 'devices: 8 x cpu (cpu), in 2 processes' in outs[0] and 'step 10' in outs[0]
-  assert not [line for line in outs[1].splitlines() if 'Gloo' not in line and 'peer ranks' not in line and line != '7']
+  assert not re.search('devices: |loss|step 10|rows', outs[1])  # gloo and XLA say something of their own
   assert sorted(path.name for path in (many / 'checkpoints').iterdir()) == ['00000006', '00000010']
   assert verify(Checkpoints(many / 'checkpoints').path(6)) == []
   assert len([path for path in many.iterdir() if path.name.startswith('events')]) == 1
@@ -250,9 +250,9 @@ def test_a_process_that_leaves_on_its_own_takes_the_others_along(home):
 
 PLACED = """
 from jaxlm import hosts, sharding
-import jax, numpy as np, sys
+import jax, numpy as np, os, pathlib, sys
 with hosts.joined(60.0):
-  asked = []
+  asked, lines = [], []
   def make(rows):
     asked.append((rows.start, rows.stop))
     return {'tokens': np.arange(8 * 16).reshape(8, 16)[rows]}
@@ -262,19 +262,21 @@ with hosts.joined(60.0):
     layout = sharding.batch_shardings(like, mesh)
     like = {'tokens': jax.ShapeDtypeStruct((99, 16), int, sharding=layout['tokens'])}
     placed = hosts.place(8, make, like)['tokens']
-    print('asked', sorted(asked), 'held', sum(s.data.size for s in placed.addressable_shards))
+    lines.append(f'{sorted(asked)} held {sum(s.data.size for s in placed.addressable_shards)}')
     np.testing.assert_array_equal(hosts.read(placed), np.arange(8 * 16).reshape(8, 16))
     asked.clear()
+  pathlib.Path(sys.argv[1] + os.environ['JAX_PROCESS_ID']).write_text('\n'.join(lines))
 """
 
 
 @pytest.mark.slow
 def test_a_process_makes_the_rows_of_its_devices_alone(home):
-  outs = [finish(p) for p in two(home, ['-c', PLACED])]
-  asked = [[line for line in out.splitlines() if line.startswith('asked')] for out in outs]
-  for rank, lines in enumerate(asked):
+  for p in two(home, ['-c', PLACED, str(home / 'placed')]):
+    finish(p)
+  for rank in (0, 1):
     mine = [(4 * rank + i, 4 * rank + i + 1) for i in range(4)]
-    assert lines == [f'asked {mine} held 64', f'asked [({4 * rank}, {4 * rank + 4})] held 64', 'asked [(0, 8)] held 64']
+    lines = (home / f'placed{rank}').read_text().splitlines()
+    assert lines == [f'{mine} held 64', f'[({4 * rank}, {4 * rank + 4})] held 64', '[(0, 8)] held 64']
 
 
 class Counted:
