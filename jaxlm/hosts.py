@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Generator, Mapping
@@ -131,8 +132,7 @@ def joined(step_timeout: float) -> Generator[None]:
   try:
     yield
   except Stopped as stopped:
-    if _watch.signal == 2:  # SIGINT
-      stopped.code = 130
+    stopped.code = 130 if _watch.signal == signal.SIGINT else stopped.code
     _end(_watch)
     raise
   except (InputError, OSError, KeyboardInterrupt) as error:

@@ -1,7 +1,7 @@
 """Who of a run's processes is alive and how far it is: a stop that all agree on, and nobody left waiting for the dead.
 
-Every second each process writes a beat into JAX's coordination service, which lives in process 0, and reads those of
-the others. A process that gives none, or whose main thread stays behind, is named, and every other one leaves.
+Every second each process writes a beat into JAX's coordination service, which lives in process 0. That one reads them
+all, and names a process that gives none, or whose main thread stays behind; the others read its beat, and follow.
 """
 
 import contextlib
@@ -34,11 +34,12 @@ class Watch:
     self._client, self._address, self._timeout = client, address, step_timeout
     self._state, self._leaving, self._ended = threading.Condition(), threading.Lock(), threading.Event()
     self._asked: Callable[[], int] = lambda: 0
-    self._calls, self._stop_at, self.signal = 0, 0, 0
+    self._calls = 0
     self._own: dict[str, Any] = {'host': socket.gethostname(), 'number': 0, 'asked': 0, 'calls': None, 'fault': ''}
+    self._own |= {'broken': False, 'stop_at': 0}
     self._beats: dict[int, dict[str, Any]] = {}  # by rank, the newest of each
     self._since = dict.fromkeys(range(count), time.monotonic())  # when each was last seen to be alive
-    self._heard, self._patience = time.monotonic(), DEAD
+    self._heard = time.monotonic()  # when the coordination service last answered
     self._marks, self._place, self._reached, self._limit = 0, 'start', time.monotonic(), SLOW * step_timeout
     self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._aborted)
 
@@ -59,18 +60,23 @@ class Watch:
     """`asked()` gives the signal that told this process to stop, or 0. Returns what all are to ask after every step.
 
     It becomes true in all processes after the same step. Once one was told, each tells after how many steps it last
-    went on, and goes no further until all have told; the step after the greatest of these numbers is the last.
+    went on, and goes no further until process 0 knows all: the step after the greatest of these numbers is the last.
     """
     self._asked = asked
     return self._stop
 
   def _stop(self) -> bool:
     with self._state:
-      self._state.wait_for(lambda: self._own['calls'] is None or self._stop_at)
+      self._state.wait_for(lambda: self._own['calls'] is None or self._own['stop_at'])
       self._calls += 1
-      stops = 0 < self._stop_at <= self._calls
+      stops = 0 < self._own['stop_at'] <= self._calls
     self.mark(f'step {self._calls} done')
     return stops
+
+  @property
+  def signal(self) -> int:
+    """The signal for which all stop, once they do."""
+    return self._own['asked']
 
   def fail(self, line: str) -> None:
     """Tells the others why this process leaves; to be called before it does."""
@@ -79,8 +85,8 @@ class Watch:
 
   def suspect(self) -> None:
     """To be called when something between processes broke: if another is at fault, this does not return."""
-    self._patience = BROKEN
-    time.sleep(BROKEN + 4 * BEAT)
+    self._own |= {'broken': True}
+    time.sleep(BROKEN + 6 * BEAT)
 
   def end(self) -> None:
     """Returns once all processes are at their end; from then on none watches the others."""
@@ -92,7 +98,7 @@ class Watch:
     while not self._ended.is_set():
       with contextlib.suppress(Exception):  # no answer is what `_heard` tells
         self._exchange()
-      frozen = self._own['calls'] is not None and not self._stop_at
+      frozen = self._own['calls'] is not None and not self._own['stop_at']
       self._ended.wait(0.05 if frozen else BEAT)
 
   def _exchange(self) -> None:
@@ -102,7 +108,11 @@ class Watch:
       own |= {'marks': self._marks, 'place': self._place, 'late': now - self._reached > self._limit > 0}
       own |= {'waited': now - self._reached}
     self._client.key_value_set(f'{FOLDER}{self.rank}', json.dumps(own), allow_overwrite=True)
-    found = {int(key.rpartition('/')[2]): json.loads(text) for key, text in self._client.key_value_dir_get(FOLDER)}
+    if self.rank:
+      read = [(f'{FOLDER}0', self._client.key_value_try_get(f'{FOLDER}0'))]
+    else:
+      read = self._client.key_value_dir_get(FOLDER)
+    found = {int(key.rpartition('/')[2]): json.loads(text) for key, text in read}
     self._heard = time.monotonic()
     for rank, beat in found.items():
       if beat['number'] != self._beats.get(rank, {}).get('number'):
@@ -112,16 +122,18 @@ class Watch:
 
   def _agree(self) -> None:
     """One step towards a common last step, if somebody was told to stop."""
-    told = [beat['asked'] for beat in self._beats.values() if beat['asked']]
-    if not told or self._stop_at:
+    beats = list(self._beats.values())
+    told = next((beat['asked'] for beat in beats if beat['asked']), 0)
+    if not told or self._own['stop_at']:
       return
     with self._state:
-      if self._own['calls'] is None:
-        self._own['calls'] = self._calls
-      calls = [beat['calls'] for beat in self._beats.values()]
-      if len(calls) == self.count and None not in calls:
-        self._stop_at, self.signal = max(calls) + 1, told[0]
-        self._state.notify_all()
+      self._own |= {'asked': told, 'calls': self._calls}
+      calls = [beat['calls'] for beat in beats]
+      if self.rank:
+        self._own |= {'stop_at': beats[0]['stop_at']}
+      elif len(beats) == self.count and None not in calls:
+        self._own |= {'stop_at': max(calls) + 1}
+      self._state.notify_all()
 
   def _judge(self) -> None:
     last = time.monotonic()
@@ -139,11 +151,13 @@ class Watch:
     told = [beat['fault'] for rank, beat in beats.items() if beat['fault'] and rank != self.rank]
     if told:
       return told[0]
-    if self.rank and now - self._heard > self._patience:
+    patience = BROKEN if self._own['broken'] or any(beat['broken'] for beat in beats.values()) else DEAD
+    if self.rank and now - self._heard > patience:
       return f'{self._named([0])}, the coordinator, has not answered for {now - self._heard:.0f} s'
-    silent = [rank for rank, when in self._since.items() if rank != self.rank and now - when > self._patience]
+    seen = range(1, self.count) if self.rank == 0 else (0,)
+    silent = [rank for rank in seen if now - self._since[rank] > patience]
     if silent:
-      return f'{self._named(silent)}: no sign of life for {self._patience:.0f} s'
+      return f'{self._named(silent)}: no sign of life for {patience:.0f} s'
     if len(beats) < self.count:
       return ''
     least = min(beat['marks'] for beat in beats.values())
