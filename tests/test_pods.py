@@ -60,5 +60,5 @@ def test_the_commands_are_ones_that_jaxlm_takes():
 
 def test_the_codes_and_seconds_are_those_of_the_code():
   assert f'leave with {Stopped.code} (130 for ctrl-c)' in PAGE and f'leave with {peers.CODE}' in PAGE
-  assert f'after {peers.DEAD:.0f} s at most' in PAGE
+  assert f'no sign of life for {peers.DEAD:.0f} s' in PAGE
   assert f'({Watch().step_timeout:.0f} s) behind' in PAGE and peers.SLOW == 10
