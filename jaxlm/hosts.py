@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jaxlm.errors import InputError, Stopped
-from jaxlm.peers import Watch
+from jaxlm.peers import Watch, last_line, on_abort
 
 T = TypeVar('T')
 
 EXPLICIT = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 SLURM = ('SLURM_JOB_ID', 'SLURM_STEP_NODELIST', 'SLURM_NTASKS', 'SLURM_PROCID', 'SLURM_LOCALID')
 TPU_FILES = ('/dev/accel0', '/dev/vfio/0')
+WITHIN = 300  # seconds for all processes to come
 LONGEST = 24 * 3600 * 1000  # milliseconds: what waits for another process ends with the watch, not with a clock
 
 _watch: Watch | None = None
@@ -102,23 +103,28 @@ def start(step_timeout: float) -> None:
   import jax
 
   jax.config.update('jax_enable_preemption_service', False)  # SIGTERM is answered here (see `peers`)
-  jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+  if jax.config.jax_cpu_collectives_implementation in (None, 'none'):  # not one that was asked for
+    jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   if told is None:
     told = {'local_device_ids': local_gpus(os.environ) if os.environ.get('SLURM_PROCID') else None}
   elif told:
     told['cluster_detection_method'] = 'deactivate'
+  where = told.get('coordinator_address', 'the coordinator')
+  on_abort(lambda: last_line(f'not all processes of the run came to {where} within {WITHIN} s'))
   try:
-    jax.distributed.initialize(**told, shutdown_timeout_seconds=60)  # ty: ignore
+    jax.distributed.initialize(**told, initialization_timeout=WITHIN, shutdown_timeout_seconds=60)  # ty: ignore
   except Exception as error:
     if str(error).startswith('coordinator_address should be defined'):
       return  # a TPU that belongs to no cluster
     line = str(error).splitlines()[0]
     raise InputError(f'the processes did not find each other: {line}; {", ".join(EXPLICIT)} may say where') from error
+  finally:
+    on_abort(None)
   from jax._src.distributed import global_state as joined_state  # as Orbax does: there is no public way to the client
 
   if joined_state.num_processes > 1:
-    where = joined_state.coordinator_address
-    _watch = Watch(joined_state.client, joined_state.process_id, joined_state.num_processes, str(where), step_timeout)
+    who = joined_state.process_id, joined_state.num_processes, str(joined_state.coordinator_address)
+    _watch = Watch(joined_state.client, *who, step_timeout)
     _watch.begin()
 
 

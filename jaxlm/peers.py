@@ -41,12 +41,10 @@ class Watch:
     self._since = dict.fromkeys(range(count), time.monotonic())  # when each was last seen to be alive
     self._heard = time.monotonic()  # when the coordination service last answered
     self._marks, self._place, self._reached, self._limit = 0, 'start', time.monotonic(), SLOW * step_timeout
-    self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._aborted)
 
   def begin(self) -> None:
     """Starts the threads."""
-    if self.rank:  # XLA aborts, with a dump of its stack, at once when process 0 is gone: that needs a last line
-      ctypes.CDLL(None).signal(signal.SIGABRT, self._handler)
+    on_abort(self._aborted if self.rank else None)  # XLA aborts at once when process 0 is gone
     for act in (self._talk, self._judge):
       threading.Thread(target=act, daemon=True, name=f'peers{act.__name__}').start()
 
@@ -192,16 +190,32 @@ class Watch:
         _in_time(act, 3 * BEAT)
       os._exit(CODE)
 
-  def _aborted(self, number: int) -> None:
-    """The handler of SIGABRT: where it was for the loss of process 0, that is the last line; else it goes on."""
+  def _aborted(self) -> None:
+    """Where the abort was for the loss of process 0, that is the last line; else it takes its course."""
     host, port = self._address.rsplit(':', 1)
     try:
       socket.create_connection((host, int(port)), 1.0).close()
     except OSError:
       if not self._ended.is_set():
-        print(f'jaxlm: {self._named([0])}, the coordinator, is gone', end='', file=sys.stderr)
-        print('; the same command goes on from the last save', file=sys.stderr, flush=True)
-        os._exit(CODE)
+        last_line(f'{self._named([0])}, the coordinator, is gone; the same command goes on from the last save')
+
+
+_handlers: list[Any] = []  # what C calls has to stay
+
+
+def on_abort(act: Callable[[], None] | None) -> None:
+  """Does this where C++ aborts the process, after the dump of its stack that it prints; None: nothing any more.
+
+  Python's own handlers do not run before the process is gone.
+  """
+  _handlers.append(ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: act()) if act else None)
+  ctypes.CDLL(None).signal(signal.SIGABRT, _handlers[-1])
+
+
+def last_line(line: str) -> None:
+  """Says it and ends the process as one that leaves because of another."""
+  print(f'jaxlm: {line}', file=sys.stderr, flush=True)
+  os._exit(CODE)
 
 
 def _in_time(act: Callable[[], None], seconds: float) -> None:

@@ -323,6 +323,15 @@ def test_a_half_set_environment_ends_the_command(home):
   assert not (home / 'half').exists()
 
 
+@pytest.mark.slow
+def test_a_process_whose_others_never_come_says_so(home):
+  command = ['-c', 'from jaxlm import hosts; hosts.WITHIN = 3; hosts.start(1.0)']
+  address = f'localhost:{free_port()}'
+  env = {'JAX_COORDINATOR_ADDRESS': address, 'JAX_NUM_PROCESSES': '2'}
+  out = finish(process(home, command, **env, JAX_PROCESS_ID='0'), peers.CODE)
+  assert out.splitlines()[-1] == f'jaxlm: not all processes of the run came to {address} within 3 s'
+
+
 def test_what_the_environment_says():
   explicit = {'coordinator_address': 'a:1', 'num_processes': 4, 'process_id': 3}
   assert hosts.explicit(SET) == explicit
