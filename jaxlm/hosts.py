@@ -103,7 +103,7 @@ def start(step_timeout: float) -> None:
   import jax
 
   jax.config.update('jax_enable_preemption_service', False)  # SIGTERM is answered here (see `peers`)
-  if jax.config.jax_cpu_collectives_implementation in (None, 'none'):  # not one that was asked for
+  if jax.config.values['jax_cpu_collectives_implementation'] in (None, 'none'):  # not one that was asked for
     jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   if told is None:
     told = {'local_device_ids': local_gpus(os.environ) if os.environ.get('SLURM_PROCID') else None}
@@ -167,6 +167,7 @@ def _end(watch: Watch) -> None:
 def leave(code: int) -> None:
   """Ends this process where others are still joined to it: the usual end of Python would wait for them."""
   if _watch:
+    _watch.finish()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

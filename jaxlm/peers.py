@@ -186,9 +186,13 @@ class Watch:
     with self._leaving:
       print(f'jaxlm: {line}; the same command goes on from the last save', file=sys.stderr, flush=True)
       self._publish(line)
-      for act in self.last_acts:
-        _in_time(act, 3 * BEAT)
+      self.finish()
       os._exit(CODE)
+
+  def finish(self) -> None:
+    """Does the last acts."""
+    for act in self.last_acts:
+      _in_time(act, 3 * BEAT)
 
   def _aborted(self) -> None:
     """Where the abort was for the loss of process 0, that is the last line; else it takes its course."""

@@ -236,8 +236,8 @@ def test_when_a_peer_dies_or_hangs_the_other_leaves_and_names_it(wrecks, name):
 def test_what_a_wreck_had_saved_goes_on(home, wrecks):
   run = shutil.copytree(wrecks['rank 1 killed'][0], home / 'mended')
   step = Checkpoints(run / 'checkpoints').steps()[-1]
-  alone(home, run, {'fsdp': 8}, step + 2)
-  assert rows(run).keys() == set(range(1, step + 3))
+  alone(home, run, {'fsdp': 8}, step + 5)
+  assert rows(run).keys() == set(range(1, step + 6))
 
 
 @pytest.mark.slow
