@@ -36,8 +36,16 @@ usage: jaxlm VERB ...          `jaxlm VERB --help` explains a verb
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one verb and returns the exit code.
 
-  0, 1 for bad input, 3 for a plan that does not fit, 75 when terminated after saving, 130 when interrupted.
+  0, 1 for bad input, 3 for a plan that does not fit, 75 when terminated after saving, 76 where another process of the
+  run died or hangs, 130 when interrupted.
   """
+  code = _main(argv)
+  if 'jaxlm.hosts' in sys.modules:
+    sys.modules['jaxlm.hosts'].leave(code)
+  return code
+
+
+def _main(argv: Sequence[str] | None) -> int:
   args = list(sys.argv[1:] if argv is None else argv)
   if not args or args[0] in ('-h', '--help', 'help'):
     print(HELP, end='')
@@ -95,7 +103,8 @@ def devices_line(accelerators: Mapping[str, str] = ACCELERATORS) -> str:
       f"this machine has an accelerator ({idle}) and JAX sees only the CPU: pip install 'jaxlm[{accelerators[idle]}]', "
       'or set JAX_PLATFORMS=cpu to compute on the CPU all the same'
     )
-  return f'devices: {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), jax {jax.__version__}'
+  processes = f', in {jax.process_count()} processes' * (jax.process_count() > 1)
+  return f'devices: {len(devices)} x {devices[0].device_kind} ({devices[0].platform}){processes}, jax {jax.__version__}'
 
 
 def _quickstart(args: Sequence[str]) -> None:
@@ -181,12 +190,19 @@ def pretraining(args: Sequence[str]) -> 'Pretrain':
 
 def _pretrain(args: Sequence[str]) -> None:
   options = pretraining(args)
+  import signal
+
+  from jaxlm import hosts
   from jaxlm.console import Training, terminable
   from jaxlm.loops import pretrain
 
-  print(devices_line(), flush=True)
-  with terminable() as stop, Training(options.steps) as shown:
-    pretrain.pretrain(options, say=shown.say, on_step=shown.step, stop=stop)
+  with hosts.joined(options.watch.step_timeout):
+    line, first, many = devices_line(), hosts.first(), hosts.count() > 1
+    if first:
+      print(line, flush=True)
+    signals = (signal.SIGINT,) if many else ()  # a process that left alone would leave the others waiting
+    with terminable(*signals) as asked, Training(options.steps, quiet=not first) as shown:
+      pretrain.pretrain(options, say=shown.say, on_step=shown.step, stop=hosts.agreed(asked))
 
 
 def _eval(args: Sequence[str]) -> None:

@@ -77,31 +77,35 @@ def reading() -> Generator[Callable[[int, int], None]]:
 
 
 @contextmanager
-def terminable() -> Generator[Callable[[], bool]]:
-  """Yields `asked()`, true once SIGTERM came: time to save and leave. A second SIGTERM ends the process at once.
+def terminable(*signals: signal.Signals) -> Generator[Callable[[], int]]:
+  """Yields `asked()`: the number of the SIGTERM (or one of `signals`) that came, time to save and leave; before, 0.
+
+  A second one ends the process at once.
 
   A handler of Python's runs only between the main thread's bytecodes, so not inside of a compilation, and there two
   signals count as one. The number of every signal is written to a pipe at once, and a thread reads it there.
   """
-  asked = threading.Event()
+  caught = {signal.SIGTERM, *signals}
+  asked: list[int] = []
   read, write = os.pipe()
   os.set_blocking(write, False)
 
   def listen() -> None:
     while number := os.read(read, 1):
-      if number[0] == signal.SIGTERM:
-        if asked.is_set():
-          os._exit(128 + signal.SIGTERM)
-        asked.set()
+      if number[0] in caught:
+        if asked:
+          os._exit(128 + number[0])
+        asked.append(number[0])
 
   listener = threading.Thread(target=listen, daemon=True)
   listener.start()
   pipe_before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-  before = signal.signal(signal.SIGTERM, lambda *_: None)
+  before = {one: signal.signal(one, lambda *_: None) for one in caught}
   try:
-    yield asked.is_set
+    yield lambda: asked[0] if asked else 0
   finally:
-    signal.signal(signal.SIGTERM, before)
+    for one, handler in before.items():
+      signal.signal(one, handler)
     signal.set_wakeup_fd(pipe_before)
     os.close(write)
     listener.join()
@@ -115,9 +119,9 @@ class Training:
   first step, which compiles, is left out of the rate.
   """
 
-  def __init__(self, total: int):
+  def __init__(self, total: int, *, quiet: bool = False):
     self.total = total
-    self.console = Console(highlight=False)
+    self.console = Console(highlight=False, quiet=quiet)
     self._first: tuple[int, float] | None = None
     self._printed = 0.0
     text = [TextColumn('{task.fields[figures]}'), TextColumn('left {task.fields[left]}')]

@@ -13,7 +13,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from jaxlm import draws, models, speculate
+from jaxlm import draws, hosts, models, speculate
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.draws import Sampling as Sampling
 from jaxlm.errors import InputError
@@ -163,15 +163,16 @@ def generate(
     state = advance(cfg, run, steps, params, state, sampling, jnp.asarray(ids, jnp.int32), draft)
     if tokenizer is not None and stop:
       state = state.replace(out=_stopped_at(state.out, stop, tokenizer, checked))
-    done = np.asarray(state.out.stopped_B | (state.out.lengths_B >= max_new_tokens))
-    if done.all():
+    lengths_B = hosts.read(state.out.lengths_B)
+    done_B = hosts.read(state.out.stopped_B) | (lengths_B >= max_new_tokens)
+    if done_B.all():
       return state.out
-    checked = int(np.asarray(state.out.lengths_B)[~done].min())
+    checked = int(lengths_B[~done_B].min())
 
 
 def _stopped_at(out: Rollout, stop: Sequence[str], tokenizer: Tokenizer, checked: int) -> Rollout:
   """The rollout with every row ended by the token that completes a stop string; none does before `checked` tokens."""
-  tokens_BN, lengths_B = np.asarray(out.tokens_BN), np.array(out.lengths_B)
+  tokens_BN, lengths_B = hosts.read(out.tokens_BN), np.array(hosts.read(out.lengths_B))
   found_B = np.zeros(len(lengths_B), bool)
   for row, tokens_N in enumerate(tokens_BN):
     has = lambda n, tokens_N=tokens_N: any(text in tokenizer.decode(tokens_N[:n].tolist()) for text in stop)

@@ -19,7 +19,7 @@ LAYERS = (
   ('objectives', 'config', 'program', 'scale'),
   ('train', 'sample', 'draws', 'speculate', 'rl', 'lora', 'interop'),
   ('models', 'losses', 'data'),
-  ('tree', 'masked', 'sharding', 'errors', 'files'),
+  ('tree', 'masked', 'sharding', 'errors', 'files', 'hosts', 'peers'),
 )
 APART = {'models', 'losses', 'data'}  # neighbours that never import each other
 UNSAFE = {'pickle', 'cPickle', 'dill', 'cloudpickle', 'shelve', 'marshal', 'joblib'}

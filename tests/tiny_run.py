@@ -90,5 +90,6 @@ def saved_state(run: Path, step: int):
   """All arrays of a saved step, on the host: parameters, optimizer, step, cursor and key."""
   from orbax.checkpoint import v1 as ocp
 
-  path = Checkpoints(run / 'checkpoints').path(step)
-  return jax.tree.map(np.asarray, ocp.load(path, ocp.metadata(path).metadata))
+  path, here = Checkpoints(run / 'checkpoints').path(step), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  there = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), ocp.metadata(path).metadata)
+  return jax.tree.map(np.asarray, ocp.load(path, there))

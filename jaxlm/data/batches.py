@@ -94,8 +94,9 @@ class Batches:
     draws = [self.mixture.draw(position) for position in range(first, first + self.size(cursor))]
     return np.array([self._rows.bounds[source] + self._orders[source][draw] for source, draw in draws], np.int64)
 
-  def __call__(self, cursor: int) -> Batch:
-    return stack([self._rows[int(row)] for row in self.row_ids(cursor)])
+  def __call__(self, cursor: int, rows: slice = slice(None)) -> Batch:
+    """That batch, or some of its rows: no other one is read then."""
+    return stack([self._rows[int(row)] for row in self.row_ids(cursor)[rows]])
 
 
 def parse_ramp(ramp: Sequence[str], global_batch: int) -> list[tuple[int, int]]:
@@ -127,12 +128,18 @@ class InOrder:
     return -(-len(self.ids) // self.global_batch)
 
   def __getitem__(self, index: int) -> Batch:
+    return self.part(index, slice(None))
+
+  def part(self, index: int, rows: slice) -> Batch:
+    """Some rows (at least one) of a batch; no other one is read."""
     if not 0 <= index < len(self):
       raise IndexError(f'batch {index} of {len(self)}')
     first = index * self.global_batch
-    some = [self.rows[int(row)] for row in self.ids[first : first + self.global_batch]]
-    blank = {name: np.zeros_like(value) for name, value in some[0].items()}
-    return stack(some + [blank] * (self.global_batch - len(some)))
+    wanted = range(first, first + self.global_batch)[rows]
+    some = [self.rows[int(self.ids[i])] for i in wanted if i < len(self.ids)]
+    like = some[0] if some else self.rows[int(self.ids[first])]
+    blank = {name: np.zeros_like(value) for name, value in like.items()}
+    return stack(some + [blank] * (len(wanted) - len(some)))
 
 
 def in_order(rows: RowSource, global_batch: int, limit: int | None = None) -> InOrder:

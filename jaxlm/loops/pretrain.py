@@ -2,9 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from jaxlm import config as configs
-from jaxlm import program, sharding, tree
+from jaxlm import hosts, program, sharding, tree
 from jaxlm.config import Pretrain
 from jaxlm.data import batches as data_batches
 from jaxlm.data.tokenizer import Tokenizer
@@ -27,6 +28,7 @@ from jaxlm.train.checkpoint import Checkpoints
 
 Say = Callable[[str], None]
 OnStep = Callable[[int, dict[str, float]], None]
+Writer = metrics.Writer | metrics.Unwritten
 
 
 class Wired(NamedTuple):
@@ -47,7 +49,7 @@ def pretrain(
   *,
   say: Say = lambda line: None,
   on_step: OnStep = lambda step, row: None,
-  stop: Callable[[], bool] = lambda: False,
+  stop: Callable[[], int] = lambda: False,
 ) -> Any:
   """Runs or continues `config` and returns the last state; everything else is in the run's folder.
 
@@ -58,7 +60,8 @@ def pretrain(
   config = resolve(config, opened.tokenizer)
   mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
   run, watch = epath.Path(config.run), config.watch
-  with lock.hold(run), jax.set_mesh(mesh):
+  with _held(run), jax.set_mesh(mesh):
+    _check_same(config, opened)
     rows, groups = corpus.held_out(list(opened.folders.values()), config.data.seq_len)
     built = program.fitting(program.build(config, mesh, groups=len(groups)), program.memory_limit(mesh))
     keep = {'keep_last': watch.keep_last, 'keep_every': watch.keep_every, 'keep_best': watch.keep_best}
@@ -67,7 +70,8 @@ def pretrain(
     training = corpus.training(opened, config)
     wired = Wired(config, opened, built, groups, training, checkpoints, rewinds, say)
     fixed = data_batches.in_order(rows, config.data.global_batch, watch.eval_batches * config.data.global_batch)
-    held_out = [program.put(fixed[i], built.held_out) for i in range(len(fixed))]
+    size = config.data.global_batch
+    held_out = [hosts.place(size, functools.partial(fixed.part, i), built.held_out) for i in range(len(fixed))]
     try:
       state = _start(wired)
       _describe(wired, mesh)
@@ -81,6 +85,22 @@ def pretrain(
       checkpoints.close()
 
 
+@contextlib.contextmanager
+def _held(run: epath.Path) -> Generator[None]:
+  """The lock of the run's folder, held by process 0 for all."""
+  with contextlib.ExitStack() as stack:
+    hosts.from_first(lambda: stack.enter_context(lock.hold(run)))
+    yield
+
+
+def _check_same(config: Pretrain, opened: Corpus) -> None:
+  """Raises InputError if this process was given another config, or other data, than process 0."""
+  mine = {'config': json.loads(configs.to_json(config)), 'contents of the data': opened.contents}
+  theirs = hosts.from_first(lambda: mine)
+  if lines := _differences(theirs, mine):
+    raise InputError('not what process 0 was given: ' + '; '.join(f'{n} is {b}, not {a}' for n, a, b in lines))
+
+
 def resolve(config: Pretrain, tokenizer: Tokenizer) -> Pretrain:
   """The config with the vocabulary of the tokenizer. Raises InputError if it names another size."""
   named = config.model.vocab_size
@@ -92,7 +112,8 @@ def resolve(config: Pretrain, tokenizer: Tokenizer) -> Pretrain:
 def _train(wired: Wired, state: Any, held_out: list[Any], mesh: Any, on_step: OnStep, stop: Any) -> Any:
   """From `state` to the end of the run, or to the SIGTERM or the spike that ends it before."""
   config, checkpoints = wired.config, wired.checkpoints
-  writer, profile = metrics.Writer(config.run, int(state.step), wired.say), Trace(config.run, config.profiled)
+  profile = Trace(config.run, config.profiled if hosts.first() else None)
+  writer = metrics.Writer(config.run, int(state.step), wired.say) if hosts.first() else metrics.Unwritten()
   try:
     hooks = _hooks(wired, held_out, writer)
     log = _logger(wired, mesh, writer, on_step, int(state.cursor) - int(state.step))
@@ -101,13 +122,18 @@ def _train(wired: Wired, state: Any, held_out: list[Any], mesh: Any, on_step: On
     state = train.fit(wired.built.step, state, _stream(wired, state), log=log, hooks=hooks, **watched, **timing)
     if int(state.step) < config.steps:
       hooks[-1][1](int(state.step), state)
-      checkpoints.wait()
+      _settled(checkpoints)
       raise Stopped(f'stopped and saved at step {int(state.step)} of {config.steps}; the same command goes on from it')
-    checkpoints.wait()
+    _settled(checkpoints)
     return state
   finally:
     profile.close()
     writer.close()
+
+
+def _settled(checkpoints: Checkpoints) -> None:
+  hosts.mark('the end of the last save', slow=True)
+  checkpoints.wait()
 
 
 def _start(wired: Wired) -> Any:
@@ -158,6 +184,7 @@ def _layout(abstract: Any) -> Any:
 
 def _rewound(wired: Wired, spike: rewind.Spike, cursor: int) -> Any:
   """The last saved state, to go on from the batch `cursor`, behind the one that spiked."""
+  hosts.mark('the way back to the last save', slow=True)
   with contextlib.suppress(OSError):  # a save that failed was told
     wired.checkpoints.wait()
   step = wired.checkpoints.newest_sound(wired.say)
@@ -171,7 +198,8 @@ def _rewound(wired: Wired, spike: rewind.Spike, cursor: int) -> Any:
 def _at_cursor(state: Any, cursor: int | None) -> Any:
   if cursor is None:
     return state
-  return dataclasses.replace(state, cursor=jax.device_put(np.int32(cursor), state.cursor.sharding))
+  new = jax.make_array_from_callback((), state.cursor.sharding, lambda index: np.int32(cursor))
+  return dataclasses.replace(state, cursor=new)
 
 
 def _differences(old: Any, new: Any, prefix: str = '') -> list[tuple[str, Any, Any]]:
@@ -183,6 +211,8 @@ def _differences(old: Any, new: Any, prefix: str = '') -> list[tuple[str, Any, A
 
 def _describe(wired: Wired, mesh: Any) -> None:
   """Writes what a reader of the run's folder needs: config, tokenizer, and the facts that the report shows."""
+  if not hosts.first():
+    return
   config, built, run = wired.config, wired.built, epath.Path(wired.config.run)
   run.mkdir(parents=True, exist_ok=True)
   write_whole(run / 'config.json', configs.to_json(config))
@@ -221,11 +251,19 @@ def _stream(wired: Wired, state: Any) -> Iterator[Any]:
   wired.say(f'{config.data.packing}: {training.rows:,} rows, {training.fill:.1%} full')
   start = int(state.cursor)
   stop = start + max(0, config.steps - int(state.step))
-  make = lambda cursor: program.put(training.batches(cursor), built.batch)
-  return (batch for _, batch in data_batches.prefetch(make, start, stop))
+
+  def make(cursor: int) -> Any:
+    batches = training.batches
+    return hosts.place(batches.size(cursor), functools.partial(batches, cursor), built.batch)
+
+  def marked(cursor: int, batch: Any) -> Any:
+    hosts.mark(f'batch {cursor}', slow=cursor < start + 2)  # the first step compiles, its row too
+    return batch
+
+  return (marked(cursor, batch) for cursor, batch in data_batches.prefetch(make, start, stop))
 
 
-def _hooks(wired: Wired, held_out: list[Any], writer: metrics.Writer) -> tuple:
+def _hooks(wired: Wired, held_out: list[Any], writer: Writer) -> tuple:
   """Evaluation, samples and saving, in this order: what a save acknowledges was written before it began."""
   config, built, say, tokenizer = wired.config, wired.built, wired.say, wired.corpus.tokenizer
   watch = config.watch
@@ -261,11 +299,22 @@ def _hooks(wired: Wired, held_out: list[Any], writer: metrics.Writer) -> tuple:
 
   if not held_out:
     say(f'{config.data.path} has no held-out documents: nothing is evaluated')
-  hooks = ((watch.eval_every, evaluate),) if held_out else ()
+  hooks = [(watch.eval_every, _marked('evaluation', evaluate))] if held_out else []
   if watch.prompts:
     _check_room(config, tokenizer)
-    hooks = (*hooks, (watch.sample_every, show))
-  return (*hooks, (watch.save_every, save))
+    hooks.append((watch.sample_every, _marked('samples', show)))
+  return (*hooks, (watch.save_every, _marked('save', save)))
+
+
+def _marked(name: str, act: Callable[[int, Any], None]) -> Callable[[int, Any], None]:
+  """A hook that says to the other processes where it begins and ends."""
+
+  def hook(step: int, state: Any) -> None:
+    hosts.mark(f'{name} at step {step}', slow=True)
+    act(step, state)
+    hosts.mark(f'after {name} at step {step}')
+
+  return hook
 
 
 def _check_room(config: Pretrain, tokenizer: Tokenizer) -> None:
@@ -276,7 +325,7 @@ def _check_room(config: Pretrain, tokenizer: Tokenizer) -> None:
     raise InputError(f'watch.sample_tokens={config.watch.sample_tokens}: a sample needs {needed} of {there} positions')
 
 
-def _logger(wired: Wired, mesh: Any, writer: metrics.Writer, on_step: OnStep, offset: int) -> OnStep:
+def _logger(wired: Wired, mesh: Any, writer: Writer, on_step: OnStep, offset: int) -> OnStep:
   """Turns a step's metrics into a row: names of the ecosystem, throughput, utilisation, epochs; looks for spikes."""
   config, built, batches, names = wired.config, wired.built, wired.training.batches, wired.training.names
   flops = metrics.flops_per_token(config.model, config.data.seq_len)

@@ -7,6 +7,7 @@ from typing import Any
 
 from etils import epath
 
+from jaxlm import hosts
 from jaxlm.errors import InputError
 from jaxlm.files import read_json, write_whole
 from jaxlm.train.metrics import read_rows
@@ -32,14 +33,17 @@ class Rewinds:
   def __init__(self, run: Any, factor: float, most: int):
     self._run, self._factor, self._most = epath.Path(run), factor, most
     path = self._run / FILE
-    self.entries: list[dict[str, int]] = read_json(path, list) if path.exists() else []
+    self.entries: list[dict[str, int]] = hosts.from_first(lambda: read_json(path, list) if path.exists() else [])
     self._losses: deque[float] = deque(maxlen=RECENT)
 
   def begin(self, step: int) -> int | None:
     """To be called where training starts at a saved `step`; the cursor to use, if that step was rewound to."""
-    rows = [row for row in read_rows(self._run / 'metrics.jsonl') if row['step'] <= step]
-    self._losses = deque((row['train/loss'] for row in rows if row.get('train/loss') is not None), RECENT)
+    self._losses = deque(hosts.from_first(lambda: self._recent(step)), RECENT)
     return next((entry['cursor'] for entry in reversed(self.entries) if entry['step'] == step), None)
+
+  def _recent(self, step: int) -> list[float]:
+    rows = [row for row in read_rows(self._run / 'metrics.jsonl') if row['step'] <= step]
+    return [row['train/loss'] for row in rows if row.get('train/loss') is not None][-RECENT:]
 
   def check(self, step: int, loss: float) -> None:
     """Raises Spike if the loss exceeds `factor` times the median of the rows before it; for every step."""
@@ -60,4 +64,4 @@ class Rewinds:
         'or raise watch.spike or watch.most_rewinds'
       )
     self.entries.append({'step': step, 'spike': spike, 'cursor': cursor})
-    write_whole(self._run / FILE, json.dumps(self.entries, indent=1))
+    hosts.from_first(lambda: write_whole(self._run / FILE, json.dumps(self.entries, indent=1)))

@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 
 from jaxlm import config as configs
-from jaxlm import models, program, sample
+from jaxlm import hosts, models, program, sample, sharding
 from jaxlm.config import Pretrain
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.tokenizer import Tokenizer
@@ -38,7 +37,7 @@ def complete(
   ids = [tokenizer.prefix_ids + tokenizer.encode(p) or [first] for p in prompts]
   ends = {'stop_ids': (tokenizer.eos_id,), 'stop': stop, 'tokenizer': tokenizer}
   out = sample.generate(cfg, params, ids, key, max_new_tokens=new, sampling=sampling, run=run, draft=draft, **ends)
-  tokens_BN, lengths_B = np.asarray(out.tokens_BN), np.asarray(out.lengths_B)
+  tokens_BN, lengths_B = hosts.read(out.tokens_BN), hosts.read(out.lengths_B)
   texts = [tokenizer.decode(row[:n].tolist()) for row, n in zip(tokens_BN, lengths_B, strict=True)]
   return [text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))] for text in texts]
 
@@ -46,9 +45,9 @@ def complete(
 def load(run: Any, layout: Any = None) -> tuple[Pretrain, Any, Tokenizer, int]:
   """(config, parameters, tokenizer, step) of a run's newest checkpoint: its average, where the optimizer keeps one.
 
-  `layout` gives the sharding of each parameter (a tree like them); without it all are on the first device. The
-  optimizer's state is read only where the average is in it. Raises InputError if the run has no checkpoint, a damaged
-  one, or another tokenizer than it was trained with.
+  `layout` gives the sharding of each parameter (a tree like them); without it all are on one device of this process.
+  The optimizer's state is read only where the average is in it. Raises InputError if the run has no checkpoint, a
+  damaged one, or another tokenizer than it was trained with.
   """
   run = epath.Path(run)
   checkpoints = checkpoint.Checkpoints(run / 'checkpoints')
@@ -56,7 +55,7 @@ def load(run: Any, layout: Any = None) -> tuple[Pretrain, Any, Tokenizer, int]:
   if not steps:
     raise InputError(f'{run}: holds no finished checkpoint; train one with `jaxlm pretrain ... --run {run}`')
   step, where = steps[-1], checkpoints.path(steps[-1])
-  if damaged := checkpoint.verify(where):
+  if damaged := hosts.from_first(lambda: checkpoint.verify(where)):
     raise InputError(f'{where}: damaged: {"; ".join(damaged)}')
   meta, vocabulary = checkpoints.meta(step), tokenizers.load(run / 'tokenizer.json')
   if vocabulary.digest != meta['tokenizer']:
@@ -66,9 +65,13 @@ def load(run: Any, layout: Any = None) -> tuple[Pretrain, Any, Tokenizer, int]:
   like = {'params': params}
   if config.optim.ema_decay or config.optim.name == 'schedule_free':
     like['opt_state'] = jax.eval_shape(program.make_optimizer(config).init, params)
-  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
+  if layout is None:
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shardings = jax.tree.map(lambda x: device, like)
+  else:
+    mesh = jax.tree.leaves(layout)[0].mesh
+    named = sharding.with_names(like, models.abstract(config.model))
+    shardings = sharding.state_shardings(named, mesh) | {'params': layout}
+  like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, shardings)
   found = checkpoints.restore(step, like, partial=True, verified=True)
-  params = optim.eval_params(found.get('opt_state'), found['params'])
-  params = params if layout is None else jax.device_put(params, layout)
-  return config, params, vocabulary, step
+  return config, optim.eval_params(found.get('opt_state'), found['params']), vocabulary, step

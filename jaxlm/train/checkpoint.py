@@ -2,6 +2,7 @@
 
 `checkpoints/00000100/` holds what Orbax wrote, `meta.json`, and last of all `digest.json`: a folder without it was
 interrupted and does not count. Nothing is renamed or locked by us, so the same holds on an object store.
+Of several processes each writes its own part of the arrays, and process 0 all else; it alone looks, checks and deletes.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from jaxlm import files, tree
+from jaxlm import files, hosts, tree
 from jaxlm.errors import InputError
 from jaxlm.files import write_whole
 
@@ -59,6 +60,9 @@ class Checkpoints:
     Damaged newer ones are named to `say` and set aside: they stay on disk and no longer count. Raises InputError when
     no step is sound.
     """
+    return hosts.from_first(lambda: self._newest_sound(say))
+
+  def _newest_sound(self, say: Say) -> int | None:
     steps, damaged = self.steps(), {}
     for step in self.unfinished():
       say(f'{self.path(step)}: no {DIGEST}: the save did not end, or the file was deleted; does not count')
@@ -76,8 +80,9 @@ class Checkpoints:
 
   def tidy(self) -> None:
     """Removes what interrupted saves and deletions left: a run that was at its end saves no more, and would keep it."""
-    self._clear_unfinished()
-    self._delete_old()
+    if hosts.first():
+      self._clear_unfinished()
+      self._delete_old()
 
   def path(self, step: int) -> epath.Path:
     """The folder of a step."""
@@ -88,16 +93,14 @@ class Checkpoints:
 
     `first()` has to succeed before. What the file system refuses, here or in the background, raises nothing: `say` is
     told, `failed` counts it, its remains are removed, older steps stay, and `wait` raises it if no save came after it.
+    Where one of several processes cannot write its part, the run ends instead.
     """
     from orbax.checkpoint import v1 as ocp
 
     with contextlib.suppress(OSError):  # was told
       self.wait()
     with self._told(step):
-      first()
-      self._clear_unfinished()
-      if (self.path(step) / ASIDE).exists():
-        self.path(step).rmtree()  # damaged, and now made again
+      hosts.from_first(lambda: self._prepare(step, first))
       logging.getLogger('absl').addFilter(_no_trace)
       context = ocp.Context()
       # In the background, a folder that cannot be made would cost Orbax a wait of five minutes.
@@ -105,6 +108,12 @@ class Checkpoints:
       with context:
         response = ocp.save_async(self.path(step), jax.tree.map(_storable, state))
       self._pending = self._worker.submit(self._finish, response, step, {**meta, 'step': step})
+
+  def _prepare(self, step: int, first: Callable[[], None]) -> None:
+    first()
+    self._clear_unfinished()
+    if (self.path(step) / ASIDE).exists():
+      self.path(step).rmtree()  # damaged, and now made again
 
   def wait(self) -> None:
     """Blocks until the running save is acknowledged. Raises OSError if that one or, none running, the last failed."""
@@ -149,13 +158,19 @@ class Checkpoints:
 
   def _finish(self, response: Any, step: int, meta: dict[str, Any]) -> None:
     with self._told(step):
-      path = self.path(step)
-      _written(response, path)
-      write_whole(path / META, json.dumps(meta, indent=1))
-      files.settle(path)
-      digests = _digests(path)
-      write_whole(path / DIGEST, json.dumps(digests | {DIGEST: files.seal(digests)}, indent=1))
-      self._delete_old()
+      try:
+        _written(response, self.path(step))
+      except OSError as error:
+        hosts.broken(f'step {step} could not be saved: {error.strerror or error}')
+        raise
+      hosts.from_first(lambda: self._acknowledge(self.path(step), meta), 'saved')
+
+  def _acknowledge(self, path: epath.Path, meta: dict[str, Any]) -> None:
+    write_whole(path / META, json.dumps(meta, indent=1))
+    files.settle(path)
+    digests = _digests(path)
+    write_whole(path / DIGEST, json.dumps(digests | {DIGEST: files.seal(digests)}, indent=1))
+    self._delete_old()
 
   @contextlib.contextmanager
   def _told(self, step: int) -> Generator[None]:
@@ -167,7 +182,8 @@ class Checkpoints:
       self.failed, self._failure = self.failed + 1, OSError(error.errno, line, str(self.directory))
       self._say(f'{self.directory}: {line}; older steps stay')
       with contextlib.suppress(OSError):  # else the next save does it
-        self._clear_unfinished()
+        if hosts.first():
+          self._clear_unfinished()
 
   def _delete_old(self) -> None:
     scores = {s: self.meta(s).get('score') if self.keep['best'] else None for s in self.steps()}

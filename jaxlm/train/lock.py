@@ -17,7 +17,7 @@ from typing import Any
 
 from etils import epath
 
-from jaxlm import files
+from jaxlm import files, hosts
 from jaxlm.errors import InputError
 
 BEAT = 10.0  # seconds between an owner's signs of life, for processes on other hosts to see
@@ -37,7 +37,8 @@ def hold(folder: Any) -> Generator[None]:
   beating = threading.Thread(target=_beat, args=(path, done), daemon=True)
   beating.start()
   try:
-    yield
+    with hosts.last_act(lambda: path.unlink(missing_ok=True)):
+      yield
   finally:
     done.set()
     beating.join()

@@ -118,6 +118,22 @@ class Writer:
       file.close()
 
 
+class Unwritten:
+  """In place of a Writer in all processes but the first."""
+
+  def row(self, step: int, values: dict[str, float]) -> None:
+    """Nothing."""
+
+  def sample(self, step: int, prompt: str, text: str) -> None:
+    """Nothing."""
+
+  def flush(self) -> None:
+    """Nothing."""
+
+  def close(self) -> None:
+    """Nothing."""
+
+
 def _continued(path: epath.Path, step: int, say: Callable[[str], None]) -> Appended:
   """The file with its rows up to that step, to be appended to."""
   kept = b''.join(_line(row) for row in read_rows(path) if row['step'] <= step)
