@@ -161,7 +161,7 @@ class Pretrain:
   """A pre-training run."""
 
   run: str = 'runs/pretrain'
-  init: str = ''  # a run to take the first weights from; its optimizer, step and data do not matter
+  init: str = ''  # a run, a Hugging Face folder or a GGUF file to take the first weights from
   model: ModelConfig = ModelConfig()  # vocab_size 0: the tokenizer's
   data: Data = Data()
   optim: Optim = Optim()

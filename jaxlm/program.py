@@ -53,6 +53,7 @@ class Program(NamedTuple):
   """Jitted functions with their shardings; nothing has been computed yet. Call them under `jax.set_mesh(mesh)`."""
 
   create: Callable[[], Any]  # -> a fresh state on the mesh
+  around: Callable[[Any], Any]  # a base's parameters, which are donated -> the state that begins with them
   step: Callable[[Any, Any], Any]  # (state, batch) -> (state, metrics); the state is donated
   evaluate: Callable[[Any, Any], Any]  # (params, held-out batch) -> {name: Sum of arrays [groups]}
   abstract: Any  # the state as ShapeDtypeStructs with shardings: what a restore needs
@@ -112,9 +113,13 @@ def build(config: Pretrain, mesh: Mesh, rules: sharding.Rules = sharding.RULES, 
   lr = schedule(config)
   optimizer, learns = make_optimizer(config), trainable(config)
 
+  params_key, state_key = (lambda n=n: jax.random.split(jax.random.key(config.seed))[n] for n in range(2))
+
+  def around(params: Any) -> state.State:
+    return state.create(adapt(config, params), optimizer, state_key(), trainable=learns)
+
   def create() -> state.State:
-    params_key, state_key = jax.random.split(jax.random.key(config.seed))
-    return state.create(adapt(config, models.init(cfg, params_key)), optimizer, state_key, trainable=learns)
+    return around(models.init(cfg, params_key()))
 
   named = state.abstract(create, models.abstract(cfg))
   shardings = sharding.state_shardings(named, mesh, rules)
@@ -133,6 +138,7 @@ def build(config: Pretrain, mesh: Mesh, rules: sharding.Rules = sharding.RULES, 
   evaluate = objectives.by_group(cfg, run, groups=groups, chunks=compute.loss_chunks)
   return Program(
     jax.jit(create, out_shardings=shardings),
+    jax.jit(around, out_shardings=shardings, donate_argnums=0),
     jax.jit(
       step.make_train_step(loss_fn, optimizer, trainable=learns, accum=compute.accum),
       in_shardings=(shardings, layout(batch)),
@@ -174,6 +180,17 @@ def trainable(config: Pretrain) -> tree.Where:
   if config.lora.rank:
     return lora.is_adapter
   return tree.matching(*config.trainable.split(',')) if config.trainable else tree.everything
+
+
+def kept(config: Pretrain, params: Any) -> Any:
+  """What of the parameters is saved: all, or the adapters, whose base lies elsewhere."""
+  return tree.split(params, lora.is_adapter)[0] if config.lora.rank else params
+
+
+def evaluated(config: Pretrain, opt_state: Any, params: Any) -> Any:
+  """The parameters to evaluate, sample and export: with the average of what learns, where the optimizer keeps one."""
+  picked, rest = tree.split(params, trainable(config))
+  return tree.combine(optim.eval_params(opt_state, picked), rest)
 
 
 def memory_limit(mesh: Mesh) -> int | None:

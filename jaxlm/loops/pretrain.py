@@ -19,11 +19,12 @@ from jaxlm.data import batches as data_batches
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import InputError, Stopped
 from jaxlm.files import read_json, write_whole
-from jaxlm.loops import corpus, rewind, train, writing
+from jaxlm.loops import bases, corpus, rewind, train, writing
 from jaxlm.loops.corpus import Corpus
 from jaxlm.loops.trace import Trace
+from jaxlm.models import ModelConfig
 from jaxlm.program import Program
-from jaxlm.train import lock, metrics, optim
+from jaxlm.train import lock, metrics
 from jaxlm.train.checkpoint import Checkpoints
 
 Say = Callable[[str], None]
@@ -102,7 +103,14 @@ def _check_same(config: Pretrain, opened: Corpus) -> None:
 
 
 def resolve(config: Pretrain, tokenizer: Tokenizer) -> Pretrain:
-  """The config with the vocabulary of the tokenizer. Raises InputError if it names another size."""
+  """The config with the model of `init`, where it names none, and the tokenizer's vocabulary.
+
+  Raises InputError if it names another size, or asks for adapters of no base.
+  """
+  if config.lora.rank and not config.init:
+    raise InputError(f'lora.rank={config.lora.rank}: adapters need a base: set init to a run or a foreign model')
+  if config.init and config.model == ModelConfig():
+    config = dataclasses.replace(config, model=bases.model_of(config.init))
   named = config.model.vocab_size
   if named not in (0, tokenizer.vocab_size):
     raise InputError(f"model.vocab_size={named} is not the {tokenizer.vocab_size} of the data's tokenizer; leave it 0")
@@ -138,7 +146,7 @@ def _settled(checkpoints: Checkpoints) -> None:
 
 def _start(wired: Wired) -> Any:
   """A fresh state, or the newest saved one if the folder holds a run that fits."""
-  config, built, checkpoints = wired.config, wired.built, wired.checkpoints
+  config, checkpoints = wired.config, wired.checkpoints
   step = checkpoints.newest_sound(wired.say)
   if step is None:
     checkpoints.tidy()
@@ -151,35 +159,28 @@ def _start(wired: Wired) -> Any:
   old = meta['config'] | {'run': config.run}
   for name, was, now in _differences(old, json.loads(configs.to_json(config))):
     wired.say(f'{name} was {was} in the saved run and is {now} now')
-  state = checkpoints.restore(step, built.abstract, verified=True)
+  state = _restored(wired, step)
   checkpoints.tidy()  # not before all fits: a run that is refused deletes nothing
   wired.say(f'continues from step {step} of {config.steps} ({where})')
   return _at_cursor(state, wired.rewinds.begin(step))
 
 
 def _initial(wired: Wired) -> Any:
-  """The state before the first step: fresh, or with the weights of the run that `init` names."""
+  """The state before the first step: fresh, or with the weights that `init` names."""
   config, built = wired.config, wired.built
-  state = built.create()
-  if config.init:
-    found, params, tokenizer, step = writing.load(
-      config.init, jax.tree.map(lambda x: x.sharding, built.abstract.params)
-    )
-    if tokenizer.digest != wired.corpus.tokenizer.digest:
-      raise InputError(
-        f'{config.init}: has another tokenizer than the data in {config.data.path}: prepare that with it'
-      )
-    if found.model != config.model:
-      lines = _differences(dataclasses.asdict(found.model), dataclasses.asdict(config.model), 'model')
-      raise InputError(f'{config.init}: is another model: ' + '; '.join(f'{n} is {a}, not {b}' for n, a, b in lines))
-    opt_state = jax.jit(program.make_optimizer(config).init, out_shardings=_layout(built.abstract.opt_state))(params)
-    state = dataclasses.replace(state, params=params, opt_state=opt_state)
-    wired.say(f'begins with the weights of {config.init}, step {step}')
-  return _at_cursor(state, wired.rewinds.begin(0))
+  if not config.init:
+    return _at_cursor(built.create(), wired.rewinds.begin(0))
+  base = _base(wired)
+  wired.say(f'begins with the weights of {base.said}')
+  return _at_cursor(built.around(base.params), wired.rewinds.begin(0))
 
 
-def _layout(abstract: Any) -> Any:
-  return jax.tree.map(lambda x: x.sharding, abstract)
+def _base(wired: Wired) -> bases.Base:
+  config, mesh = wired.config, jax.tree.leaves(wired.built.abstract)[0].sharding.mesh
+  base = bases.fitted(config, bases.open_base(config.init, mesh))
+  if base.tokenizer.digest != wired.corpus.tokenizer.digest:
+    raise InputError(f'{config.init}: has another tokenizer than the data in {config.data.path}: prepare that with it')
+  return base
 
 
 def _rewound(wired: Wired, spike: rewind.Spike, cursor: int) -> Any:
@@ -192,7 +193,19 @@ def _rewound(wired: Wired, spike: rewind.Spike, cursor: int) -> Any:
   wired.say(f'{spike}; back to step {step or 0}, and on with batch {cursor}')
   if step is None:
     return _initial(wired)
-  return _at_cursor(wired.checkpoints.restore(step, wired.built.abstract, verified=True), wired.rewinds.begin(step))
+  return _at_cursor(_restored(wired, step), wired.rewinds.begin(step))
+
+
+def _restored(wired: Wired, step: int) -> Any:
+  """A saved state; adapters are put on their base."""
+  config, abstract, mesh = wired.config, wired.built.abstract, jax.tree.leaves(wired.built.abstract)[0].sharding.mesh
+  like = dataclasses.replace(abstract, params=program.kept(config, abstract.params))
+  state = wired.checkpoints.restore(step, like, verified=True)
+  if not config.lora.rank:
+    return state
+  params = bases.on_base(config, state.params, wired.checkpoints.meta(step)['base'], mesh)
+  params = jax.device_put(params, jax.tree.map(lambda x: x.sharding, abstract.params))
+  return dataclasses.replace(state, params=params)
 
 
 def _at_cursor(state: Any, cursor: int | None) -> Any:
@@ -268,10 +281,12 @@ def _hooks(wired: Wired, held_out: list[Any], writer: Writer) -> tuple:
   config, built, say, tokenizer = wired.config, wired.built, wired.say, wired.corpus.tokenizer
   watch = config.watch
   meta = {'config': json.loads(configs.to_json(config)), 'tokenizer': tokenizer.digest, 'data': wired.corpus.contents}
+  if config.lora.rank:
+    meta['base'] = hosts.from_first(lambda: bases.digest_of(config.init))
   saved: dict[str, Any] = {'step': None, 'scores': {}}
 
   def evaluate(step: int, state: Any) -> None:
-    params = optim.eval_params(state.opt_state, state.params)
+    params = program.evaluated(config, state.opt_state, state.params)
     totals = train.evaluate(built.evaluate, params, held_out)
     whole = corpus.scores(totals, [''] * len(wired.groups))['']
     kinds = corpus.scores(totals, [kind for kind, _ in wired.groups])
@@ -284,7 +299,7 @@ def _hooks(wired: Wired, held_out: list[Any], writer: Writer) -> tuple:
 
   def show(step: int, state: Any) -> None:
     key = jax.random.fold_in(jax.random.key(config.seed), step)
-    params = optim.eval_params(state.opt_state, state.params)
+    params = program.evaluated(config, state.opt_state, state.params)
     new, run = watch.sample_tokens, built.run
     texts = writing.complete(config.model, params, tokenizer, watch.prompts, key, new=new, run=run)
     for prompt, text in zip(watch.prompts, texts, strict=True):
@@ -294,7 +309,8 @@ def _hooks(wired: Wired, held_out: list[Any], writer: Writer) -> tuple:
   def save(step: int, state: Any) -> None:
     if step != saved['step']:
       score = {'score': saved['scores'].get(step)}
-      wired.checkpoints.save(step, state, meta | score, first=writer.flush)  # it stands on rows that are down
+      kept = dataclasses.replace(state, params=program.kept(config, state.params))
+      wired.checkpoints.save(step, kept, meta | score, first=writer.flush)  # it stands on rows that are down
       saved['step'] = step
 
   if not held_out:

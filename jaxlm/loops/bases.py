@@ -1,0 +1,151 @@
+"""What a run begins with: the weights of another run or of a foreign model, laid out as training has them."""
+
+import dataclasses
+import hashlib
+import json
+from typing import Any, NamedTuple
+
+import jax
+from etils import epath
+
+from jaxlm import config as configs
+from jaxlm import hosts, interop, lora, models, program, sharding, tree
+from jaxlm.config import Pretrain
+from jaxlm.data import tokenizer as tokenizers
+from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.errors import InputError
+from jaxlm.files import sha256
+from jaxlm.interop import hf_config
+from jaxlm.models import ModelConfig
+from jaxlm.train import checkpoint
+
+WEIGHTS = ('*.safetensors', '*.gguf')
+
+
+class Base(NamedTuple):
+  """A model to begin with."""
+
+  model: ModelConfig
+  params: Any
+  tokenizer: Tokenizer
+  digest: str  # of its files: what adapters are trained on is this and no other
+  said: str
+
+
+def is_run(source: str) -> bool:
+  """Whether a source is a run's folder rather than a foreign model."""
+  return not str(source).startswith(interop.HUB) and (epath.Path(source) / 'checkpoints').exists()
+
+
+def model_of(source: str) -> ModelConfig:
+  """The architecture of a source. Raises InputError if it is neither a run nor a foreign model."""
+  if is_run(source):
+    text = (epath.Path(source) / 'config.json').read_text()
+    return configs.from_json(Pretrain, text).model
+  foreign = interop.open_source(source)
+  return hf_config.parse(foreign.config, foreign.where)
+
+
+def digest_of(source: str) -> str:
+  """sha256 over a source's weights: of the digests of a run's newest checkpoint, or of a foreign model's files."""
+  if is_run(source):
+    found = newest(source)
+    return sha256(found.checkpoints.path(found.step) / checkpoint.DIGEST)
+  path = epath.Path(interop.open_source(source).where)
+  files = [path] if path.is_file() else sorted(file for pattern in WEIGHTS for file in path.glob(pattern))
+  return hashlib.sha256(' '.join(f'{file.name} {sha256(file)}' for file in files).encode()).hexdigest()
+
+
+def open_base(source: str, mesh: Any = None, rules: sharding.Rules = sharding.RULES) -> Base:
+  """A source's weights in float32, on a mesh or on one device. Raises InputError for what is not whole or known."""
+  if is_run(source):
+    found = newest(source)
+    config, params = read(found, mesh, rules)
+    return Base(config.model, lora.merge(params), found.tokenizer, digest_of(source), f'{source}, step {found.step}')
+  model = interop.load(source, mesh=mesh, rules=rules)
+  if model.tokenizer is None:
+    raise InputError(f'{source}: has no tokenizer')
+  return Base(model.cfg, model.params, model.tokenizer, digest_of(source), source)
+
+
+class Newest(NamedTuple):
+  """A run's newest checkpoint, looked at and not read."""
+
+  checkpoints: checkpoint.Checkpoints
+  step: int
+  meta: dict[str, Any]
+  config: Pretrain
+  tokenizer: Tokenizer
+
+
+def newest(run: Any) -> Newest:
+  """Raises InputError if the run has no checkpoint, a damaged one, or another tokenizer than it was trained with."""
+  run = epath.Path(run)
+  checkpoints = checkpoint.Checkpoints(run / 'checkpoints')
+  steps = checkpoints.steps()
+  if not steps:
+    raise InputError(f'{run}: holds no finished checkpoint; train one with `jaxlm pretrain ... --run {run}`')
+  step, where = steps[-1], checkpoints.path(steps[-1])
+  if damaged := hosts.from_first(lambda: checkpoint.verify(where)):
+    raise InputError(f'{where}: damaged: {"; ".join(damaged)}')
+  meta, vocabulary = checkpoints.meta(step), tokenizers.load(run / 'tokenizer.json')
+  if vocabulary.digest != meta['tokenizer']:
+    raise InputError(f'{run / "tokenizer.json"}: is not the tokenizer that the run was trained with: put that one back')
+  return Newest(checkpoints, step, meta, configs.from_json(Pretrain, json.dumps(meta['config'])), vocabulary)
+
+
+def read(found: Newest, mesh: Any = None, rules: sharding.Rules = sharding.RULES) -> tuple[Pretrain, Any]:
+  """(config, parameters) of a checkpoint: its average, where the optimizer keeps one; adapters on their base.
+
+  The optimizer's state is read only where the average is in it.
+  """
+  config, learns = found.config, program.trainable(found.config)
+  params = jax.eval_shape(lambda: program.adapt(config, models.init(config.model, jax.random.key(0))))
+  picked = tree.split(params, learns)[0]
+  like = {'params': program.kept(config, params)}
+  if config.optim.ema_decay or config.optim.name == 'schedule_free':
+    like['opt_state'] = jax.eval_shape(program.make_optimizer(config).init, picked)
+  if mesh is None:
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shardings = jax.tree.map(lambda x: device, like)
+  else:
+    named = sharding.with_names(like, models.abstract(config.model))
+    shardings = sharding.state_shardings(named, mesh, rules)
+  like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, shardings)
+  loaded = found.checkpoints.restore(found.step, like, partial=True, verified=True)
+  whole = loaded['params']
+  if config.lora.rank:
+    whole = on_base(config, loaded['params'], found.meta['base'], mesh, rules)
+  return config, program.evaluated(config, loaded.get('opt_state'), whole)
+
+
+def on_base(config: Pretrain, adapters: Any, digest: str, mesh: Any, rules: sharding.Rules = sharding.RULES) -> Any:
+  """Saved adapters on the base that `config.init` names. Raises InputError if that is not the one of `digest`."""
+  base = open_base(config.init, mesh, rules)
+  if base.digest != digest:
+    shown = f'sha256 {base.digest[:12]}, not {digest[:12]}'
+    raise InputError(f'{config.init}: is not the base that the adapters were trained on ({shown}): put that one back')
+  params = program.adapt(config, fitted(config, base).params)
+  return tree.combine(adapters, tree.split(params, program.trainable(config))[1])
+
+
+POSITIONS = (
+  'rope_theta',
+  'rope_scaling',
+  'rope_factor',
+  'rope_original_len',
+  'rope_low',
+  'rope_high',
+  'rope_amplitude',
+)
+
+
+def fitted(config: Pretrain, base: Base) -> Base:
+  """The base as `config.model` has it. Raises InputError where they differ in more than how positions are met."""
+  old, new = dataclasses.asdict(base.model), dataclasses.asdict(config.model)
+  loose = {name for name in new if name.startswith('rope_')}
+  loose |= {'max_seq_len'} if base.model.positions == 'rope' else set()
+  other = [f'model.{n} is {old[n]}, not {new[n]}' for n in new if old[n] != new[n] and n not in loose]
+  if other:
+    raise InputError(f'{config.init}: is another model: ' + '; '.join(other))
+  return base._replace(model=config.model)
