@@ -142,6 +142,7 @@ class Export:
   run: Positional[str]  # the run's folder
   out: Positional[str]  # a new folder
   dtype: Literal['float32', 'bfloat16'] = 'float32'
+  merge: bool = False  # of a run with adapters: the model with them folded in, rather than a folder for peft
 
 
 @dataclasses.dataclass(frozen=True)

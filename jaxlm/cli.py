@@ -298,7 +298,8 @@ def _export(args: Sequence[str]) -> None:
   from jaxlm.loops import foreign
 
   print(devices_line(), flush=True)
-  print(f'{options.out}: as {foreign.export_run(options.run, options.out, dtype=options.dtype)}, {options.dtype}')
+  kind = foreign.export_run(options.run, options.out, dtype=options.dtype, merge=options.merge)
+  print(f'{options.out}: as {kind}')
 
 
 def _plan(args: Sequence[str]) -> int:

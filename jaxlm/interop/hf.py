@@ -1,5 +1,6 @@
 """Models as Hugging Face has them: read a tensor at a time onto their shardings, written for transformers to open."""
 
+import contextlib
 import functools
 import json
 import math
@@ -149,12 +150,21 @@ class _Leaf:
       part = block[tuple(slice(low - i, high - i) for i, (low, high) in zip(at[lead:], spans, strict=True))]
       start = np.subtract([*at[:lead], *(low for low, _ in spans)], self.starts[to]).astype(np.int32)
       part = jax.device_put(part.T if transposed else part, to)
-      self.shards[to] = _put(shard, part, start, dtype=self.dtype, transposed=transposed, plus=plus)
+      with _alone(to):
+        self.shards[to] = _put(shard, part, start, dtype=self.dtype, transposed=transposed, plus=plus)
     jax.block_until_ready(list(self.shards.values()))  # else blocks that wait for their turn pile up in memory
 
   def array(self) -> jax.Array:
-    shards = [_as(shard, self.dtype, to) for to, shard in self.shards.items()]
+    shards = []
+    for to, shard in self.shards.items():
+      with _alone(to):
+        shards.append(_as(shard, self.dtype, to))
     return shards[0] if self.place is None else jax.make_array_from_single_device_arrays(self.shape, self.place, shards)
+
+
+def _alone(device: Any) -> Any:
+  """A mesh of one device: the one in use, of all, would not have what is on one."""
+  return contextlib.nullcontext() if device is None else jax.set_mesh(jax.sharding.Mesh(np.array([device]), ('one',)))
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames=('dtype', 'transposed', 'plus'))

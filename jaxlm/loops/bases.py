@@ -142,7 +142,8 @@ POSITIONS = (
 
 def fitted(config: Pretrain, base: Base) -> Base:
   """The base as `config.model` has it. Raises InputError where they differ in more than how positions are met."""
-  old, new = dataclasses.asdict(base.model), dataclasses.asdict(config.model)
+  named = lambda m: dataclasses.asdict(dataclasses.replace(m, n_kv_heads=m.kv_heads, head_dim=m.head_size))
+  old, new = named(base.model), named(config.model)
   loose = {name for name in new if name.startswith('rope_')}
   loose |= {'max_seq_len'} if base.model.positions == 'rope' else set()
   other = [f'model.{n} is {old[n]}, not {new[n]}' for n in new if old[n] != new[n] and n not in loose]

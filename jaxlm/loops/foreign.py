@@ -7,11 +7,12 @@ import jax.numpy as jnp
 from etils import epath
 
 from jaxlm import config as configs
-from jaxlm import interop
+from jaxlm import interop, lora
 from jaxlm.config import Pretrain
 from jaxlm.errors import InputError
 from jaxlm.files import read_json, write_whole
-from jaxlm.loops import writing
+from jaxlm.interop import peft
+from jaxlm.loops import bases, writing
 from jaxlm.train import lock
 from jaxlm.train.checkpoint import Checkpoints
 
@@ -48,9 +49,17 @@ def _check_new(checkpoints: Checkpoints, folder: epath.Path) -> None:
     raise InputError(f'{folder}: holds a run already; use another --run')
 
 
-def export_run(run: Any, directory: Any, *, dtype: str = 'float32') -> str:
-  """Writes a run's newest checkpoint as a folder that transformers opens; returns the family that it is written as."""
-  return interop.export(as_model(run), directory, dtype=jnp.dtype(dtype))
+def export_run(run: Any, directory: Any, *, dtype: str = 'float32', merge: bool = False) -> str:
+  """Writes a run's newest checkpoint as a folder that others open; returns what it is.
+
+  That is what transformers opens, or, of a run with adapters that are not to be folded in, what peft does.
+  """
+  model = as_model(run)
+  if lora.adapted(model.params) and not merge:
+    peft.export(model.cfg, model.params, directory, base=bases.newest(run).config.init)
+    return 'a LoRA adapter of peft, float32'
+  model = model._replace(params=lora.merge(model.params))
+  return f'{interop.export(model, directory, dtype=jnp.dtype(dtype))}, {dtype}'
 
 
 def open_model(source: str) -> interop.Model:
