@@ -20,7 +20,7 @@ CODE = 76  # the exit code of those that leave because of another; EX_PROTOCOL o
 BEAT = 1.0  # seconds between beats
 DEAD = 15.0  # without one for so long a process counts as dead,
 BROKEN = 8.0  # or for so long, where a connection to some process broke
-SLOW = 10  # times the step timeout: for what compiles, evaluates, restores or saves
+SLOW = 10  # times the step timeout: for what compiles, evaluates or saves
 FOLDER = 'jaxlm/beat/'
 
 
@@ -40,7 +40,7 @@ class Watch:
     self._beats: dict[int, dict[str, Any]] = {}  # by rank, the newest of each
     self._since = dict.fromkeys(range(count), time.monotonic())  # when each was last seen to be alive
     self._heard = time.monotonic()  # when the coordination service last answered
-    self._marks, self._place, self._reached, self._limit = 0, 'start', time.monotonic(), SLOW * step_timeout
+    self._marks, self._place, self._reached, self._limit = 0, 'start', time.monotonic(), 0.0  # a start may read much
 
   def begin(self) -> None:
     """Starts the threads."""
