@@ -4,7 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -140,4 +139,5 @@ def test_a_foreign_model_is_a_base(home):
   assert run(home, 'from_run', '--init', str(home / 'base'), *ADAPTERS, '--steps', '2') == 0
   a, b = params(home, 'from_hf'), params(home, 'from_run')
   for path in a:
-    np.testing.assert_allclose(np.asarray(jax.device_get(a[path])), b[path], atol=1e-6)
+    rows = slice(307) if path in ('embed', 'head') else slice(None)  # what fills the vocabulary up is not exported
+    np.testing.assert_allclose(np.asarray(a[path])[rows], b[path][rows], atol=1e-6)
