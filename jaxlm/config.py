@@ -142,6 +142,7 @@ class Watch:
   keep_last: int = 3  # checkpoints: the newest,
   keep_every: int = 0  # those at multiples of so many steps,
   keep_best: int = 0  # and those of the best held-out loss
+  patience: int = 0  # evaluations in a row without a better held-out loss after which the run ends; 0: none
   spike: float = 0.0  # go back to the last save where the loss exceeds that many times its recent median; 0: never
   most_rewinds: int = 5  # and give up after so many
   step_timeout: float = 120.0  # several processes: seconds that one may stay behind the others; 0: for ever
@@ -150,7 +151,7 @@ class Watch:
     at_least(1, 'watch', log_every=self.log_every, eval_batches=self.eval_batches, sample_tokens=self.sample_tokens)
     at_least(0, 'watch', eval_every=self.eval_every, sample_every=self.sample_every, save_every=self.save_every)
     at_least(0, 'watch', keep_last=self.keep_last, keep_every=self.keep_every, keep_best=self.keep_best)
-    at_least(0, 'watch', most_rewinds=self.most_rewinds)
+    at_least(0, 'watch', most_rewinds=self.most_rewinds, patience=self.patience)
     within('[0, inf)', 'watch', step_timeout=self.step_timeout)
     if self.spike:
       within('(1, inf)', 'watch', spike=self.spike)

@@ -141,3 +141,28 @@ def test_a_foreign_model_is_a_base(home):
   for path in a:
     rows = slice(307) if path in ('embed', 'head') else slice(None)  # what fills the vocabulary up is not exported
     np.testing.assert_allclose(np.asarray(a[path])[rows], b[path][rows], atol=1e-6)
+
+
+def test_a_run_ends_when_it_gets_no_better(home, capsys):
+  """A learning rate that only harms: after two evaluations without a better loss it is over, and stays so."""
+  args = ('--init', str(home / 'base'), '--watch.eval-every', '2', '--watch.patience', '2', '--steps', '40')
+  args = (
+    *args,
+    '--optim.name',
+    'adamw',
+    '--optim.lr',
+    '0.3',
+    '--optim.clip-norm',
+    'None',
+    '--optim.schedule',
+    'constant',
+  )
+  assert run(home, 'worse', *args) == 0
+  rows = [row for row in metrics.read_rows(home / 'worse' / 'metrics.jsonl') if 'eval/loss' in row]
+  seen = [row['eval/loss'] for row in rows]
+  best = seen.index(min(seen))
+  assert len(seen) == best + 3 and rows[-1]['step'] < 40, seen
+  assert 'no better held-out loss for 2 evaluations' in capsys.readouterr().out
+  again = bases.newest(home / 'worse').step
+  assert run(home, 'worse', *args) == 0
+  assert 'no better held-out loss' in capsys.readouterr().out and bases.newest(home / 'worse').step == again

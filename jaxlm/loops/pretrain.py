@@ -123,20 +123,47 @@ def _train(wired: Wired, state: Any, held_out: list[Any], mesh: Any, on_step: On
   profile = Trace(config.run, config.profiled if hosts.first() else None)
   writer = metrics.Writer(config.run, int(state.step), wired.say) if hosts.first() else metrics.Unwritten()
   try:
-    hooks = _hooks(wired, held_out, writer)
+    patience = Patience(config.watch.patience, **_past(checkpoints, int(state.step)))
+    hooks = _hooks(wired, held_out, writer, patience)
     log = _logger(wired, mesh, writer, on_step, int(state.cursor) - int(state.step))
-    timing = {'steps': config.steps, 'log_every': config.watch.log_every, 'stop': stop}
+    timing = {'steps': config.steps, 'log_every': config.watch.log_every, 'stop': lambda: stop() or patience.over}
     watched: Any = {'profile': profile, 'check': wired.rewinds.check if config.watch.spike else None}
-    state = train.fit(wired.built.step, state, _stream(wired, state), log=log, hooks=hooks, **watched, **timing)
-    if int(state.step) < config.steps:
+    before = patience.over
+    if not before:
+      state = train.fit(wired.built.step, state, _stream(wired, state), log=log, hooks=hooks, **watched, **timing)
+    if patience.over:
+      wired.say(f'step {int(state.step)}: no better held-out loss for {patience.limit} evaluations: the run ends here')
+    if int(state.step) < config.steps and not before:
       hooks[-1][1](int(state.step), state)
       _settled(checkpoints)
+      if patience.over:
+        return state
       raise Stopped(f'stopped and saved at step {int(state.step)} of {config.steps}; the same command goes on from it')
     _settled(checkpoints)
     return state
   finally:
     profile.close()
     writer.close()
+
+
+@dataclasses.dataclass
+class Patience:
+  """How many evaluations in a row brought no better held-out loss; `limit` of them end a run (0: none do)."""
+
+  limit: int
+  best: float = float('inf')
+  worse: int = 0
+
+  def look(self, nll: float) -> None:
+    self.best, self.worse = (nll, 0) if nll < self.best else (self.best, self.worse + 1)
+
+  @property
+  def over(self) -> bool:
+    return bool(self.limit) and self.worse >= self.limit
+
+
+def _past(checkpoints: Checkpoints, step: int) -> dict[str, Any]:
+  return checkpoints.meta(step).get('held_out', {}) if step in checkpoints.steps() else {}
 
 
 def _settled(checkpoints: Checkpoints) -> None:
@@ -276,7 +303,7 @@ def _stream(wired: Wired, state: Any) -> Iterator[Any]:
   return (marked(cursor, batch) for cursor, batch in data_batches.prefetch(make, start, stop))
 
 
-def _hooks(wired: Wired, held_out: list[Any], writer: Writer) -> tuple:
+def _hooks(wired: Wired, held_out: list[Any], writer: Writer, patience: Patience) -> tuple:
   """Evaluation, samples and saving, in this order: what a save acknowledges was written before it began."""
   config, built, say, tokenizer = wired.config, wired.built, wired.say, wired.corpus.tokenizer
   watch = config.watch
@@ -295,6 +322,7 @@ def _hooks(wired: Wired, held_out: list[Any], writer: Writer) -> tuple:
       row |= {f'eval/{kind}/bits_per_byte': score.bits_per_byte for kind, score in kinds.items()}
     writer.row(step, row)
     saved['scores'] = {step: whole.nll}
+    patience.look(whole.nll)
     say(f'step {step}: held-out {whole.nll:.3f} nats a token, {whole.bits_per_byte:.3f} bits per byte')
 
   def show(step: int, state: Any) -> None:
@@ -309,6 +337,7 @@ def _hooks(wired: Wired, held_out: list[Any], writer: Writer) -> tuple:
   def save(step: int, state: Any) -> None:
     if step != saved['step']:
       score = {'score': saved['scores'].get(step)}
+      score |= {'held_out': {'best': patience.best, 'worse': patience.worse}} if config.watch.patience else {}
       kept = dataclasses.replace(state, params=program.kept(config, state.params))
       wired.checkpoints.save(step, kept, meta | score, first=writer.flush)  # it stands on rows that are down
       saved['step'] = step
