@@ -2,6 +2,7 @@
 
 import html
 import io
+import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -55,6 +56,7 @@ def write(run: Any) -> epath.Path:
     f'<h1>{html.escape(run.name)}</h1>',
     _figures(rows, facts),
     '<h2>Curves</h2><div class="curves">' + ''.join(_curves(rows, facts.get('held-out bits per byte', {}))) + '</div>',
+    _gained(rows),
     _rewinds(run / 'rewinds.json'),
     '<h2>Samples</h2>' + _samples(read_rows(run / 'samples.jsonl')),
     '<h2>Facts</h2><div class="tables">' + ''.join(_table(name, values) for name, values in facts.items()) + '</div>',
@@ -123,6 +125,32 @@ def _curves(rows: Rows, baselines: Mapping[str, float]) -> list[str]:
     figure.savefig(out, format='svg', metadata={'Date': None})
     pictures.append(out.getvalue()[out.getvalue().index('<svg') :])
   return pictures
+
+
+def gained(rows: Rows) -> list[tuple[str, float, float, float]]:
+  """(kind, perplexity before, after, the share that it changed by) of a run that began with a model; else []."""
+  found = []
+  for name in dict.fromkeys(name for row in rows for name in row if fnmatchcase(name, 'eval/*loss')):
+    steps, values = series(rows, name)
+    if len(steps) > 1 and steps[0] == 0:
+      before, after = math.exp(values[0]), math.exp(values[-1])
+      found.append(
+        (name.removeprefix('eval/').removesuffix('loss').rstrip('/') or 'all', before, after, after / before - 1)
+      )
+  return found
+
+
+def _gained(rows: Rows) -> str:
+  table = gained(rows)
+  if not table:
+    return ''
+  head = '<tr><th>held-out text</th><th>perplexity before</th><th>after</th><th></th></tr>'
+  said = lambda change: f'{change:+.1%}, {"gained" if change < 0 else "forgotten"}'
+  cells = lambda *figures: ''.join(f'<td class="n">{x:.2f}</td>' for x in figures)
+  line = lambda kind, before, after, change: (
+    f'<tr><td>{html.escape(kind)}</td>{cells(before, after)}<td>{said(change)}</td></tr>'
+  )
+  return f'<h2>Gained and forgotten</h2><table>{head}{"".join(line(*one) for one in table)}</table>'
 
 
 def _samples(rows: Rows) -> str:

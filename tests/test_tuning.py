@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from tiny_run import furnish
 
-from jaxlm import cli, interop, lora, models, tree
+from jaxlm import cli, interop, lora, models, report, tree
+from jaxlm.data import prepare, tokenizer
 from jaxlm.interop import peft
 from jaxlm.loops import bases, foreign, writing
+from jaxlm.quickstart import SAMPLE
 from jaxlm.train import metrics
 
 TINY = (
@@ -166,3 +168,25 @@ def test_a_run_ends_when_it_gets_no_better(home, capsys):
   again = bases.newest(home / 'worse').step
   assert run(home, 'worse', *args) == 0
   assert 'no better held-out loss' in capsys.readouterr().out and bases.newest(home / 'worse').step == again
+
+
+def test_what_was_gained_and_what_was_forgotten(home):
+  """Evaluated before the first step, with text that training never sees; in the report as perplexities."""
+  args = ('--init', str(home / 'base'), '--watch.eval-every', '2', '--steps', '4', '--optim.name', 'adamw')
+  prepare.prepare(
+    (str(SAMPLE / 'wiki.jsonl'),), tokenizer.load(home / 'tokenizer.json'), home / 'other', val_fraction=0.3
+  )
+  assert run(home, 'domain', *args, '--data.held-out', str(home / 'other')) == 0
+  rows = metrics.read_rows(home / 'domain' / 'metrics.jsonl')
+  evaluated = [row for row in rows if 'eval/loss' in row]
+  assert [row['step'] for row in evaluated] == [0, 2, 4]
+  table = {kind: figures for kind, *figures in report.gained(rows)}
+  assert set(table) == {'all', 'play', 'law'}
+  for kind, (before, after, change) in table.items():
+    name = 'eval/loss' if kind == 'all' else f'eval/{kind}/loss'
+    assert before == pytest.approx(np.exp(evaluated[0][name])) and after == pytest.approx(np.exp(evaluated[-1][name]))
+    assert change == pytest.approx(after / before - 1)
+  assert table['play'][2] < 0
+  text = report.write(home / 'domain').read_text()
+  assert 'Gained and forgotten' in text and f'{table["play"][2]:+.1%}, gained' in text
+  assert 'Gained and forgotten' not in report.write(home / 'base').read_text()

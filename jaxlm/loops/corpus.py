@@ -20,6 +20,7 @@ class Corpus(NamedTuple):
   """Prepared folders of one tokenizer; the first is `data.path`, the others are named in the mixture."""
 
   folders: dict[str, Prepared]
+  watched: list[Prepared]  # those that are evaluated: these, and some that nothing is read of in training
   weights: list[dict[str, Fraction]]  # of each phase; empty where rows are drawn as they come
   begins: list[float]  # the share of the steps after which each phase begins
 
@@ -33,8 +34,8 @@ class Corpus(NamedTuple):
     return ' '.join(one.summary.contents for one in self.folders.values())
 
 
-def load(path: str, mix: str = '', phases: Sequence[str] = ()) -> Corpus:
-  """Opens `path` and every other folder that the mixture names.
+def load(path: str, mix: str = '', phases: Sequence[str] = (), held_out: Sequence[str] = ()) -> Corpus:
+  """Opens `path`, every other folder that the mixture names, and those of which only `held_out` text is wanted.
 
   Phases are taken in the order of their shares. Raises InputError for what is no prepared folder, a name that is
   neither a kind of `path` nor a folder, folders of different tokenizers, and two phases that begin together.
@@ -57,9 +58,11 @@ def load(path: str, mix: str = '', phases: Sequence[str] = ()) -> Corpus:
       except InputError as error:
         kinds = ', '.join(first.summary.kinds('train'))
         raise InputError(f'data.mix: {name!r} is no kind of {path} ({kinds}), and as a folder: {error}') from error
-      if folders[name].tokenizer.digest != first.tokenizer.digest:
-        raise InputError(f'{name}: was prepared with another tokenizer than {path}: prepare it again with that one')
-  return Corpus(folders, weights, [0.0, *(begins for begins, _ in later)])
+  watched = folders | {name: prepare.load(name) for name in held_out}
+  for name, one in watched.items():
+    if one.tokenizer.digest != first.tokenizer.digest:
+      raise InputError(f'{name}: was prepared with another tokenizer than {path}: prepare it again with that one')
+  return Corpus(folders, list(watched.values()), weights, [0.0, *(begins for begins, _ in later)])
 
 
 class Training(NamedTuple):

@@ -57,13 +57,13 @@ def pretrain(
   Once `stop()` is true the step that is running is saved and Stopped raised. Raises InputError when data, config and
   what the folder already holds do not belong together, or when another process writes to it.
   """
-  opened = corpus.load(config.data.path, config.data.mix, config.data.phases)
+  opened = corpus.load(config.data.path, config.data.mix, config.data.phases, config.data.held_out)
   config = resolve(config, opened.tokenizer)
   mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
   run, watch = epath.Path(config.run), config.watch
   with _held(run), jax.set_mesh(mesh):
     _check_same(config, opened)
-    rows, groups = corpus.held_out(list(opened.folders.values()), config.data.seq_len)
+    rows, groups = corpus.held_out(opened.watched, config.data.seq_len)
     built = program.fitting(program.build(config, mesh, groups=len(groups)), program.memory_limit(mesh))
     keep = {'keep_last': watch.keep_last, 'keep_every': watch.keep_every, 'keep_best': watch.keep_best}
     checkpoints = Checkpoints(run / 'checkpoints', **keep, say=say)
@@ -129,6 +129,8 @@ def _train(wired: Wired, state: Any, held_out: list[Any], mesh: Any, on_step: On
     timing = {'steps': config.steps, 'log_every': config.watch.log_every, 'stop': lambda: stop() or patience.over}
     watched: Any = {'profile': profile, 'check': wired.rewinds.check if config.watch.spike else None}
     before = patience.over
+    if int(state.step) == 0 and config.init and held_out:
+      hooks[0][1](0, state)  # what is gained and forgotten is seen from here
     if not before:
       state = train.fit(wired.built.step, state, _stream(wired, state), log=log, hooks=hooks, **watched, **timing)
     if patience.over:
@@ -320,6 +322,7 @@ def _hooks(wired: Wired, held_out: list[Any], writer: Writer, patience: Patience
     row = {'eval/loss': whole.nll, 'eval/bits_per_byte': whole.bits_per_byte}
     if len(kinds) > 1:
       row |= {f'eval/{kind}/bits_per_byte': score.bits_per_byte for kind, score in kinds.items()}
+      row |= {f'eval/{kind}/loss': score.nll for kind, score in kinds.items()}
     writer.row(step, row)
     saved['scores'] = {step: whole.nll}
     patience.look(whole.nll)

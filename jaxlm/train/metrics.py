@@ -88,7 +88,7 @@ class Writer:
   def __init__(self, run: Any, step: int = 0, say: Callable[[str], None] = lambda line: None):
     run = epath.Path(run)
     run.mkdir(parents=True, exist_ok=True)
-    self._rows, self._samples = (_continued(run / name, step, say) for name in ('metrics.jsonl', 'samples.jsonl'))
+    self._rows, self._samples = (_continued(run / name, step or -1, say) for name in ('metrics.jsonl', 'samples.jsonl'))
     events = run / f'events.out.tfevents.{time.time():.6f}.{socket.gethostname()}'
     self._board = Appended(events, say)
     self._board.add(_event(file_version='brain.Event:2'))
