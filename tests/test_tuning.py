@@ -173,9 +173,8 @@ def test_a_run_ends_when_it_gets_no_better(home, capsys):
 def test_what_was_gained_and_what_was_forgotten(home):
   """Evaluated before the first step, with text that training never sees; in the report as perplexities."""
   args = ('--init', str(home / 'base'), '--watch.eval-every', '2', '--steps', '4', '--optim.name', 'adamw')
-  prepare.prepare(
-    (str(SAMPLE / 'wiki.jsonl'),), tokenizer.load(home / 'tokenizer.json'), home / 'other', val_fraction=0.3
-  )
+  vocabulary = tokenizer.load(home / 'tokenizer.json')
+  prepare.prepare((str(SAMPLE / 'law.jsonl'),), vocabulary, home / 'other', val_fraction=0.3)
   assert run(home, 'domain', *args, '--data.held-out', str(home / 'other')) == 0
   rows = metrics.read_rows(home / 'domain' / 'metrics.jsonl')
   evaluated = [row for row in rows if 'eval/loss' in row]
