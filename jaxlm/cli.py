@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
   from jaxlm import sample
   from jaxlm.config import Pretrain
+  from jaxlm.data.prepared import Summary
 
 HELP = """\
 usage: jaxlm VERB ...          `jaxlm VERB --help` explains a verb
@@ -127,10 +128,18 @@ def _prepare(args: Sequence[str]) -> None:
   from jaxlm import arguments
 
   options = arguments.parse(arguments.Prepare, arguments.with_value(args, '--beam-options'), 'prepare')
-  from jaxlm.console import reading, table
-  from jaxlm.data import prepare, tokenizer
+  from jaxlm import interop
+  from jaxlm.console import reading
+  from jaxlm.data import conversations, prepare, turns
 
-  given = options.sources, tokenizer.load(options.tokenizer), options.out
+  tokenizer, own = interop.vocabulary(options.tokenizer)
+  chat = None
+  if options.chat:
+    columns = conversations.parse_columns(options.columns) or None
+    name, template = turns.choose(options.template, own)
+    tokenizer = tokenizer.with_controls(turns.BUILT_IN.get(name, ()))
+    chat = prepare.Chat(template, options.learn, options.max_len, columns)
+  given = options.sources, tokenizer, options.out
   choices = {
     'val_fraction': options.val_fraction,
     'max_bad': options.max_bad,
@@ -145,16 +154,31 @@ def _prepare(args: Sequence[str]) -> None:
     summary = beam.run(*given, runner=options.beam_runner, options=options.beam_options, say=say, **choices)
   else:
     with reading() as on_progress:
-      summary = prepare.prepare(*given, on_progress=on_progress, **choices)
-  read, kinds = summary.read(), {split: summary.kinds(split) for split in summary.splits}
-  columns = ('documents', 'tokens', 'bytes')
-  whole = lambda rows: [*rows, ('all', *(sum(column) for column in list(zip(*rows, strict=True))[1:]))]
-  print(table(('kind', 'read', *summary.dropped, 'kept'), whole([(kind, *n.values()) for kind, n in read.items()])))
-  print()
-  header = ('kind', *(f'{split} {what}' for split in kinds for what in columns))
-  print(table(header, whole([(k, *(n for of in kinds.values() for n in of[k].figures)) for k in kinds['train']])))
+      summary = prepare.prepare(*given, on_progress=on_progress, chat=chat, **choices)
+  if chat and summary.chat:
+    print(f'template: {name}; learned: {options.learn}')
+    print('\n'.join(f'{kind}: {form}' for kind, form in summary.chat['formats'].items()) + '\n')
+  _print_summary(summary)
   if summary.dropped['bad']:
     print(f'\nbad records, with file and line: {options.out}/{prepare.QUARANTINE}')
+
+
+def _print_summary(summary: 'Summary') -> None:
+  """Tables of what was read, left out, and kept."""
+  from jaxlm.console import table
+
+  read, kinds = summary.read(), {split: summary.kinds(split) for split in summary.splits}
+  whole = lambda rows: [*rows, ('all', *(sum(column) for column in list(zip(*rows, strict=True))[1:]))]
+  rows = [(kind, *n.values()) for kind, n in read.items()]
+  cut = summary.chat and summary.chat['truncated']
+  header = ('kind', 'read', *summary.dropped, 'kept') + ('of them truncated',) * (cut is not None)
+  print(table(header, whole([(*row, cut.get(row[0], 0)) for row in rows] if cut is not None else rows)))
+  print()
+  columns = ('documents', 'tokens', 'bytes') + ('learned',) * (summary.chat is not None)
+  header = ('kind', *(f'{split} {what}' for split in kinds for what in columns))
+  learned = lambda split, kind: [summary.chat['learned'][split].get(kind, 0)] if summary.chat else []
+  figures = lambda kind: (n for split, of in kinds.items() for n in (*of[kind].figures, *learned(split, kind)))
+  print(table(header, whole([(kind, *figures(kind)) for kind in kinds['train']])))
 
 
 def pretraining(args: Sequence[str]) -> 'Pretrain':

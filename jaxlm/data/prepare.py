@@ -131,7 +131,8 @@ def prepare(
   have a fault (see `quality`). Weights that `specs` give are kept as the mixture that training draws unless told
   otherwise; nothing is left out for them. With `chat` the sources hold rows of conversations, each becomes what its
   template makes of it (see `turns.encode`), longer ones lose turns, and `Summary.chat` has the template's digest,
-  'learn', the 'end' ids of a turn, 'formats' by kind, and by kind the tokens 'learned' and conversations 'truncated'. With few documents 'validation' may stay empty. A folder that was finished
+  'learn', the 'end' ids of a turn, 'formats' by kind, tokens 'learned' by split and kind, conversations 'truncated' by
+  kind. With few documents 'validation' may stay empty. A folder that was finished
   with the same files (size and time), tokenizer and options is left as it is; anything else is started over.
   `on_progress(done, total)` gets bytes of the input files. Up to `max_bad` bad records are left out and listed in
   `quarantine.jsonl`, with file, line and reason. Raises InputError as `sources.documents` does, at one bad record too
@@ -149,7 +150,7 @@ def prepare(
     bad = Quarantine(folder / QUARANTINE, max_bad)
     writer = records.Writer(folder / 'records', records.dtype_for(tokenizer), masked=chat is not None)
     talks = _Talks(this, bad) if chat else None
-    kept = chosen.kept(_reported(this.files, on_progress, bad, talks and talks.make))
+    kept = chosen.kept(_reported(this.files, on_progress, bad, talks.make if talks else None))
     if talks:
       for pieces, masks in talks.encoded(kept):
         writer.add(pieces, masks)
@@ -197,7 +198,8 @@ class _Talks:
     except InputError as error:
       self.bad.of(document.kind)(InputError(f'{document.where}: {error}'))
       return None
-    (self.truncated if found else self.too_long)[document.kind] += 1 if not found else bool(found.dropped)
+    self.too_long[document.kind] += not found
+    self.truncated[document.kind] += bool(found and found.dropped)
     return found
 
   def said(self, writer: records.Writer) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from jaxlm.data.conversations import Conversation
 from jaxlm.data.template import MARKS
 from jaxlm.data.tokenizer import Span, Tokenizer
 from jaxlm.errors import InputError
+from jaxlm.files import read_text
 
 Learn = Literal['assistant', 'last', 'all']
 
@@ -48,11 +49,22 @@ class _Spans(NamedTuple):
   whole_turns: bool = False  # they go on behind the token that ends a turn, which is to be cut off
 
 
-def built_in(name: str) -> str:
-  """The text of a template that comes with the package. Raises InputError for another name."""
-  if name not in BUILT_IN:
-    raise InputError(f'--template {name}: no file, and no template of that name; there are {", ".join(BUILT_IN)}')
-  return (ASSETS / f'{name}.jinja').read_text()
+def choose(asked: str | None, own: str | None) -> tuple[str, str]:
+  """The name and the text of a template: 'model' (its `own`), the name of one that comes with the package, or a file.
+
+  Where none is asked for it is the model's own, else 'chatml'. Raises InputError for what is none of these.
+  """
+  name = asked or ('model' if own else 'chatml')
+  if name == 'model':
+    if not own:
+      raise InputError('--template model: no chat template beside the tokenizer: name another')
+    return name, own
+  if name in BUILT_IN:
+    return name, (ASSETS / f'{name}.jinja').read_text()
+  path = epath.Path(name).expanduser()
+  if not path.exists() or path.is_dir():
+    raise InputError(f"--template {name}: no file, and none of {', '.join(BUILT_IN)} and 'model'")
+  return name, read_text(path, 1 << 24)
 
 
 def encode(
