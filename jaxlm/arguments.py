@@ -36,7 +36,7 @@ class Tokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class Prepare:
-  """Turn text into a prepared data set: documents, tokens, a train and a validation split.
+  """Turn text, or with --chat conversations, into a prepared data set: tokens, a train and a validation split.
 
   A source is [KIND=]SPEC[*WEIGHT]; SPEC is a file, a folder or a glob of text, .jsonl or .parquet, also .gz and .zst,
   or tfds:NAME[:split[:column]], or hf://datasets/ORG/NAME[/GLOB].
@@ -71,6 +71,28 @@ class Prepare:
     at_least(0, max_bad=self.max_bad)
     at_least(2, max_len=self.max_len)
     within('[0, 1)', val_fraction=self.val_fraction)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspect:
+  """Show rows as the model will see them, and check the masks, ends and beginnings of documents. Exit code 1: a fault.
+
+  jaxlm inspect FOLDER, or jaxlm inspect CONFIG.py [any flag of the run, as --data.seq-len 1024].
+  """
+
+  source: Positional[str]  # a prepared folder, or a run's config
+  rows: int = 2  # how many to show
+  split: str = 'train'
+  seq_len: int = 1024  # tokens in a row; of a config, its own
+  packing: Literal['concat', 'best_fit'] | None = (
+    None  # where not given: best_fit for conversations; of a config, its own
+  )
+  ids: bool = False  # a line for each token, with its id, segment and position
+  html: str | None = None  # a file for the rows as a page
+
+  def __post_init__(self):
+    at_least(0, rows=self.rows)
+    at_least(2, seq_len=self.seq_len)
 
 
 @dataclasses.dataclass(frozen=True)

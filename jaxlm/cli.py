@@ -15,13 +15,15 @@ if TYPE_CHECKING:
   from jaxlm import sample
   from jaxlm.config import Pretrain
   from jaxlm.data.prepared import Summary
+  from jaxlm.data.tokenizer import Tokenizer
 
 HELP = """\
 usage: jaxlm VERB ...          `jaxlm VERB --help` explains a verb
 
   quickstart   from raw text to a model that writes, on this machine, in a few minutes
   tokenizer    train a tokenizer on text
-  prepare      turn text into a prepared data set
+  prepare      turn text or conversations into a prepared data set
+  inspect      rows as the model will see them, and what is wrong with them
   pretrain     train a language model: jaxlm pretrain CONFIG.py [--run DIR] [--optim.lr 1e-3 ...]
   eval         perplexity and bits per byte on held-out text, by kind and by source
   generate     let a model continue a text
@@ -128,11 +130,10 @@ def _prepare(args: Sequence[str]) -> None:
   from jaxlm import arguments
 
   options = arguments.parse(arguments.Prepare, arguments.with_value(args, '--beam-options'), 'prepare')
-  from jaxlm import interop
   from jaxlm.console import reading
   from jaxlm.data import conversations, prepare, turns
 
-  tokenizer, own = interop.vocabulary(options.tokenizer)
+  tokenizer, own = _vocabulary(options.tokenizer)
   chat = None
   if options.chat:
     columns = conversations.parse_columns(options.columns) or None
@@ -161,6 +162,43 @@ def _prepare(args: Sequence[str]) -> None:
   _print_summary(summary)
   if summary.dropped['bad']:
     print(f'\nbad records, with file and line: {options.out}/{prepare.QUARANTINE}')
+
+
+def _vocabulary(source: str) -> 'tuple[Tokenizer, str | None]':
+  """A tokenizer, and the chat template that it comes with."""
+  from jaxlm import interop
+
+  return interop.vocabulary(source)
+
+
+def _inspect(args: Sequence[str]) -> None:
+  from jaxlm import arguments
+
+  options, rest = arguments.parse_some(arguments.Inspect, args, 'inspect')
+  from jaxlm import inspector
+  from jaxlm.console import rows_shown
+  from jaxlm.data import prepared
+
+  if options.source.endswith('.py'):
+    from jaxlm.loops import corpus
+
+    data = pretraining([options.source, *rest]).data
+    folders, seq_len = corpus.load(data.path, data.mix, data.phases).folders, data.seq_len
+    packing = data.packing
+  else:
+    if rest:
+      raise InputError(f'{rest[0]}: flags of a run need its config')
+    folders, seq_len, packing = {options.source: prepared.load(options.source)}, options.seq_len, options.packing
+  found = [inspector.inspect(one, options.split, seq_len, packing, options.rows) for one in folders.values()]
+  for name, one in zip(folders, found, strict=True):
+    print(f'{name}\n' + '\n'.join(inspector.lines(one)))
+    rows_shown(one.rows, ids=options.ids)
+  if options.html:
+    Path(options.html).write_text(inspector.page(dict(zip(folders, found, strict=True))))
+    print(options.html)
+  for name, one in zip(folders, found, strict=True):
+    if one.fault:
+      raise InputError(f'{name}: {one.fault}')
 
 
 def _print_summary(summary: 'Summary') -> None:
@@ -385,6 +423,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int | None]] = {
   'quickstart': _quickstart,
   'tokenizer': _tokenizer,
   'prepare': _prepare,
+  'inspect': _inspect,
   'pretrain': _pretrain,
   'eval': _eval,
   'generate': _generate,

@@ -39,7 +39,7 @@ def open_source(source: str) -> Foreign:
 
 
 def vocabulary(source: str) -> tuple[Tokenizer, str | None]:
-  """The tokenizer and the chat template, if any, of a tokenizer.json, the folder that holds one, or any `open_source`."""
+  """The tokenizer and the chat template, if any, of a tokenizer.json, a folder with one, or any `open_source`."""
   path = epath.Path(source).expanduser()
   if str(source).startswith(HUB) or path.suffix == '.gguf':
     found = open_source(source)
