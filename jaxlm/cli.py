@@ -133,7 +133,7 @@ def _prepare(args: Sequence[str]) -> None:
   from jaxlm.console import reading
   from jaxlm.data import conversations, prepare, turns
 
-  tokenizer, own = _vocabulary(options.tokenizer)
+  tokenizer, own = _vocabulary(options.tokenizer, options.chat)
   chat = None
   if options.chat:
     columns = conversations.parse_columns(options.columns) or None
@@ -164,9 +164,13 @@ def _prepare(args: Sequence[str]) -> None:
     print(f'\nbad records, with file and line: {options.out}/{prepare.QUARANTINE}')
 
 
-def _vocabulary(source: str) -> 'tuple[Tokenizer, str | None]':
-  """A tokenizer, and the chat template that it comes with."""
-  from jaxlm import interop
+def _vocabulary(source: str, chat: bool) -> 'tuple[Tokenizer, str | None]':
+  """A tokenizer, and for conversations the chat template that it comes with."""
+  if not chat and not source.startswith('hf://') and not source.endswith('.gguf'):
+    from jaxlm.data import tokenizer
+
+    return tokenizer.load(source), None
+  from jaxlm import interop  # imports jax, which takes a while
 
   return interop.vocabulary(source)
 

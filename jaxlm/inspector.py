@@ -1,4 +1,4 @@
-"""Rows as the model will see them, as tokens and as a page, and what is wrong with the documents that they are made of."""
+"""Rows as the model will see them, as tokens and as a page, and what is wrong with the documents in them."""
 
 import html
 import itertools
@@ -91,7 +91,7 @@ def document(tokens: Tokens, start: int, stop: int, tokenizer: Tokenizer) -> lis
 
 
 def text_of(tokenizer: Tokenizer) -> Any:
-  """A function from an id to what it stands for: control tokens by their names, parts of characters as they are stored."""
+  """A function from an id to its text: control tokens by their names, parts of characters as they are stored."""
 
   def text(i: int) -> str:
     if i in tokenizer.control_ids:
@@ -201,7 +201,8 @@ STYLE = """
 :root { color-scheme: light dark; --on: #0a7a33; --onbg: #d9f2e1; --off: #666; --line: #ccc }
 @media (prefers-color-scheme: dark) { :root { --on: #8be0a8; --onbg: #123d22; --off: #999; --line: #444 } }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
-h2 { font-size: 1rem; margin: 2rem 0 .5rem } .fault { color: #c22 } dl { display: grid; grid-template-columns: 8rem 1fr }
+h2 { font-size: 1rem; margin: 2rem 0 .5rem } .fault { color: #c22 }
+dl { display: grid; grid-template-columns: 8rem 1fr }
 dd { margin: 0 } .bar { background: var(--on); display: inline-block; height: .7rem; margin-right: .5rem }
 td { padding: 0 .6rem 0 0; font-variant-numeric: tabular-nums } td:first-child { text-align: right }
 .segment { border-left: 4px solid #57c; margin: .5rem 0; padding-left: .6rem; line-height: 2.4 }
