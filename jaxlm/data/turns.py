@@ -122,6 +122,8 @@ def _spans(rendering: chat.Rendering, text: str, wanted: list[int]) -> _Spans:
   found = _contents(rendering, text, wanted, outer=True) or _contents(rendering, text, wanted, outer=False)
   if not found:
     return _Spans(_prefixes(rendering, text, wanted), whole_turns=True)
+  if 'add_generation_prompt' not in rendering.template:
+    return _Spans(found)
   opened = rendering.text(rendering.messages[: wanted[-1]], generation=True)
   if text.startswith(opened) and len(opened) < found[-1][0]:  # what stands between is the model's to write
     found[-1] = len(opened), found[-1][1]
