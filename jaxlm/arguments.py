@@ -36,7 +36,7 @@ class Tokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class Prepare:
-  """Turn text into a prepared data set: documents, tokens, a train and a validation split.
+  """Turn text, or with --chat conversations, into a prepared data set: tokens, a train and a validation split.
 
   A source is [KIND=]SPEC[*WEIGHT]; SPEC is a file, a folder or a glob of text, .jsonl or .parquet, also .gz and .zst,
   or tfds:NAME[:split[:column]], or hf://datasets/ORG/NAME[/GLOB].
@@ -44,21 +44,55 @@ class Prepare:
   """
 
   sources: Positional[tuple[str, ...]]
-  tokenizer: str
+  tokenizer: str  # a tokenizer.json, the folder of a run or a model that has one, or a .gguf file
   out: str
   val_fraction: float = 0.05  # share of the documents held out, chosen by the hash of their text
   max_bad: int = 0  # bad records to leave out, listed in OUT/quarantine.jsonl, before giving up
   text_column: str = 'text'  # the key or column that holds a document
   near_duplicates: float | None = None  # also drop what is that similar (Jaccard, as 0.8) to a document kept before
   quality: bool = False  # also drop what is not prose: a few words, odd or repeated ones (code and tables are not)
+  chat: bool = False  # rows are conversations: messages, ShareGPT, Alpaca, prompt and completion, question and answer
+  template: str | None = (
+    None  # 'model' (its own, beside the tokenizer), chatml, llama3, gemma, mistral, qwen, plain, a file
+  )
+  learn: Literal['assistant', 'last', 'all'] = 'assistant'  # every turn of the assistant, its last one, or all tokens
+  max_len: int | None = None  # tokens of a conversation; longer ones lose turns from their end
+  columns: tuple[str, ...] = ()  # what to read: prompt=COLUMN,response=COLUMN or messages=COLUMN; system=, tools= too
   beam_runner: str | None = None  # on Apache Beam: DirectRunner, DataflowRunner, FlinkRunner, SparkRunner, ...
   beam_options: str = ''  # its flags in one string: '--project=mine --region=us-central1 --temp_location=gs://...'
 
   def __post_init__(self):
     if self.beam_options and not self.beam_runner:
       raise InputError('--beam-options needs --beam-runner')
+    if self.chat and (self.beam_runner or self.quality or self.text_column != 'text'):
+      raise InputError('--chat goes without --beam-runner, --quality and --text-column')
+    if not self.chat and (self.template or self.learn != 'assistant' or self.max_len or self.columns):
+      raise InputError('--template, --learn, --max-len and --columns need --chat')
     at_least(0, max_bad=self.max_bad)
+    at_least(2, max_len=self.max_len)
     within('[0, 1)', val_fraction=self.val_fraction)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspect:
+  """Show rows as the model will see them, and check the masks, ends and beginnings of documents. Exit code 1: a fault.
+
+  jaxlm inspect FOLDER, or jaxlm inspect CONFIG.py [any flag of the run, as --data.seq-len 1024].
+  """
+
+  source: Positional[str]  # a prepared folder, or a run's config
+  rows: int = 2  # how many to show
+  split: str = 'train'
+  seq_len: int = 1024  # tokens in a row; of a config, its own
+  packing: Literal['concat', 'best_fit'] | None = (
+    None  # where not given: best_fit for conversations; of a config, its own
+  )
+  ids: bool = False  # a line for each token, with its id, segment and position
+  html: str | None = None  # a file for the rows as a page
+
+  def __post_init__(self):
+    at_least(0, rows=self.rows)
+    at_least(2, seq_len=self.seq_len)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,13 +14,16 @@ if TYPE_CHECKING:
 
   from jaxlm import sample
   from jaxlm.config import Pretrain
+  from jaxlm.data.prepared import Summary
+  from jaxlm.data.tokenizer import Tokenizer
 
 HELP = """\
 usage: jaxlm VERB ...          `jaxlm VERB --help` explains a verb
 
   quickstart   from raw text to a model that writes, on this machine, in a few minutes
   tokenizer    train a tokenizer on text
-  prepare      turn text into a prepared data set
+  prepare      turn text or conversations into a prepared data set
+  inspect      rows as the model will see them, and what is wrong with them
   pretrain     train a language model: jaxlm pretrain CONFIG.py [--run DIR] [--optim.lr 1e-3 ...]
   eval         perplexity and bits per byte on held-out text, by kind and by source
   generate     let a model continue a text
@@ -136,10 +139,17 @@ def _prepare(args: Sequence[str]) -> None:
   from jaxlm import arguments
 
   options = arguments.parse(arguments.Prepare, arguments.with_value(args, '--beam-options'), 'prepare')
-  from jaxlm.console import reading, table
-  from jaxlm.data import prepare, tokenizer
+  from jaxlm.console import reading
+  from jaxlm.data import conversations, prepare, turns
 
-  given = options.sources, tokenizer.load(options.tokenizer), options.out
+  tokenizer, own = _vocabulary(options.tokenizer, options.chat)
+  chat = None
+  if options.chat:
+    columns = conversations.parse_columns(options.columns) or None
+    name, template = turns.choose(options.template, own)
+    tokenizer = tokenizer.with_controls(turns.BUILT_IN.get(name, ()))
+    chat = prepare.Chat(template, options.learn, options.max_len, columns)
+  given = options.sources, tokenizer, options.out
   choices = {
     'val_fraction': options.val_fraction,
     'max_bad': options.max_bad,
@@ -154,16 +164,72 @@ def _prepare(args: Sequence[str]) -> None:
     summary = beam.run(*given, runner=options.beam_runner, options=options.beam_options, say=say, **choices)
   else:
     with reading() as on_progress:
-      summary = prepare.prepare(*given, on_progress=on_progress, **choices)
-  read, kinds = summary.read(), {split: summary.kinds(split) for split in summary.splits}
-  columns = ('documents', 'tokens', 'bytes')
-  whole = lambda rows: [*rows, ('all', *(sum(column) for column in list(zip(*rows, strict=True))[1:]))]
-  print(table(('kind', 'read', *summary.dropped, 'kept'), whole([(kind, *n.values()) for kind, n in read.items()])))
-  print()
-  header = ('kind', *(f'{split} {what}' for split in kinds for what in columns))
-  print(table(header, whole([(k, *(n for of in kinds.values() for n in of[k].figures)) for k in kinds['train']])))
+      summary = prepare.prepare(*given, on_progress=on_progress, chat=chat, **choices)
+  if chat and summary.chat:
+    print(f'template: {name}; learned: {options.learn}')
+    print('\n'.join(f'{kind}: {form}' for kind, form in summary.chat['formats'].items()) + '\n')
+  _print_summary(summary)
   if summary.dropped['bad']:
     print(f'\nbad records, with file and line: {options.out}/{prepare.QUARANTINE}')
+
+
+def _vocabulary(source: str, chat: bool) -> 'tuple[Tokenizer, str | None]':
+  """A tokenizer, and for conversations the chat template that it comes with."""
+  if not chat and not source.startswith('hf://') and not source.endswith('.gguf'):
+    from jaxlm.data import tokenizer
+
+    return tokenizer.load(source), None
+  from jaxlm import interop  # imports jax, which takes a while
+
+  return interop.vocabulary(source)
+
+
+def _inspect(args: Sequence[str]) -> None:
+  from jaxlm import arguments
+
+  options, rest = arguments.parse_some(arguments.Inspect, args, 'inspect')
+  from jaxlm import inspector
+  from jaxlm.console import rows_shown
+  from jaxlm.data import prepared
+
+  if options.source.endswith('.py'):
+    from jaxlm.loops import corpus
+
+    data = pretraining([options.source, *rest]).data
+    folders, seq_len = corpus.load(data.path, data.mix, data.phases).folders, data.seq_len
+    packing = data.packing
+  else:
+    if rest:
+      raise InputError(f'{rest[0]}: flags of a run need its config')
+    folders, seq_len, packing = {options.source: prepared.load(options.source)}, options.seq_len, options.packing
+  found = [inspector.inspect(one, options.split, seq_len, packing, options.rows) for one in folders.values()]
+  for name, one in zip(folders, found, strict=True):
+    print(f'{name}\n' + '\n'.join(inspector.lines(one)))
+    rows_shown(one.rows, ids=options.ids)
+  if options.html:
+    Path(options.html).write_text(inspector.page(dict(zip(folders, found, strict=True))))
+    print(options.html)
+  for name, one in zip(folders, found, strict=True):
+    if one.fault:
+      raise InputError(f'{name}: {one.fault}')
+
+
+def _print_summary(summary: 'Summary') -> None:
+  """Tables of what was read, left out, and kept."""
+  from jaxlm.console import table
+
+  read, kinds = summary.read(), {split: summary.kinds(split) for split in summary.splits}
+  whole = lambda rows: [*rows, ('all', *(sum(column) for column in list(zip(*rows, strict=True))[1:]))]
+  rows = [(kind, *n.values()) for kind, n in read.items()]
+  cut = summary.chat and summary.chat['truncated']
+  header = ('kind', 'read', *summary.dropped, 'kept') + ('of them truncated',) * (cut is not None)
+  print(table(header, whole([(*row, cut.get(row[0], 0)) for row in rows] if cut is not None else rows)))
+  print()
+  columns = ('documents', 'tokens', 'bytes') + ('learned',) * (summary.chat is not None)
+  header = ('kind', *(f'{split} {what}' for split in kinds for what in columns))
+  learned = lambda split, kind: [summary.chat['learned'][split].get(kind, 0)] if summary.chat else []
+  figures = lambda kind: (n for split, of in kinds.items() for n in (*of[kind].figures, *learned(split, kind)))
+  print(table(header, whole([(kind, *figures(kind)) for kind in kinds['train']])))
 
 
 def pretraining(args: Sequence[str]) -> 'Pretrain':
@@ -378,6 +444,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int | None]] = {
   'quickstart': _quickstart,
   'tokenizer': _tokenizer,
   'prepare': _prepare,
+  'inspect': _inspect,
   'pretrain': _pretrain,
   'eval': _eval,
   'generate': _generate,

@@ -1,13 +1,14 @@
 """What a person sees in the terminal while something runs: lines, and a progress bar with the time left."""
 
+import itertools
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -19,8 +20,12 @@ from rich.progress import (
   TimeRemainingColumn,
   TransferSpeedColumn,
 )
+from rich.text import Text
 
 from jaxlm.errors import InputError
+
+if TYPE_CHECKING:
+  from jaxlm.inspector import Token
 
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal to draw a bar on
 
@@ -110,6 +115,33 @@ def terminable(*signals: signal.Signals) -> Generator[Callable[[], int]]:
     os.close(write)
     listener.join()
     os.close(read)
+
+
+def rows_shown(rows: 'Mapping[str, Sequence[Token]]', *, ids: bool = False) -> None:
+  """Prints rows by their names: learned tokens bright, others dim, each segment under a line; with `ids` one a line."""
+  console = Console(highlight=False)
+  for name, tokens in rows.items():
+    console.print(f'\n{name}', style='bold', markup=False)
+    text, segment = Text(), 0
+    for token in tokens:
+      if token.segment != segment:
+        segment = token.segment
+        text.append(f'{"" if text.plain.endswith(chr(10)) or not text else chr(10)}-- segment {segment}\n', 'cyan')
+      style = 'bold green' if token.loss else 'dim'
+      if ids:
+        mark = 'loss' if token.loss else '    '
+        text.append(f'{token.position:6} {token.id:7} {mark}  {token.text!r}\n', style)
+      else:
+        text.append(token.text, style)
+    console.print(text, soft_wrap=ids)
+    if not console.is_terminal and not ids:
+      console.print('learned: ' + ' | '.join(map(repr, learned_texts(tokens))), markup=False, soft_wrap=True)
+
+
+def learned_texts(tokens: 'Sequence[Token]') -> list[str]:
+  """The texts of the runs of tokens that are learned."""
+  runs = itertools.groupby(tokens, lambda token: (token.loss, token.segment))
+  return [''.join(token.text for token in run) for (loss, _), run in runs if loss]
 
 
 class Training:

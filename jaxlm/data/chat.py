@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxlm.data import template as templates
-from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.data.tokenizer import Span, Tokenizer
 from jaxlm.errors import InputError
 
 Message = Mapping[str, Any]
@@ -40,21 +40,52 @@ def encode(
   removes letters, or writes brackets around a role) is the template's. Raises InputError as `render` does, and for a
   role that holds a control token.
   """
-  typed = _Typed(template, [messages, variables], tokenizer)
-  for i, message in enumerate(messages):
-    if typed.hide(str(message.get('role', ''))) != str(message.get('role', '')):
-      raise InputError(f'message {i + 1}: its role {message["role"]!r} holds a control token')
-  marked = _mapped(list(messages), typed.hide)
-  text = render(template, marked, tokenizer, generation=generation, **_mapped(variables, typed.hide))
-  for hidden in typed.shown:
-    text = text.replace(_escaped(hidden), hidden)
-  parts = re.split(f'([{"".join(typed.shown)}])', text) if typed.shown else [text]
-  ids: list[int] = []
-  for part in parts:
-    if part:
-      said = typed.shown.get(part)
-      ids += tokenizer.encode(said or part, controls=said is None, inside=bool(ids))
-  return ids
+  rendering = Rendering(template, messages, tokenizer, **variables)
+  return [i for i, _, _ in rendering.tokens(rendering.text(generation=generation))]
+
+
+class Rendering:
+  """A conversation to be rendered, once or more often: control tokens typed in it are single characters meanwhile.
+
+  `messages` are those with these characters. Raises InputError for a role that holds a control token.
+  """
+
+  def __init__(self, template: str, messages: Sequence[Message], tokenizer: Tokenizer, **variables: Any):
+    self.template, self.tokenizer = template, tokenizer
+    self._typed = _Typed(template, [messages, variables], tokenizer)
+    for i, message in enumerate(messages):
+      if self._typed.hide(str(message.get('role', ''))) != str(message.get('role', '')):
+        raise InputError(f'message {i + 1}: its role {message["role"]!r} holds a control token')
+    self.messages: list[Message] = _mapped(list(messages), self._typed.hide)
+    self._variables = _mapped(variables, self._typed.hide)
+
+  def marks(self) -> tuple[str, str]:
+    """Two characters that stand in no text of this conversation."""
+    return next(self._typed.free), next(self._typed.free)
+
+  def text(
+    self, messages: Sequence[Message] | None = None, *, generation: bool = False, marks: Sequence[str] = (), **more: Any
+  ) -> str:
+    """`render` of these messages, or of others made of them in which `marks` may stand."""
+    given = self.messages if messages is None else messages
+    text = render(self.template, given, self.tokenizer, generation=generation, **self._variables, **more)
+    for hidden in (*self._typed.shown, *marks):
+      text = text.replace(_escaped(hidden), hidden)
+    return text
+
+  def tokens(self, text: str) -> list[Span]:
+    """The ids of a text that was rendered, each with its characters [start, end) in it."""
+    shown = self._typed.shown
+    found: list[Span] = []
+    at = 0
+    for part in re.split(f'([{"".join(shown)}])', text) if shown else [text]:
+      if said := shown.get(part):
+        found += [(i, at, at + 1) for i, _, _ in self.tokenizer.spans(said, inside=bool(found))]
+      elif part:
+        spans = self.tokenizer.spans(part, controls=True, inside=bool(found))
+        found += [(i, at + start, at + end) for i, start, end in spans]
+      at += len(part)
+    return found
 
 
 class _Typed:

@@ -84,8 +84,10 @@ def parse_hub(spec: str) -> Hub:
   return Hub(found['repo'], revision, (found['glob'] or '').strip('/'))
 
 
-def shards(spec: str) -> list[epath.Path]:
+def shards(spec: str, text: bool = True) -> list[epath.Path]:
   """The files of the data set, split and slice that a `tfds:` spec names, in their order; each goes to `read_shard`.
+
+  Without `text` to `read_rows`, and no column has to be the text.
 
   A folder, or a name that is already prepared below TFDS_DATA_DIR (else TFDS's own default), is taken as it lies; any
   other name is downloaded and prepared there by TFDS, in array_record. A slice is of whole files (`train[:2shard]`).
@@ -93,7 +95,8 @@ def shards(spec: str) -> list[epath.Path]:
   """
   wanted = parse_tfds(spec)
   info = _builder(wanted.name, spec).info
-  _column(info.features, wanted.column, spec)
+  if text:
+    _column(info.features, wanted.column, spec)
   whole = 'give whole files, as in train[:2shard]'
   try:
     parts = info.splits[wanted.split].file_instructions
@@ -124,10 +127,8 @@ def read_shard(path: epath.Path, column: str | None, on_bad: OnBad) -> Iterator[
   shard = _shard(path)
   name = _column(shard.features, column, str(path))
   parse = ExampleParserNp(_only(shard.features, name).get_serialized_info()).parse_example
-  batch = max(1, min(1024, BATCH_BYTES * shard.records // max(1, path.stat().length)))
-  read = {'array_record': array_records, 'parquet': _parquet_records, 'tfrecord': _tf_records}[shard.form]
-  number, file = 0, str(path)
-  for number, record in enumerate(read(path, batch), 1):
+  file = str(path)
+  for number, record in _records(shard):
     where = f'{file}:{number}'
     try:
       text = _text(parse, record, name, where)
@@ -135,6 +136,47 @@ def read_shard(path: epath.Path, column: str | None, on_bad: OnBad) -> Iterator[
       on_bad(error)
     else:
       yield text, where
+
+
+def read_rows(path: epath.Path, on_bad: OnBad) -> Iterator[tuple[int, dict[str, Any]]]:
+  """(number from 1, all features by name) of each record of one file of `shards`: text, numbers, lists, dictionaries.
+
+  A sequence of dictionaries is a list of them. Raises InputError as `read_shard` does.
+  """
+  shard = _shard(path)
+  for number, record in _records(shard):
+    try:
+      row = _plain(shard.features.deserialize_example_np(record))
+    except Exception as error:  # protobuf's and whatever TFDS makes of a record of another shape
+      on_bad(InputError(f'{path}:{number}: this record cannot be read: {_line(error)}'))
+    else:
+      yield number, row
+
+
+def _plain(value: Any) -> Any:
+  """What TFDS decodes as Python's own types; a dictionary of equally long lists of it is a list of dictionaries."""
+  if isinstance(value, dict):
+    found = {name: _plain(one) for name, one in value.items()}
+    return {
+      name: [dict(zip(one, parts, strict=True)) for parts in zip(*one.values(), strict=True)]
+      if isinstance(one, dict) and one and all(isinstance(part, list) for part in one.values())
+      else one
+      for name, one in found.items()
+    }
+  if isinstance(value, bytes):
+    return value.decode()
+  if isinstance(value, np.ndarray | list | tuple):
+    return [_plain(one) for one in value]
+  return value.item() if isinstance(value, np.generic) else value
+
+
+def _records(shard: _Shard) -> Iterator[tuple[int, bytes]]:
+  """The records of a file, counted from 1. Raises InputError where there are others than TFDS wrote."""
+  path, number = shard.path, 0
+  batch = max(1, min(1024, BATCH_BYTES * shard.records // max(1, path.stat().length)))
+  read = {'array_record': array_records, 'parquet': _parquet_records, 'tfrecord': _tf_records}[shard.form]
+  for number, record in enumerate(read(path, batch), 1):
+    yield number, record
   if number != shard.records:
     hint = "; TFDS's own Parquet writer loses records beyond a hundred a file" if shard.form == 'parquet' else ''
     raise InputError(

@@ -12,13 +12,20 @@ Row = dict[str, np.ndarray]
 Packing = Literal['concat', 'best_fit']
 
 
-def pack(tokens: np.ndarray, begins: np.ndarray, seq_len: int, pad_id: int, token_bytes: np.ndarray) -> Row:
+def pack(
+  tokens: np.ndarray,
+  begins: np.ndarray,
+  seq_len: int,
+  pad_id: int,
+  token_bytes: np.ndarray,
+  learned: np.ndarray | None = None,
+) -> Row:
   """A row from a slice of the stream: `tokens` int [n + 1] and `begins` bool [n + 1], 1 <= n <= seq_len = T.
 
   Position t of the row sees tokens[t] and predicts tokens[t + 1]. Returns arrays [T]:
   - tokens, targets int32: padded with `pad_id` after n;
-  - loss_mask float32: 0 on padding and where the target begins another document, else 1. It never looks at ids, so
-    an end-of-text label counts even where `pad_id` is the same token;
+  - loss_mask float32: 0 on padding, where the target begins another document, and where it is not `learned` (bool
+    [n + 1], if given), else 1. It never looks at ids, so an end-of-text label counts even where `pad_id` is the same;
   - segment_ids int32: 1, 2, ... for the row's documents, 0 on padding;
   - positions int32: from 0 in each segment;
   - target_bytes int32: bytes of UTF-8 that the target stands for, 0 where the mask is 0.
@@ -27,7 +34,7 @@ def pack(tokens: np.ndarray, begins: np.ndarray, seq_len: int, pad_id: int, toke
   starts = begins[:n].copy()
   starts[0] = True
   index = np.arange(n)
-  mask = ~begins[1:]
+  mask = ~begins[1:] if learned is None else ~begins[1:] & learned[1:]
   return {
     'tokens': _padded(tokens[:n], seq_len, np.int32, pad_id),
     'targets': _padded(tokens[1:], seq_len, np.int32, pad_id),
@@ -62,7 +69,8 @@ class Rows:
     if not 0 <= row < len(self):
       raise IndexError(f'row {row} of {len(self)}')
     start, stop = row * self.seq_len, (row + 1) * self.seq_len + 1
-    packed = pack(*self.tokens.read(start, stop), self.seq_len, self.pad_id, self._token_bytes)
+    learned = self.tokens.learned(start, stop)
+    packed = pack(*self.tokens.read(start, stop), self.seq_len, self.pad_id, self._token_bytes, learned)
     if self._groups is not None:
       packed['group'] = _padded(self._groups[self.tokens.groups(start + 1, stop)], self.seq_len, np.int32)
     return packed
@@ -94,7 +102,8 @@ class BestFitRows:
     for i in self._order[self._bounds[row] : self._bounds[row + 1]]:
       start, length = int(self._starts[i]), int(self._lengths[i])
       tokens, _ = self.tokens.read(start, start + length + 1)
-      parts.append(pack(tokens, np.zeros(length + 1, np.bool_), length, self.pad_id, self._token_bytes))
+      learned = self.tokens.learned(start, start + length + 1)
+      parts.append(pack(tokens, np.zeros(length + 1, np.bool_), length, self.pad_id, self._token_bytes, learned))
     for number, part in enumerate(parts, 1):
       part['segment_ids'][:] = number
     fills = {'tokens': self.pad_id, 'targets': self.pad_id}

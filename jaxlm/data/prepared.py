@@ -18,6 +18,8 @@ from jaxlm.errors import InputError
 
 VERSION = 4  # of the layout; raise it when a folder prepared before can't be read any more
 MARKER = 'prepared.json'
+LEARNED = 'learned'  # SPLIT.learned.npy: np.packbits of one bit a token; where there is none, all are learned
+TEMPLATE = 'chat_template.jinja'
 
 
 @dataclasses.dataclass
@@ -49,6 +51,11 @@ class Summary:
   contents: str  # sha256 of all tokens and of where documents begin: equal ones train alike
   files: dict[str, str]  # sha256 of every file of the data set, its index and the tokenizer
   inputs: dict[str, Any]  # options and the input files' sizes and times: what makes preparing again unnecessary
+  chat: dict[str, Any] | None = None  # of conversations alone, see `prepare`; then there are LEARNED and TEMPLATE
+
+  def to_json(self) -> dict[str, Any]:
+    """The fields that are written."""
+    return {name: value for name, value in dataclasses.asdict(self).items() if name != 'chat' or value}
 
   def kinds(self, split: str) -> dict[str, Count]:
     """What a split holds of each kind, in the order in which the kinds were met."""
@@ -170,12 +177,17 @@ class Tokens:
     self._offsets, self._begins, self._groups = (
       np.load(os.fspath(path / f'{split}.{name}.npy'), mmap_mode='r') for name in ('offsets', 'begins', 'groups')
     )
+    self._places = self._offsets[:-1]  # of the records among the bits
+    learned = path / f'{split}.{LEARNED}.npy'
+    there = f'{split}.{LEARNED}.npy' in summary.files
+    self._learned: np.ndarray | None = np.load(os.fspath(learned), mmap_mode='r') if there else None
     self._numbers: np.ndarray | None = None  # of the records, where they are not all
     self.bytes = summary.splits[split].bytes
     if kind is not None:
       wanted = [number for number, group in enumerate(summary.groups) if group[0] == kind]
       self._numbers = np.flatnonzero(np.isin(self._groups, wanted))
       self._begins, self._groups = self._begins[self._numbers], self._groups[self._numbers]
+      self._places = self._places[self._numbers]
       self._offsets = np.concatenate([[0], np.cumsum(np.diff(self._offsets)[self._numbers])])
       self.bytes = summary.kinds(split)[kind].bytes
 
@@ -193,6 +205,18 @@ class Tokens:
     begins[offsets[:-1] - offsets[0]] = self._begins[first:last]
     window = slice(start - offsets[0], stop - offsets[0])
     return tokens[window].astype(np.int32), begins[window]
+
+  def learned(self, start: int, stop: int) -> np.ndarray | None:
+    """bool: which of the tokens at [start, stop), cut at the end, are to be learned; None where all are."""
+    start, stop = max(start, 0), min(stop, len(self))
+    if self._learned is None:
+      return None
+    if start >= stop:
+      return np.zeros(0, np.bool_)
+    first, last, offsets = self._span(start, stop)
+    places = np.asarray(self._places[first:last])
+    bits = [_bits(self._learned, place, n) for place, n in zip(places, np.diff(offsets), strict=True)]
+    return np.concatenate(bits)[start - offsets[0] : stop - offsets[0]]
 
   def groups(self, start: int, stop: int) -> np.ndarray:
     """int32: the group (kind and source, see `Summary.groups`) of each token at [start, stop), cut at the end."""
@@ -236,6 +260,12 @@ class Tokens:
         raise  # not the files' fault
       where = f'{self._path}: record {index} of {self._split!r}'
       raise InputError(f'{where} cannot be read: {"; ".join(damaged)}: run `jaxlm prepare` again') from error
+
+
+def _bits(packed: np.ndarray, start: int, count: int) -> np.ndarray:
+  """bool [count]: the bits from `start` on."""
+  inside = start % 8
+  return np.unpackbits(packed[start // 8 : (start + count + 7) // 8])[inside : inside + count].astype(np.bool_)
 
 
 def read_summary(path: epath.Path) -> Summary | None:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from array import array
+from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from etils import epath
 
 from jaxlm.data import datasets
 from jaxlm.data.choice import SPLITS, Kept
-from jaxlm.data.prepared import VERSION, Count
+from jaxlm.data.prepared import LEARNED, VERSION, Count
 from jaxlm.data.sources import Document
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import InputError
@@ -226,6 +227,23 @@ def too_many_groups(where: str) -> InputError:
   return InputError(f'{where}: more than {MOST_GROUPS} kinds: give one with KIND=SPEC')
 
 
+class Bits:
+  """Bits that are appended, eight to a byte."""
+
+  def __init__(self) -> None:
+    self._whole, self._rest = bytearray(), np.zeros(0, np.bool_)
+
+  def add(self, bits: np.ndarray) -> None:
+    bits = np.concatenate([self._rest, bits])
+    whole = len(bits) // 8 * 8
+    self._whole += np.packbits(bits[:whole]).tobytes()
+    self._rest = bits[whole:]
+
+  def packed(self) -> np.ndarray:
+    """uint8: all of them, the last byte filled up with zeros."""
+    return np.concatenate([np.frombuffer(self._whole, np.uint8), np.packbits(self._rest)])
+
+
 class Index:
   """What is kept beside the records: of each its length in tokens, whether it begins a document, and its group."""
 
@@ -234,6 +252,7 @@ class Index:
     self.begins = {split: array('b') for split in SPLITS}
     self.groups = {split: array('H') for split in SPLITS}
     self.tokens = {split: hashlib.sha256() for split in SPLITS}
+    self.learned: dict[str, Bits] | None = None  # which tokens are, where not all are
 
   def add(self, split: str, length: int, begins: bool, group: int) -> None:
     self.lengths[split].append(length)
@@ -241,7 +260,7 @@ class Index:
     self.groups[split].append(group)
 
   def save(self, folder: epath.Path) -> None:
-    """Write `SPLIT.NAME.npy` for each array of INDEX."""
+    """Write `SPLIT.NAME.npy` for each array of INDEX, and for LEARNED if there is one."""
     for split in SPLITS:
       lengths = np.frombuffer(self.lengths[split], np.int64)
       offsets = np.concatenate([[0], np.cumsum(lengths)])
@@ -249,6 +268,9 @@ class Index:
       for name, dtype in INDEX.items():
         with (folder / f'{split}.{name}.npy').open('wb') as file:
           np.save(file, np.asarray(arrays[name]).astype(dtype), allow_pickle=False)
+      if self.learned:
+        with (folder / f'{split}.{LEARNED}.npy').open('wb') as file:
+          np.save(file, self.learned[split].packed(), allow_pickle=False)
 
   def contents(self, dtype: np.dtype, groups: Sequence[Group]) -> str:
     """sha256 of the tokens (all of them were given to `tokens`), their type, the index and the groups' names."""
@@ -257,18 +279,30 @@ class Index:
       whole.update(self.tokens[split].digest())
       for values in (self.lengths, self.begins, self.groups):
         whole.update(bytes(values[split]))
+      if self.learned:
+        whole.update(self.learned[split].packed().tobytes())
     return whole.hexdigest()
 
 
 class Writer:
-  """Appends documents to the data set, and keeps what the index and the summary need."""
+  """Appends documents to the data set, and keeps what the index and the summary need.
 
-  def __init__(self, folder: epath.Path, dtype: np.dtype):
+  With `masked`, pieces come with which of their tokens are learned; `learned` counts them by split and group.
+  """
+
+  def __init__(self, folder: epath.Path, dtype: np.dtype, masked: bool = False):
     self.dtype, self.groups, self.index = dtype, Groups(), Index()
+    self.learned = {split: Counter[int]() for split in SPLITS}
+    if masked:
+      self.index.learned = {split: Bits() for split in SPLITS}
     self.by_group: dict[str, list[Count]] = {split: [] for split in SPLITS}
     self._data_set = DataSet(folder)
 
-  def add(self, pieces: list[tuple[Piece, np.ndarray]]) -> None:
+  def add(self, pieces: Sequence[tuple[Piece, np.ndarray]], masks: Sequence[np.ndarray] = ()) -> None:
+    for (piece, _), mask in zip(pieces, masks, strict=False):
+      self.learned[piece.kept.split][self.groups.of(piece.kept.document)] += int(mask.sum())
+      if self.index.learned:
+        self.index.learned[piece.kept.split].add(mask)
     examples: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     for piece, ids in pieces:
       split, number, document = piece.kept

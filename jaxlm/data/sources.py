@@ -25,6 +25,7 @@ IN_MEMORY = 64 << 20  # an unpacked Parquet file beyond it goes to a temporary f
 TERM = re.compile(r'(?:(?P<kind>[\w.-]+)=)?(?P<spec>.+?)(?:\*(?P<weight>\d+(?:\.\d+)?))?')
 SHARD = re.compile(r'[-.]\d+-of-\d+$')  # of 'c4-train.00003-of-01024.json.gz'
 OnBad = Callable[[InputError], None]
+Make = Callable[[dict[str, Any], 'File', int], 'Document']  # of a row, its file, its number
 
 
 class _Damaged(Exception):
@@ -49,7 +50,7 @@ class Term(NamedTuple):
 
 
 class File(NamedTuple):
-  """One file to read: its documents' kind, and the column or key that holds their text."""
+  """One file to read: its documents' kind, and the column or key that holds their text (None: whole rows)."""
 
   path: epath.Path
   kind: str
@@ -107,12 +108,15 @@ def no_text(specs: Sequence[str]) -> InputError:
   return InputError(f'{" ".join(_listed(specs))}: no text in there: every document is empty')
 
 
-def files(specs: Sequence[str], column: str = 'text') -> list[File]:
-  """The files that `specs` stand for, each once. Raises InputError for a spec that matches none."""
+def files(specs: Sequence[str], column: str | None = 'text') -> list[File]:
+  """The files that `specs` stand for, each once; without a `column`, to be read by whole rows.
+
+  Raises InputError for a spec that matches none.
+  """
   return list({str(file.path): file for term in terms(specs) for file in _of(term, column)}.values())
 
 
-def weights(specs: Sequence[str]) -> dict[str, float]:
+def weights(specs: Sequence[str], column: str | None = 'text') -> dict[str, float]:
   """What share of the training rows each kind is to be, as `specs` say it; empty where they give no weights.
 
   Raises InputError for a weight on a spec of several kinds, and for two weights of one kind.
@@ -120,7 +124,7 @@ def weights(specs: Sequence[str]) -> dict[str, float]:
   found: dict[str, float] = {}
   for term in terms(specs):
     if term.weight is not None:
-      kinds = {file.kind for file in _of(term, 'text')}
+      kinds = {file.kind for file in _of(term, column)}
       if len(kinds) > 1 or kinds & found.keys():
         why = f'holds {", ".join(sorted(kinds))}' if len(kinds) > 1 else f'{kinds.pop()!r} has a weight already'
         raise InputError(
@@ -130,9 +134,9 @@ def weights(specs: Sequence[str]) -> dict[str, float]:
   return found
 
 
-def _of(term: Term, column: str) -> list[File]:
+def _of(term: Term, column: str | None) -> list[File]:
   if term.spec.startswith(datasets.TFDS):
-    wanted, shards = datasets.parse_tfds(term.spec), datasets.shards(term.spec)
+    wanted, shards = datasets.parse_tfds(term.spec), datasets.shards(term.spec, text=column is not None)
     return [File(path, term.kind or path.name.split('-')[0], wanted.column, tfds=True) for path in shards]
   if term.spec.startswith(datasets.HUB):
     kind = term.kind or datasets.parse_hub(term.spec).name
@@ -154,16 +158,26 @@ def refuse(error: InputError) -> None:
   raise error
 
 
-def read(file: File, on_bad: OnBad = refuse) -> Iterator[Document]:
-  """The documents of one file (see `documents`); `on_bad` gets the error of each bad record, which is then left out."""
+def read(file: File, on_bad: OnBad = refuse, make: Make | None = None) -> Iterator[Document]:
+  """The documents of one file (see `documents`); `on_bad` gets the error of each bad record, which is then left out.
+
+  With `make` that makes each of a whole row; then the file has rows: it is JSONL, Parquet or of TFDS.
+  """
+  if file.tfds and make:
+    for number, row in datasets.read_rows(file.path, on_bad):
+      yield from _made(make, row, file, number, on_bad)
+    return
   if file.tfds:
     for text, where in datasets.read_shard(file.path, file.column, on_bad):
       yield Document(text, file.kind, where, file.kind)
     return
-  reader, last = READERS.get(_without_packing(file.path).suffix, _read_text), ''
+  reader, last = READERS.get(_without_packing(file.path).suffix), ''
+  if make and not reader:
+    raise InputError(f'{file.path}: no rows in there: give .jsonl, .json or .parquet, plain, .gz or .zst')
   try:
     with _unpacked(file.path) as stream:
-      for document in reader(stream, file, on_bad):
+      made = reader(stream, file, on_bad, make or _from_row) if reader else _read_text(stream, file, on_bad)
+      for document in made:
         yield document
         last = document.where
   except (EOFError, zlib.error, OSError, _Damaged) as error:
@@ -261,19 +275,28 @@ def _whole_characters(raw: bytes) -> tuple[bytes, bytes]:
   return raw, b''
 
 
-def _read_jsonl(stream: Any, file: File, on_bad: OnBad) -> Iterator[Document]:
+def _made(make: Make, row: dict[str, Any], file: File, number: int, on_bad: OnBad) -> Iterator[Document]:
+  try:
+    document = make(row, file, number)
+  except InputError as error:
+    on_bad(error)
+  else:
+    yield document
+
+
+def _read_jsonl(stream: Any, file: File, on_bad: OnBad, make: Make) -> Iterator[Document]:
   for number, raw in enumerate(stream, 1):
     try:
       line = _decode(raw, file.path, number).removeprefix(BOM if number == 1 else '')
-      document = _from_json(line, file, number) if line.strip() else None
+      row = _from_json(line, file, number) if line.strip() else None
     except InputError as error:
       on_bad(error)
     else:
-      if document:
-        yield document
+      if row is not None:
+        yield from _made(make, row, file, number, on_bad)
 
 
-def _read_parquet(stream: Any, file: File, on_bad: OnBad) -> Iterator[Document]:
+def _read_parquet(stream: Any, file: File, on_bad: OnBad, make: Make) -> Iterator[Document]:
   import pyarrow
   import pyarrow.parquet
 
@@ -286,20 +309,20 @@ def _read_parquet(stream: Any, file: File, on_bad: OnBad) -> Iterator[Document]:
     try:
       table = pyarrow.parquet.ParquetFile(stream, page_checksum_verification=True)
       there = table.schema_arrow.names
-      if file.column not in there:
+      if file.column is not None and file.column not in there:
         raise InputError(f'{path}: no column "{file.column}"; its columns are {", ".join(there)}')
-      batches = table.iter_batches(256, columns=[name for name in (file.column, 'source') if name in there])
+      wanted = there if file.column is None else [name for name in (file.column, 'source') if name in there]
+      batches = table.iter_batches(256, columns=wanted)
       rows = (row for batch in batches for row in _undecoded(batch).to_pylist())
       for number, row in enumerate(rows, 1):
         try:
           text = lambda x, number=number: _decode(x, path, number) if isinstance(x, bytes) else x
-          wanted = {name: text(x) for name, x in row.items() if name == file.column or x is not None}
-          document = _from_row(wanted, file, number)
+          values = {name: text(x) for name, x in row.items() if name == file.column or x is not None}
         except InputError as error:
           on_bad(error)
         else:
-          yield document
-    except pyarrow.ArrowInvalid as error:
+          yield from _made(make, values, file, number, on_bad)
+    except (pyarrow.ArrowInvalid, UnicodeDecodeError) as error:
       raise _Damaged(f'not a Parquet file, or a damaged one: {error}') from error
 
 
@@ -316,7 +339,7 @@ def _undecoded(batch: Any) -> Any:
   return pyarrow.record_batch(columns, names=batch.schema.names)
 
 
-def _from_json(line: str, file: File, number: int) -> Document:
+def _from_json(line: str, file: File, number: int) -> dict[str, Any]:
   where = f'{file.path}:{number}'
   if number == 1 and _without_packing(file.path).suffix == '.json' and line.lstrip().startswith('['):
     raise InputError(f"{where}: a JSON array: write one object a line, as with jq -c '.[]'")
@@ -325,8 +348,9 @@ def _from_json(line: str, file: File, number: int) -> Document:
   except (ValueError, RecursionError) as error:
     raise InputError(f'{where}: not JSON: {error}') from error
   if not isinstance(row, dict):
-    raise InputError(f'{where}: expected a JSON object with a string "{file.column}", found {type(row).__name__}')
-  return _from_row(row, file, number)
+    wanted = '' if file.column is None else f' with a string "{file.column}"'
+    raise InputError(f'{where}: expected a JSON object{wanted}, found {type(row).__name__}')
+  return row
 
 
 def _from_row(row: dict[str, Any], file: File, number: int) -> Document:

@@ -14,6 +14,7 @@ from jaxlm.errors import InputError
 SECONDS = 5.0  # for one conversation
 CHARS = 1 << 22  # of one conversation
 MEMORY = 1 << 30  # bytes of address space
+MARKS = 'generation_begins', 'generation_ends'
 
 
 def worker() -> None:
@@ -23,18 +24,21 @@ def worker() -> None:
 
   import jinja2
   import jinja2.ext
+  from jinja2 import nodes
   from jinja2.sandbox import ImmutableSandboxedEnvironment
 
   resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 
   class Generation(jinja2.ext.Extension):
-    """{% generation %}: what the assistant wrote, for trainers; here it is its body."""
+    """{% generation %}: what the assistant wrote, between the variables MARKS where they are given."""
 
     tags = {'generation'}
 
     def parse(self, parser: Any) -> Any:
-      next(parser.stream)
-      return parser.parse_statements(('name:endgeneration',), drop_needle=True)
+      line = next(parser.stream).lineno
+      body = parser.parse_statements(('name:endgeneration',), drop_needle=True)
+      begin, end = (nodes.Output([nodes.Name(name, 'load')], lineno=line) for name in MARKS)
+      return [begin, *body, end]
 
   def refuse(message: str) -> None:
     raise jinja2.TemplateError(message)

@@ -22,6 +22,7 @@ BOS, EOS, PAD = '<|bos|>', '<|eos|>', '<|pad|>'  # ids 0, 1, 2 of the tokenizers
 ROLES = ('bos', 'eos', 'pad')
 ANYTHING = ('ignore_merges', 'continuing_subword_prefix', 'end_of_word_suffix')  # BPE with more than letters and merges
 CONTROL, BYTE = re.compile(r'<[|｜].+[|｜]>'), re.compile('<0x[0-9A-F]{2}>')
+Span = tuple[int, int, int]  # an id, and the characters [start, end) that it stands for
 LARGEST = 1 << 24  # ids: more than any vocabulary has, and little enough for an array with a number for each
 # What other families call them, looked up only where no tokenizer_config.json says it.
 USUAL = {
@@ -164,12 +165,37 @@ class Tokenizer:
     With `controls` the control tokens spelled in it are read as such; `inside` another text, it does not begin with the
     space that SentencePiece puts before a text.
     """
+    return [i for i, _, _ in self.spans(text, controls=controls, inside=inside)]
+
+  def spans(self, text: str, *, controls: bool = False, inside: bool = False) -> list[Span]:
+    """`encode`, and of each id the characters [start, end) of the text that it stands for, spaces before it included.
+
+    The ids of a character that is several tokens all have that character.
+    """
     inner = self.reader if controls else self.inner
-    if inside and self.unk_id not in (before := _ids(inner, '\n')):
-      ids = _ids(inner, f'\n{text}')
-      if ids[: len(before)] == before:
-        return ids[len(before) :] if controls or self._reachable.isdisjoint(ids) else self._cut(text, inside=True)
-    return _ids(inner, text) if controls else self.encode_batch([text])[0]
+    fine = lambda found: controls or self._reachable.isdisjoint(i for i, _, _ in found)
+    if inside and self.unk_id not in (before := [i for i, _, _ in _spans(inner, '\n')]):
+      found = _spans(inner, f'\n{text}')
+      if [i for i, _, _ in found[: len(before)]] == before:
+        found = [(i, max(start - 1, 0), end - 1) for i, start, end in found[len(before) :]]
+        return found if fine(found) else self._cut(text, inside=True)
+    found = _spans(inner, text)
+    return found if fine(found) else self._cut(text)
+
+  def with_controls(self, names: Iterable[str]) -> 'Tokenizer':
+    """This one with control tokens of these names; new ones get the ids after the last, so those of texts stay.
+
+    Raises InputError where the vocabulary has gaps that a new token would fall into.
+    """
+    new = [name for name in dict.fromkeys(names) if self.control_id(name) is None]
+    if not new:
+      return self
+    inner = tokenizers.Tokenizer.from_str(self.inner.to_str())
+    unseen = [name for name in new if inner.token_to_id(name) is None]
+    inner.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in new])
+    if [inner.token_to_id(name) for name in unseen] != list(range(self.vocab_size, self.vocab_size + len(unseen))):
+      raise InputError(f'tokenizer: {", ".join(unseen)}: no ids after the last: its vocabulary has gaps')
+    return Tokenizer(inner, {role: name for role, name in self.names.items() if role not in self.unnamed})
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     """`encode` of each text, on all cores. Raises InputError where the model has only a control token for a text."""
@@ -179,19 +205,20 @@ class Tokenizer:
       raise InputError(f'tokenizer: {_bad_text(texts)}') from error
     if not (reachable := self._reachable):
       return found
-    return [ids if reachable.isdisjoint(ids) else self._cut(text) for ids, text in zip(found, texts, strict=True)]
+    cut = lambda text: [i for i, _, _ in self._cut(text)]
+    return [ids if reachable.isdisjoint(ids) else cut(text) for ids, text in zip(found, texts, strict=True)]
 
-  def _cut(self, text: str, inside: bool = False) -> list[int]:
-    """The ids of a text of which the model would make control tokens: those are cut after their first letter."""
+  def _cut(self, text: str, inside: bool = False) -> list[Span]:
+    """The `spans` of a text of which the model would make control tokens: those are cut after their first letter."""
     whole = self.inner.encode(text, add_special_tokens=False)
     spans = [(i, *span) for i, span in zip(whole.ids, whole.offsets, strict=True) if i in self._reachable]
     if not spans:
-      return whole.ids
+      return _spans(self.inner, text)
     if short := [i for i, start, end in spans if end - start < 2]:
       raise InputError(f'tokenizer: a text would become the control token {self.inner.id_to_token(short[0])!r}')
     cuts = sorted({0, len(text), *(start + 1 for _, start, _ in spans)})
-    parts = [text[a:b] for a, b in itertools.pairwise(cuts)]
-    return [i for n, part in enumerate(parts) for i in self.encode(part, inside=inside or n > 0)]
+    parts = [(a, self.spans(text[a:b], inside=inside or a > 0)) for a, b in itertools.pairwise(cuts)]
+    return [(i, at + start, at + end) for at, part in parts for i, start, end in part]
 
   def decode(self, ids: Sequence[int]) -> str:
     """The text, without control tokens; bytes that are no UTF-8 become U+FFFD."""
@@ -342,11 +369,16 @@ def _added(name: str, like: AddedToken | None, special: bool = True) -> AddedTok
   return AddedToken(name, special=special, **{habit: getattr(like, habit) for habit in habits})
 
 
-def _ids(inner: Any, text: str) -> list[int]:
+def _spans(inner: Any, text: str) -> list[Span]:
   try:
-    return inner.encode(text, add_special_tokens=False).ids
+    whole = inner.encode(text, add_special_tokens=False)
   except TypeError as error:
     raise InputError(f'tokenizer: {_bad_text([text])}') from error
+  found, before = [], 0
+  for i, (start, end) in zip(whole.ids, whole.offsets, strict=True):
+    found.append((i, min(start, before), end))  # some leave out the space that a token begins with
+    before = end
+  return found
 
 
 def _configured(config: dict[str, Any], path: epath.Path) -> Iterator[tuple[int | None, AddedToken]]:

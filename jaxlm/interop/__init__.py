@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from etils import epath
 
 from jaxlm import sharding
+from jaxlm.data import tokenizer as tokenizers
+from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import InputError
 from jaxlm.interop import hf
 from jaxlm.interop.foreign import Foreign as Foreign
@@ -34,6 +36,17 @@ def open_source(source: str) -> Foreign:
 
     return gguf.open_file(path)
   raise InputError(f'{source}: no folder with config.json, no .gguf file and no hf://ORG/NAME')
+
+
+def vocabulary(source: str) -> tuple[Tokenizer, str | None]:
+  """The tokenizer and the chat template, if any, of a tokenizer.json, a folder with one, or any `open_source`."""
+  path = epath.Path(source).expanduser()
+  if str(source).startswith(HUB) or path.suffix == '.gguf':
+    found = open_source(source)
+    if found.tokenizer is None:
+      raise InputError(f'{source}: has no tokenizer')
+    return found.tokenizer, found.chat_template
+  return tokenizers.load(path), hf.chat_template(path if path.is_dir() else path.parent)
 
 
 def load(source: str, *, mesh: Any = None, rules: Any = sharding.RULES, dtype: Any = jnp.float32) -> Model:

@@ -55,14 +55,13 @@ def open_directory(path: epath.PathLike) -> Foreign:
       where[name], tensors[name] = file, tensor
   there = (path / 'tokenizer.json').exists()
   extra = {name: _json(path / name) if (path / name).exists() else {} for name in ('generation_config.json', _TOKENS)}
-  template = path / 'chat_template.jinja'
   found = Foreign(
     str(path),
     config,
     {name: tensor.shape for name, tensor in tensors.items()},
     tensors.__getitem__,
     tokenizers.load(path / 'tokenizer.json') if there else None,
-    read_text(template, 1 << 24) if template.exists() else _template(extra[_TOKENS].get('chat_template'), path),
+    chat_template(path),
     extra['generation_config.json'],
   )
   return text_model(found)
@@ -330,6 +329,14 @@ def _weight_files(path: epath.Path) -> list[epath.Path]:
     if '/' in name or '\0' in name or len(name) > 255 or not Path(path / name).is_file():
       raise InputError(f'{index}: names {name!r}, which is no file beside it')
   return [path / name for name in names]
+
+
+def chat_template(path: epath.Path) -> str | None:
+  """The chat template of a folder, ours or Hugging Face's, if there is one."""
+  template = path / 'chat_template.jinja'
+  if template.exists():
+    return read_text(template, 1 << 24)
+  return _template(_json(path / _TOKENS).get('chat_template') if (path / _TOKENS).exists() else None, path)
 
 
 def _template(found: Any, path: epath.Path) -> str | None:

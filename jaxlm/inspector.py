@@ -1,0 +1,251 @@
+"""Rows as the model will see them, as tokens and as a page, and what is wrong with the documents in them."""
+
+import html
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxlm.data import packing as packings
+from jaxlm.data.packing import Packing
+from jaxlm.data.prepared import Prepared, Tokens
+from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.errors import InputError
+
+MOST = 200_000  # documents that are checked, the first ones
+BLOCK = 1 << 20  # tokens read at a time
+BAR = 40  # characters of the longest bar
+
+
+class Token(NamedTuple):
+  """A token of a row: its text, id, whether its prediction is learned, its segment and its position there."""
+
+  text: str
+  id: int
+  loss: bool
+  segment: int
+  position: int
+
+
+class Found(NamedTuple):
+  """What was seen of a split of a prepared folder; `figures` are in words, by their names."""
+
+  figures: dict[str, str]
+  lengths: list[tuple[str, int]]  # tokens of a document, in words, and how many have that
+  rows: dict[str, list[Token]]  # by their titles; the document with the fault comes first
+  fault: str | None  # the first that was found
+
+
+def inspect(folder: Prepared, split: str, seq_len: int, packing: Packing | None, count: int) -> Found:
+  """Checks the documents of a split and takes `count` of its rows, evenly from the first to the last.
+
+  Without a `packing`, conversations are packed by best fit. Raises InputError for a split without a row.
+  """
+  tokens, tokenizer = folder.split(split), folder.tokenizer
+  packing = packing or ('best_fit' if folder.summary.chat else 'concat')
+  rows = packings.rows(packing, tokens, seq_len, tokenizer)
+  if not len(rows):
+    raise InputError(f'{folder.path}: no row in {split!r}')
+  shown: dict[str, list[Token]] = {}
+  fault = first_fault(folder, split)
+  if fault:
+    start, stop, why = fault
+    shown[why] = document(tokens, start, stop, tokenizer)
+  numbers = dict.fromkeys(int(i) for i in np.linspace(0, len(rows) - 1, min(count, len(rows))).round())
+  for number in numbers:
+    row = rows[number]
+    told = (
+      f'row {number}: {int((row["segment_ids"] > 0).sum())} of {seq_len} places, {int(row["loss_mask"].sum())} learned'
+    )
+    shown[told] = view(row, tokenizer, packing)
+  lengths = np.diff(tokens.document_starts())
+  return Found(_figures(folder, split, rows, packing, lengths), histogram(lengths), shown, fault and fault[2])
+
+
+def view(row: Mapping[str, np.ndarray], tokenizer: Tokenizer, packing: Packing = 'concat') -> list[Token]:
+  """The tokens of a packed row in reading order; what is only predicted, at the end of a segment, comes last in it."""
+  found = []
+  segments, size = row['segment_ids'], int((row['segment_ids'] > 0).sum())
+  text = text_of(tokenizer)
+  for t in range(size):
+    segment, position = int(segments[t]), int(row['positions'][t])
+    if t == 0 or segments[t - 1] != segment:
+      found.append(Token(text(int(row['tokens'][t])), int(row['tokens'][t]), False, segment, position))
+    crosses = packing == 'concat' and t + 1 < size and segments[t + 1] != segment
+    if not crosses:  # else it is the next document's first token
+      target = int(row['targets'][t])
+      found.append(Token(text(target), target, bool(row['loss_mask'][t]), segment, position + 1))
+  return found
+
+
+def document(tokens: Tokens, start: int, stop: int, tokenizer: Tokenizer) -> list[Token]:
+  """A document alone, as it is stored."""
+  ids, begins = tokens.read(start, stop)
+  learned = tokens.learned(start, stop)
+  if len(ids) < 2:
+    return [Token(text_of(tokenizer)(int(i)), int(i), False, 1, 0) for i in ids]
+  begins[1:] = False
+  sizes = np.zeros(tokenizer.vocab_size, np.int32)
+  return view(packings.pack(ids, begins, len(ids) - 1, tokenizer.pad_id, sizes, learned), tokenizer)
+
+
+def text_of(tokenizer: Tokenizer) -> Any:
+  """A function from an id to its text: control tokens by their names, parts of characters as they are stored."""
+
+  def text(i: int) -> str:
+    if i in tokenizer.control_ids:
+      return tokenizer.inner.id_to_token(i)
+    said = tokenizer.inner.decode([i], skip_special_tokens=False)
+    return tokenizer.inner.id_to_token(i) or said if '\ufffd' in said or not said else said
+
+  return text
+
+
+def first_fault(folder: Prepared, split: str) -> tuple[int, int, str] | None:
+  """(start, stop, what) of the first document with a fault, of the first MOST.
+
+  Two tokens for the beginning of a text; no end-of-text at the end; and of conversations, unless all is learned, a mask
+  of zeros or of ones, and a learned turn that no control token ends.
+  """
+  tokens, tokenizer, chat = folder.split(split), folder.tokenizer, folder.summary.chat
+  for number, (start, ids, learned) in enumerate(_documents(tokens)):
+    if number >= MOST:
+      return None
+    if why := _fault(ids, learned, tokenizer, chat):
+      return start, start + len(ids), f'document {number} of {split}: {why}'
+  return None
+
+
+def _documents(tokens: Tokens) -> Iterator[tuple[int, np.ndarray, np.ndarray | None]]:
+  """(start, ids, learned) of each document, read in blocks."""
+  starts = tokens.document_starts()
+  first = 0
+  while first < len(starts) - 1:
+    last = max(first + 1, int(np.searchsorted(starts, starts[first] + BLOCK, 'right')) - 1)
+    begin, end = int(starts[first]), int(starts[last])
+    ids, learned = tokens.read(begin, end)[0], tokens.learned(begin, end)
+    for a, b in itertools.pairwise(starts[first : last + 1] - begin):
+      yield begin + int(a), ids[a:b], None if learned is None else learned[a:b]
+    first = last
+
+
+def _fault(
+  ids: np.ndarray, learned: np.ndarray | None, tokenizer: Tokenizer, chat: Mapping[str, Any] | None
+) -> str | None:
+  if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_id != tokenizer.eos_id:
+    return f'begins with two {tokenizer.names["bos"]}'
+  if chat is None or learned is None:
+    return None if ids[-1] == tokenizer.eos_id else f'does not end with {tokenizer.names["eos"]}'
+  if chat['learn'] == 'all':
+    return None if learned.all() and np.isin(ids, chat['end']).any() else 'no turn of the assistant has an end'
+  if not learned.any():
+    return 'nothing of it is learned'
+  if learned.all():
+    return 'all of it is learned, the questions too'
+  edges = np.flatnonzero(np.diff(np.concatenate([[False], learned, [False]])))
+  for start, stop in zip(edges[::2], edges[1::2], strict=True):
+    if not _ended(ids[start:stop], tokenizer):
+      return f'no token ends the turn that is learned at {start} to {stop - 1}'
+  return None
+
+
+def _ended(turn: np.ndarray, tokenizer: Tokenizer) -> bool:
+  """Whether the last token that is no white space is a control token."""
+  for i in map(int, turn[::-1]):
+    if i in tokenizer.control_ids:
+      return True
+    if tokenizer.decode([i]).strip():
+      return False
+  return False
+
+
+def _figures(
+  folder: Prepared, split: str, rows: packings.Rows | packings.BestFitRows, packing: Packing, lengths: np.ndarray
+) -> dict[str, str]:
+  summary, seq_len = folder.summary, rows.seq_len
+  count, chat = summary.splits[split], summary.chat
+  found = {
+    'split': f'{split}, {count.documents:,} documents, {count.tokens:,} tokens',
+    'rows': f'{len(rows):,} of {seq_len} by {packing}, {rows.fill:.1%} full',
+    'lengths': f'{lengths.min():,} to {lengths.max():,} tokens, half of them up to {int(np.median(lengths)):,}, '
+    f'{int((lengths > seq_len + 1).sum()):,} longer than a row',
+  }
+  learned = sum(chat['learned'][split].values()) if chat else count.tokens - count.documents
+  found['loss'] = f'{learned:,} tokens, {learned / max(count.tokens, 1):.1%}'
+  if chat:
+    found['learned'] = chat['learn']
+    found['formats'] = ', '.join(f'{kind}: {form}' for kind, form in chat['formats'].items())
+    found['truncated'] = f'{sum(chat["truncated"].values()):,} conversations'
+  found['dropped'] = ', '.join(f'{sum(counts.values()):,} {why}' for why, counts in summary.dropped.items())
+  return found
+
+
+def histogram(lengths: np.ndarray) -> list[tuple[str, int]]:
+  """Documents by their tokens, in powers of two."""
+  powers = np.ceil(np.log2(np.maximum(lengths, 1))).astype(int)
+  counts = np.bincount(powers)
+  return [(f'to {1 << power:,}', int(counts[power])) for power in range(int(powers.min()), len(counts))]
+
+
+def lines(found: Found) -> list[str]:
+  """The figures and the lengths, for the terminal."""
+  wide, most = max(len(name) for name, _ in found.lengths), max(n for _, n in found.lengths)
+  bars = [
+    f'  {name.rjust(wide)} {"█" * round(BAR * n / most) or "▏" * bool(n)} {n:,}'.rstrip() for name, n in found.lengths
+  ]
+  return [f'{name}: {said}' for name, said in found.figures.items()] + ['tokens of a document:', *bars]
+
+
+STYLE = """
+:root { color-scheme: light dark; --on: #0a7a33; --onbg: #d9f2e1; --off: #666; --line: #ccc }
+@media (prefers-color-scheme: dark) { :root { --on: #8be0a8; --onbg: #123d22; --off: #999; --line: #444 } }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
+h2 { font-size: 1rem; margin: 2rem 0 .5rem } .fault { color: #c22 }
+dl { display: grid; grid-template-columns: 8rem 1fr }
+dd { margin: 0 } .bar { background: var(--on); display: inline-block; height: .7rem; margin-right: .5rem }
+td { padding: 0 .6rem 0 0; font-variant-numeric: tabular-nums } td:first-child { text-align: right }
+.segment { border-left: 4px solid #57c; margin: .5rem 0; padding-left: .6rem; line-height: 2.4 }
+.segment:nth-child(even) { border-color: #c75 } .name { font-size: .75rem; color: var(--off); line-height: 1.2 }
+.t { display: inline-block; font: 13px/1.2 ui-monospace, monospace; white-space: pre; vertical-align: top;
+  border-bottom: 2px solid var(--line); margin: 0 1px .3rem 0; color: var(--off) }
+.t.on { background: var(--onbg); border-color: var(--on); color: var(--on) }
+.t small { display: block; font-size: 9px; opacity: .75 }
+"""
+
+
+def page(found: Mapping[str, Found]) -> str:
+  """One HTML page with all of it, on which nothing is loaded from elsewhere."""
+  parts = []
+  for name, one in found.items():
+    parts.append(f'<h1>{html.escape(name)}</h1>')
+    if one.fault:
+      parts.append(f'<p class="fault">{html.escape(one.fault)}</p>')
+    parts.append('<dl>' + ''.join(f'<dt>{k}</dt><dd>{html.escape(v)}</dd>' for k, v in one.figures.items()) + '</dl>')
+    most = max(n for _, n in one.lengths)
+    bars = (
+      f'<tr><td>{label}</td><td><span class="bar" style="width:{20 * n / most:.2f}rem"></span>{n:,}</td></tr>'
+      for label, n in one.lengths
+    )
+    parts.append(f'<h2>tokens of a document</h2><table>{"".join(bars)}</table>')
+    parts += [f'<section><h2>{html.escape(title)}</h2>{_segments(row)}</section>' for title, row in one.rows.items()]
+  legend = '<p><span class="t on">learned<small>id</small></span> <span class="t">only read<small>id</small></span></p>'
+  return (
+    '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    f'<title>jaxlm inspect</title><style>{STYLE}</style><body>{legend}{"".join(parts)}</body></html>\n'
+  )
+
+
+def _segments(row: Sequence[Token]) -> str:
+  found = []
+  for segment, tokens in itertools.groupby(row, lambda token: token.segment):
+    spans = ''.join(map(_span, tokens))
+    found.append(f'<div class="segment"><div class="name">segment {segment}</div>{spans}</div>')
+  return f'<div>{"".join(found)}</div>'
+
+
+def _span(token: Token) -> str:
+  told = f'id {token.id}, segment {token.segment}, position {token.position}, loss {"on" if token.loss else "off"}'
+  text = html.escape(token.text.replace('\n', '⏎').replace('\t', '⇥'))
+  on, after = ' on' if token.loss else '', '<br>' * token.text.endswith('\n')
+  return f'<span class="t{on}" title="{told}">{text}<small>{token.id}</small></span>{after}'
