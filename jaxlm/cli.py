@@ -25,6 +25,7 @@ usage: jaxlm VERB ...          `jaxlm VERB --help` explains a verb
   prepare      turn text or conversations into a prepared data set
   inspect      rows as the model will see them, and what is wrong with them
   pretrain     train a language model: jaxlm pretrain CONFIG.py [--run DIR] [--optim.lr 1e-3 ...]
+  sft          instruction-tune a model on conversations: jaxlm sft --init MODEL --data.path rows.jsonl
   eval         perplexity and bits per byte on held-out text, by kind and by source
   generate     let a model continue a text
   chat         talk to a model in the terminal
@@ -255,20 +256,41 @@ def pretraining(args: Sequence[str]) -> 'Pretrain':
 
 
 def _pretrain(args: Sequence[str]) -> None:
-  options = pretraining(args)
+  _trained(pretraining(args))
+
+
+def _trained(options: 'Pretrain', chat: bool = False) -> None:
+  """Runs it, its conversations made ready first."""
   import signal
 
   from jaxlm import hosts
-  from jaxlm.console import Training, terminable
-  from jaxlm.loops import pretrain
+  from jaxlm.console import Training, reading, terminable
+  from jaxlm.loops import pretrain, tuning
 
   with hosts.joined(options.watch.step_timeout):
     line, first, many = devices_line(), hosts.first(), hosts.count() > 1
     if first:
       print(line, flush=True)
+    if chat:
+      with reading() as on_progress:
+        options, summary = tuning.prepared(options, lambda line: print(line) if first else None, on_progress)
+      if summary and first:
+        _print_summary(summary)
+    options = pretrain.counted(options)
     signals = (signal.SIGINT,) if many else ()  # a process that left alone would leave the others waiting
     with terminable(*signals) as asked, Training(options.steps, quiet=not first) as shown:
       pretrain.pretrain(options, say=shown.say, on_step=shown.step, stop=hosts.agreed(asked))
+
+
+def _sft(args: Sequence[str]) -> None:
+  from jaxlm import arguments, config
+
+  default = config.SFT
+  if args and not args[0].startswith('-'):
+    default, args = config.load(args[0]), args[1:]
+  if not isinstance(default, config.Pretrain):
+    raise InputError(f'this config is a {type(default).__name__}, not a Pretrain')
+  _trained(arguments.parse(config.Pretrain, args, 'sft', default), chat=True)
 
 
 def _eval(args: Sequence[str]) -> None:
@@ -446,6 +468,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int | None]] = {
   'prepare': _prepare,
   'inspect': _inspect,
   'pretrain': _pretrain,
+  'sft': _sft,
   'eval': _eval,
   'generate': _generate,
   'chat': _chat,

@@ -32,6 +32,19 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True)
+class Chat:
+  """How `jaxlm sft` reads conversations, where data.path is no prepared folder (see `jaxlm prepare --chat`)."""
+
+  template: str = (
+    ''  # 'model' (that of init), chatml, llama3, gemma, mistral, qwen, plain, a file; '': model, else chatml
+  )
+  learn: Literal['assistant', 'last', 'all'] = 'assistant'  # whose turns have a loss
+  columns: tuple[str, ...] = ()  # 'prompt=question' 'response=answer', where they are not to be guessed
+  val_fraction: float = 0.05  # of the conversations, held out
+  max_bad: int = 0  # rows that may be left out
+
+
+@dataclasses.dataclass(frozen=True)
 class Optim:
   """The optimizer and its learning-rate schedule (see `jaxlm.train.optim`)."""
 
@@ -106,6 +119,7 @@ class Lora:
   rank_stabilized: bool = False  # alpha / sqrt(rank) (rsLoRA)
   dora: bool = False  # the magnitude of each column learns apart
   dropout: float = 0.0  # of what enters an adapter
+  also: str = ''  # patterns of further leaves that learn, whole ('embed,head' for new tokens), with commas
   b_lr: float = 1.0  # times optim.lr for the second matrix (LoRA+)
   bits: Literal['none', 'nf4', 'int8'] = 'none'  # what the frozen matrices are kept in (QLoRA; needs qwix)
   tile: int = 64  # inputs that share a scale there
@@ -166,6 +180,7 @@ class Pretrain:
   init: str = ''  # a run, a Hugging Face folder or a GGUF file to take the first weights from
   model: ModelConfig = ModelConfig()  # vocab_size 0: the tokenizer's
   data: Data = Data()
+  chat: Chat = Chat()
   optim: Optim = Optim()
   trainable: str = ''  # patterns of paths that learn, with commas ('layers/*/mlp/*,head'); '': all, or the adapters
   lora: Lora = Lora()
@@ -173,6 +188,7 @@ class Pretrain:
   compute: Compute = Compute()
   watch: Watch = Watch()
   steps: int = 1000
+  epochs: float = 0.0  # above 0: as many steps as read the training rows so often, rather than `steps`
   z_loss: float = 0.0
   balance_loss: float = 0.01  # models with experts: weight of what keeps their load even (router_aux_loss_coef)
   router_z_loss: float = 0.001  # models with experts: weight of what keeps their routers' logits small
@@ -181,6 +197,7 @@ class Pretrain:
 
   def __post_init__(self):
     at_least(1, steps=self.steps)
+    within('[0, inf)', epochs=self.epochs)
     within('[0, inf)', z_loss=self.z_loss, balance_loss=self.balance_loss, router_z_loss=self.router_z_loss)
     within('[-9e18, 9e18]', seed=self.seed)  # 64 bits
     if self.trainable and self.lora.rank:
@@ -195,6 +212,16 @@ class Pretrain:
     """The steps between which a trace is written."""
     match = re.fullmatch(r'(\d+):(\d+)', self.profile)
     return (int(match[1]), int(match[2])) if match and int(match[1]) < int(match[2]) else None
+
+
+SFT = Pretrain(
+  run='runs/sft',
+  data=Data(seq_len=1024, packing='best_fit', global_batch=16),
+  optim=Optim(lr=2e-4, warmup_steps=10, weight_decay=0.0, final_ratio=0.0),
+  lora=Lora(rank=16, alpha=32.0),
+  watch=Watch(log_every=5, eval_every=100, save_every=100, prompts=()),
+  epochs=1.0,
+)  # what `jaxlm sft` begins with
 
 
 def load(path: str) -> Any:

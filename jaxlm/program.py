@@ -178,13 +178,14 @@ def adapt(config: Pretrain, params: Any) -> Any:
 def trainable(config: Pretrain) -> tree.Where:
   """The filter of what learns in a run."""
   if config.lora.rank:
-    return lora.is_adapter
+    also = tree.matching(*config.lora.also.split(',')) if config.lora.also else lambda path, leaf: False
+    return lambda path, leaf: lora.is_adapter(path, leaf) or also(path, leaf)
   return tree.matching(*config.trainable.split(',')) if config.trainable else tree.everything
 
 
 def kept(config: Pretrain, params: Any) -> Any:
-  """What of the parameters is saved: all, or the adapters, whose base lies elsewhere."""
-  return tree.split(params, lora.is_adapter)[0] if config.lora.rank else params
+  """What of the parameters is saved: all, or beside adapters what learns, whose base lies elsewhere."""
+  return tree.split(params, trainable(config))[0] if config.lora.rank else params
 
 
 def evaluated(config: Pretrain, opt_state: Any, params: Any) -> Any:

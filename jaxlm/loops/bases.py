@@ -16,9 +16,11 @@ from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import InputError
 from jaxlm.files import sha256
 from jaxlm.interop import hf_config
+from jaxlm.loops.corpus import Corpus
 from jaxlm.models import ModelConfig
 from jaxlm.train import checkpoint
 
+TEMPLATE, GENERATION = 'chat_template.jinja', 'generation_config.json'
 WEIGHTS = ('*.safetensors', '*.gguf')
 
 
@@ -141,7 +143,14 @@ POSITIONS = (
 
 
 def fitted(config: Pretrain, base: Base) -> Base:
-  """The base as `config.model` has it. Raises InputError where they differ in more than how positions are met."""
+  """The base as `config.model` has it, with new tokens that begin as the mean of the old ones.
+
+  Raises InputError where they differ in more than that and in how positions are met.
+  """
+  if config.model.vocab_size > base.model.vocab_size:
+    layout = jax.tree.map(lambda x: x.sharding, base.params)
+    model, params = models.grow(base.model, base.params, config.model.vocab_size)
+    base = base._replace(model=model, params=jax.device_put(params, layout))
   named = lambda m: dataclasses.asdict(dataclasses.replace(m, n_kv_heads=m.kv_heads, head_dim=m.head_size))
   old, new = named(base.model), named(config.model)
   loose = {name for name in new if name.startswith('rope_')}
@@ -150,3 +159,30 @@ def fitted(config: Pretrain, base: Base) -> Base:
   if other:
     raise InputError(f'{config.init}: is another model: ' + '; '.join(other))
   return base._replace(model=config.model)
+
+
+def check_tokenizer(config: Pretrain, base: Base, tokenizer: Tokenizer) -> None:
+  """Raises InputError if the data's tokenizer is neither that of the base nor one with some tokens more."""
+  if tokenizer.digest == base.tokenizer.digest:
+    return
+  count = base.tokenizer.vocab_size
+  token = lambda of, i: of.inner.id_to_token(i)
+  if tokenizer.vocab_size <= count or any(token(tokenizer, i) != token(base.tokenizer, i) for i in range(count)):
+    raise InputError(f'{config.init}: has another tokenizer than the data in {config.data.path}: prepare that with it')
+  learns = program.trainable(config)
+  if not learns('embed', base.params['embed']):
+    new = ', '.join(token(tokenizer, i) for i in range(count, tokenizer.vocab_size))
+    raise InputError(f'new tokens ({new}) would never be learnt: add --lora.also embed,head (or trainable with them)')
+
+
+def talk(config: Pretrain, opened: Corpus) -> dict[str, str]:
+  """The files that make a run one to talk with: the template of its conversations and what ends an answer.
+
+  Of a run without conversations those of the run that it begins with, if it has them.
+  """
+  for path, folder in opened.folders.items():
+    if folder.summary.chat:
+      ends = sorted({*folder.summary.chat['end'], folder.tokenizer.eos_id})
+      return {TEMPLATE: (epath.Path(path) / TEMPLATE).read_text(), GENERATION: json.dumps({'eos_token_id': ends})}
+  there = [epath.Path(config.init) / name for name in (TEMPLATE, GENERATION)] if config.init else []
+  return {path.name: path.read_text() for path in there if is_run(config.init) and path.exists()}

@@ -13,10 +13,9 @@ from jaxlm.errors import InputError
 from jaxlm.files import read_json, write_whole
 from jaxlm.interop import peft
 from jaxlm.loops import bases, writing
+from jaxlm.loops.bases import GENERATION, TEMPLATE
 from jaxlm.train import lock
 from jaxlm.train.checkpoint import Checkpoints
-
-TEMPLATE, GENERATION = 'chat_template.jinja', 'generation_config.json'
 
 
 def import_run(source: str, run: Any) -> interop.Model:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import platform
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
@@ -59,6 +60,8 @@ def pretrain(
   """
   opened = corpus.load(config.data.path, config.data.mix, config.data.phases, config.data.held_out)
   config = resolve(config, opened.tokenizer)
+  config = counted(config, opened)
+  training = corpus.training(opened, config)
   mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
   run, watch = epath.Path(config.run), config.watch
   with _held(run), jax.set_mesh(mesh):
@@ -68,7 +71,6 @@ def pretrain(
     keep = {'keep_last': watch.keep_last, 'keep_every': watch.keep_every, 'keep_best': watch.keep_best}
     checkpoints = Checkpoints(run / 'checkpoints', **keep, say=say)
     rewinds = rewind.Rewinds(run, watch.spike, watch.most_rewinds)
-    training = corpus.training(opened, config)
     wired = Wired(config, opened, built, groups, training, checkpoints, rewinds, say)
     fixed = data_batches.in_order(rows, config.data.global_batch, watch.eval_batches * config.data.global_batch)
     size = config.data.global_batch
@@ -102,6 +104,16 @@ def _check_same(config: Pretrain, opened: Corpus) -> None:
     raise InputError('not what process 0 was given: ' + '; '.join(f'{n} is {b}, not {a}' for n, a, b in lines))
 
 
+def counted(config: Pretrain, opened: Corpus | None = None) -> Pretrain:
+  """The config with the steps that its epochs are, if it counts in epochs."""
+  if not config.epochs:
+    return config
+  data = config.data
+  opened = opened or corpus.load(data.path, data.mix, data.phases, data.held_out)
+  rows = corpus.training(opened, config).rows
+  return dataclasses.replace(config, steps=max(1, math.ceil(config.epochs * rows / data.global_batch)))
+
+
 def resolve(config: Pretrain, tokenizer: Tokenizer) -> Pretrain:
   """The config with the model of `init`, where it names none, and the tokenizer's vocabulary.
 
@@ -110,7 +122,9 @@ def resolve(config: Pretrain, tokenizer: Tokenizer) -> Pretrain:
   if config.lora.rank and not config.init:
     raise InputError(f'lora.rank={config.lora.rank}: adapters need a base: set init to a run or a foreign model')
   if config.init and config.model == ModelConfig():
-    config = dataclasses.replace(config, model=bases.model_of(config.init))
+    model = bases.model_of(config.init)
+    model = dataclasses.replace(model, vocab_size=max(model.vocab_size, tokenizer.vocab_size))
+    return dataclasses.replace(config, model=model)
   named = config.model.vocab_size
   if named not in (0, tokenizer.vocab_size):
     raise InputError(f"model.vocab_size={named} is not the {tokenizer.vocab_size} of the data's tokenizer; leave it 0")
@@ -207,8 +221,7 @@ def _initial(wired: Wired) -> Any:
 def _base(wired: Wired) -> bases.Base:
   config, mesh = wired.config, jax.tree.leaves(wired.built.abstract)[0].sharding.mesh
   base = bases.fitted(config, bases.open_base(config.init, mesh))
-  if base.tokenizer.digest != wired.corpus.tokenizer.digest:
-    raise InputError(f'{config.init}: has another tokenizer than the data in {config.data.path}: prepare that with it')
+  bases.check_tokenizer(config, base, wired.corpus.tokenizer)
   return base
 
 
@@ -259,6 +272,8 @@ def _describe(wired: Wired, mesh: Any) -> None:
   run.mkdir(parents=True, exist_ok=True)
   write_whole(run / 'config.json', configs.to_json(config))
   wired.corpus.tokenizer.save(run / 'tokenizer.json')
+  for name, text in bases.talk(config, wired.corpus).items():
+    write_whole(run / name, text)
   devices = mesh.devices.flat
   summaries = [one.summary for one in wired.corpus.folders.values()]
   facts = {

@@ -16,3 +16,4 @@ from jaxlm.models.transformer import init as init
 from jaxlm.models.transformer import init_cache as init_cache
 from jaxlm.models.transformer import unembed as unembed
 from jaxlm.models.transformer import unstack as unstack
+from jaxlm.models.vocabulary import grow as grow

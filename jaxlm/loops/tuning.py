@@ -1,0 +1,47 @@
+"""Instruction tuning: conversations in any format made ready for the model that a run begins with."""
+
+import dataclasses
+from collections.abc import Callable
+
+from etils import epath
+
+from jaxlm import hosts, interop
+from jaxlm.config import Pretrain
+from jaxlm.data import conversations, prepare, turns
+from jaxlm.data.prepared import MARKER, Summary
+from jaxlm.errors import InputError
+
+DATA = 'data'  # where in the run's folder the conversations go
+
+
+def prepared(
+  config: Pretrain, say: Callable[[str], None], on_progress: prepare.Progress | None = None
+) -> tuple[Pretrain, Summary | None]:
+  """The run on a prepared folder: `data.path` itself, or that of its conversations, made in the run's own folder.
+
+  Raises InputError without `init` or data, and as `prepare.prepare` does.
+  """
+  if not config.init:
+    raise InputError('sft: begins with a model: set --init to a run, a Hugging Face folder or a .gguf file')
+  if not config.data.path:
+    raise InputError('sft: needs --data.path: rows of conversations, or a folder of `jaxlm prepare --chat`')
+  if (epath.Path(config.data.path) / MARKER).exists():
+    return config, None
+  tokenizer, own = interop.vocabulary(config.init)
+  name, template = turns.choose(config.chat.template or None, own)
+  tokenizer = tokenizer.with_controls(turns.BUILT_IN.get(name, ()))
+  columns = conversations.parse_columns(config.chat.columns) or None
+  chat = prepare.Chat(template, config.chat.learn, config.data.seq_len, columns)
+  folder = epath.Path(config.run) / DATA
+  given = [config.data.path], tokenizer, folder
+  fraction, most = config.chat.val_fraction, config.chat.max_bad
+
+  def make() -> None:
+    prepare.prepare(*given, chat=chat, val_fraction=fraction, max_bad=most, on_progress=on_progress)
+
+  hosts.from_first(make)
+  summary = prepare.load(folder).summary
+  say(f'template: {name}; learned: {config.chat.learn}')
+  for kind, form in (summary.chat or {}).get('formats', {}).items():
+    say(f'{kind}: {form}')
+  return dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(folder))), summary
