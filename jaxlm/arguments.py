@@ -105,9 +105,13 @@ class Eval:
   seq_len: int | None = None  # tokens in a row; by default the run's
   baselines: bool = False  # beside xz -9 and a byte 5-gram of the training text, on the same documents
   out: str | None = None  # a JSON file; by default RUN/eval.json
+  tasks: int = 0  # answer so many held-out conversations of each kind and score the answers, rather than perplexity
+  against: tuple[str, ...] = ()  # with tasks: further models, runs or foreign ones, as the one that the run began with
+  max_new_tokens: int = 128  # with tasks: of an answer
 
   def __post_init__(self):
-    at_least(1, batch=self.batch, seq_len=self.seq_len)
+    at_least(1, batch=self.batch, seq_len=self.seq_len, max_new_tokens=self.max_new_tokens)
+    at_least(0, tasks=self.tasks)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from jaxlm.errors import InputError, Stopped
 if TYPE_CHECKING:
   from etils import epath
 
-  from jaxlm import sample
+  from jaxlm import arguments, sample
   from jaxlm.config import Pretrain
   from jaxlm.data.prepared import Summary
   from jaxlm.data.tokenizer import Tokenizer
@@ -301,11 +301,30 @@ def _eval(args: Sequence[str]) -> None:
   from jaxlm.evals import perplexity
 
   print(devices_line(), file=sys.stderr, flush=True)
+  if options.tasks:
+    _tasks(options)
+    return
   found = perplexity.evaluate(
     options.run, options.data, batch=options.batch, seq_len=options.seq_len, baselines=options.baselines
   )
   print(table(*perplexity.rows(found)))
   print(perplexity.write(found, options.out or f'{options.run}/eval.json'))
+
+
+def _tasks(options: 'arguments.Eval') -> None:
+  from jaxlm.console import counting, table
+  from jaxlm.data import prepared
+  from jaxlm.evals import tasks
+  from jaxlm.loops import bases
+
+  where = options.data or (bases.newest(options.run).config.data.path,)
+  if len(where) > 1:
+    raise InputError(f'--tasks takes one folder of --data, not {len(where)}')
+  folder, how = prepared.load(where[0]), {'new': options.max_new_tokens, 'batch': options.batch}
+  with counting('answers') as on_progress:
+    found = tasks.compare([*options.against, options.run], folder, options.tasks, on_progress=on_progress, **how)
+  print(table(*tasks.rows(found)))
+  print(tasks.write(found, folder, options.out or f'{options.run}/answers.jsonl'))
 
 
 def _generate(args: Sequence[str]) -> None:

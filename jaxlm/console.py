@@ -82,6 +82,16 @@ def reading() -> Generator[Callable[[int, int], None]]:
 
 
 @contextmanager
+def counting(what: str) -> Generator[Callable[[int, int], None]]:
+  """A progress bar over things, with time left: yields `update(done, total)`. Nothing without a terminal."""
+  console = Console(stderr=True)
+  columns = TextColumn(what), BarColumn(bar_width=30), MofNCompleteColumn(), TimeRemainingColumn()
+  with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+    task = bar.add_task('', total=None)
+    yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
 def terminable(*signals: signal.Signals) -> Generator[Callable[[], int]]:
   """Yields `asked()`: the number of the SIGTERM (or one of `signals`) that came, time to save and leave; before, 0.
 
