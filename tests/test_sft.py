@@ -53,7 +53,7 @@ def losses(home, name, what='train/loss'):
 
 @pytest.fixture(scope='module')
 def tuned(home):
-  args = ('--epochs', '40', '--watch.eval-every', '20', '--optim.warmup-steps', '5', '--optim.schedule', 'constant')
+  args = ('--epochs', '20', '--watch.eval-every', '20', '--optim.warmup-steps', '5', '--optim.schedule', 'constant')
   assert sft(home, 'tuned', *args) == 0
   return home / 'tuned'
 
@@ -87,10 +87,10 @@ def test_only_answers_have_a_loss(tuned):
 def test_epochs_are_steps_and_the_run_goes_on(home, tuned):
   config = bases.newest(tuned).config
   folder = prepared.load(tuned / 'data')
-  rows = packing.rows('best_fit', folder.split('train'), 192, folder.tokenizer)
-  assert config.steps == -(-40 * len(rows) // 8) == metrics.read_rows(tuned / 'metrics.jsonl')[-1]['step']
+  rows = packing.rows('best_fit', folder.split('train'), 64, folder.tokenizer)
+  assert config.steps == -(-20 * len(rows) // 8) == metrics.read_rows(tuned / 'metrics.jsonl')[-1]['step']
   before = losses(home, 'tuned')
-  args = ('--epochs', '40', '--watch.eval-every', '20', '--optim.warmup-steps', '5', '--optim.schedule', 'constant')
+  args = ('--epochs', '20', '--watch.eval-every', '20', '--optim.warmup-steps', '5', '--optim.schedule', 'constant')
   assert sft(home, 'tuned', *args) == 0  # at its end: nothing happens
   assert losses(home, 'tuned') == before
 
