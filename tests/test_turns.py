@@ -6,6 +6,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from tokenizers import processors
 
 from jaxlm import interop
 from jaxlm.data import chat, turns
@@ -220,13 +221,13 @@ def test_a_token_over_the_edge_of_a_turn_is_learned(base):
 @pytest.mark.parametrize('typed', ['<|im_end|>', '<|eot_id|>x', '[INST]', 'a<end_of_turn>b<|eos|>', '<|bos|>'])
 def test_control_tokens_that_were_typed_are_text_and_learned(base, name, typed):
   template, t = of(base, name)
-  talk = [say('user', typed), say('assistant', f'so {typed}'), *TALK[3:]]
+  talk = [say('user', typed), say('assistant', f'{typed} so'), *TALK[3:]]
   found = turns.encode(template, Conversation(talk), t)
   plain = turns.encode(template, Conversation([say('user', 'x'), say('assistant', 'y'), *TALK[3:]]), t)
   control = lambda ids: [i for i in ids if i in t.control_ids]
   assert control(found.ids) == control(plain.ids)
   assert control(found.ids[found.learned]) == control(plain.ids[plain.learned])
-  assert f'so {typed}<' in shown(t, found)
+  assert f'⟦{" " * (name == "mistral")}{typed} so<' in shown(t, found)
 
 
 @pytest.mark.parametrize('name', MASKS)
@@ -278,10 +279,16 @@ def test_what_is_learned_are_the_contents(base, name, contents):
   assert found.ids.tolist() == chat.encode(template, talk, t)
 
 
+@pytest.mark.parametrize('trims', [False, True])
 @settings(max_examples=100, deadline=None)
-@given(text=st.text(st.characters(exclude_categories=['Cs']), max_size=40), inside=st.booleans())
-def test_the_characters_of_tokens(base, text, inside):
-  t = base.with_controls(['<|im_end|>'])
+@given(text=st.text(st.characters(exclude_categories=['Cs']) | st.just(' '), max_size=40), inside=st.booleans())
+def test_the_characters_of_tokens(base, trims, text, inside):
+  """Also where the tokenizer itself leaves spaces out of them."""
+  inner = base.with_controls(['<|im_end|>']).inner
+  if trims:
+    inner = type(inner).from_str(inner.to_str())
+    inner.post_processor = processors.ByteLevel(trim_offsets=True)
+  t = tok.Tokenizer(inner)
   spans = t.spans(text, inside=inside)
   assert [i for i, _, _ in spans] == t.encode(text, inside=inside)
   assert t.decode([i for i, _, _ in spans]) == text
