@@ -2,19 +2,18 @@
 
 import html
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxlm.data import faults
 from jaxlm.data import packing as packings
 from jaxlm.data.packing import Packing
 from jaxlm.data.prepared import Prepared, Tokens
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import InputError
 
-MOST = 200_000  # documents that are checked, the first ones
-BLOCK = 1 << 20  # tokens read at a time
 BAR = 40  # characters of the longest bar
 
 
@@ -48,10 +47,9 @@ def inspect(folder: Prepared, split: str, seq_len: int, packing: Packing | None,
   if not len(rows):
     raise InputError(f'{folder.path}: no row in {split!r}')
   shown: dict[str, list[Token]] = {}
-  fault = first_fault(folder, split)
+  fault = faults.first(folder, split)
   if fault:
-    start, stop, why = fault
-    shown[why] = document(tokens, start, stop, tokenizer)
+    shown[fault.what] = document(tokens, fault.start, fault.stop, tokenizer)
   numbers = dict.fromkeys(int(i) for i in np.linspace(0, len(rows) - 1, min(count, len(rows))).round())
   for number in numbers:
     row = rows[number]
@@ -60,7 +58,7 @@ def inspect(folder: Prepared, split: str, seq_len: int, packing: Packing | None,
     )
     shown[told] = view(row, tokenizer, packing)
   lengths = np.diff(tokens.document_starts())
-  return Found(_figures(folder, split, rows, packing, lengths), histogram(lengths), shown, fault and fault[2])
+  return Found(_figures(folder, split, rows, packing, lengths), histogram(lengths), shown, fault and fault.what)
 
 
 def view(row: Mapping[str, np.ndarray], tokenizer: Tokenizer, packing: Packing = 'concat') -> list[Token]:
@@ -100,64 +98,6 @@ def text_of(tokenizer: Tokenizer) -> Any:
     return tokenizer.inner.id_to_token(i) or said if '\ufffd' in said or not said else said
 
   return text
-
-
-def first_fault(folder: Prepared, split: str) -> tuple[int, int, str] | None:
-  """(start, stop, what) of the first document with a fault, of the first MOST.
-
-  Two tokens for the beginning of a text; no end-of-text at the end; and of conversations, unless all is learned, a mask
-  of zeros or of ones, and a learned turn that no control token ends.
-  """
-  tokens, tokenizer, chat = folder.split(split), folder.tokenizer, folder.summary.chat
-  for number, (start, ids, learned) in enumerate(_documents(tokens)):
-    if number >= MOST:
-      return None
-    if why := _fault(ids, learned, tokenizer, chat):
-      return start, start + len(ids), f'document {number} of {split}: {why}'
-  return None
-
-
-def _documents(tokens: Tokens) -> Iterator[tuple[int, np.ndarray, np.ndarray | None]]:
-  """(start, ids, learned) of each document, read in blocks."""
-  starts = tokens.document_starts()
-  first = 0
-  while first < len(starts) - 1:
-    last = max(first + 1, int(np.searchsorted(starts, starts[first] + BLOCK, 'right')) - 1)
-    begin, end = int(starts[first]), int(starts[last])
-    ids, learned = tokens.read(begin, end)[0], tokens.learned(begin, end)
-    for a, b in itertools.pairwise(starts[first : last + 1] - begin):
-      yield begin + int(a), ids[a:b], None if learned is None else learned[a:b]
-    first = last
-
-
-def _fault(
-  ids: np.ndarray, learned: np.ndarray | None, tokenizer: Tokenizer, chat: Mapping[str, Any] | None
-) -> str | None:
-  if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_id != tokenizer.eos_id:
-    return f'begins with two {tokenizer.names["bos"]}'
-  if chat is None or learned is None:
-    return None if ids[-1] == tokenizer.eos_id else f'does not end with {tokenizer.names["eos"]}'
-  if chat['learn'] == 'all':
-    return None if learned.all() and np.isin(ids, chat['end']).any() else 'no turn of the assistant has an end'
-  if not learned.any():
-    return 'nothing of it is learned'
-  if learned.all():
-    return 'all of it is learned, the questions too'
-  edges = np.flatnonzero(np.diff(np.concatenate([[False], learned, [False]])))
-  for start, stop in zip(edges[::2], edges[1::2], strict=True):
-    if not _ended(ids[start:stop], tokenizer):
-      return f'no token ends the turn that is learned at {start} to {stop - 1}'
-  return None
-
-
-def _ended(turn: np.ndarray, tokenizer: Tokenizer) -> bool:
-  """Whether the last token that is no white space is a control token."""
-  for i in map(int, turn[::-1]):
-    if i in tokenizer.control_ids:
-      return True
-    if tokenizer.decode([i]).strip():
-      return False
-  return False
 
 
 def _figures(

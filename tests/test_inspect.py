@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxlm import cli, inspector
-from jaxlm.data import chat, packing, prepare, prepared, records, turns
+from jaxlm.data import chat, faults, packing, prepare, prepared, records, turns
 from jaxlm.data import tokenizer as tok
 from jaxlm.data.conversations import Conversation
 from jaxlm.errors import InputError
@@ -76,7 +76,7 @@ def test_the_mask_of_one_kind(tmp_path, t, monkeypatch):
       tokens = folder.split(split, kind)
       learned = tokens.learned(0, len(tokens))
       assert len(learned) == len(tokens) and learned.sum() == summary.chat['learned'][split][kind]
-      for (start, ids, bits), text in zip(inspector._documents(tokens), folder.texts(split, kind), strict=True):
+      for (start, ids, bits), text in zip(faults.documents(tokens), folder.texts(split, kind), strict=True):
         assert t.decode(ids.tolist()) == text and tokens.learned(start + 1, start + 9).tolist() == bits[1:9].tolist()
         assert t.decode(ids[bits].tolist()) == ''.join(re.findall(r'(?:It is \d+\.)+|<b> नमस्ते', text))
 
@@ -130,7 +130,7 @@ def test_the_folder_says_what_it_was_made_with(tmp_path, t):
   assert summary.splits['train'].documents == len(kept)
   assert summary.chat['learned']['train'] == {'talks': sum(int(one.learned.sum()) for one in kept)}
   assert summary.chat['end'] == [t.control_id('<|im_end|>')]
-  assert (folder.path / 'chat_template.jinja').read_text() == CHATML
+  assert (folder.path / 'chat_template.jinja').read_text() == folder.chat_template == CHATML
   for template, same in ((CHATML, True), (CHATML + ' ', False)):
     other = prepare.Chat(template, 'last', 60)
     job = prepare.job([str(tmp_path / 'talks.jsonl')], t, folder.path, val_fraction=0.0, chat=other)
@@ -193,7 +193,7 @@ def test_a_fault_is_shown_and_fails(tmp_path, t, why, template, capsys):
 def test_faults_of_single_documents(t):
   chat_of = lambda learn: {'learn': learn, 'end': [t.control_id('<|im_end|>')]}
   good = turns.encode(CHATML, Conversation(TALKS[0]), t)
-  fault = lambda ids, learned, learn='assistant': inspector._fault(np.array(ids), learned, t, chat_of(learn))
+  fault = lambda ids, learned, learn='assistant': faults.of(np.array(ids), learned, t, chat_of(learn))
   assert fault(good.ids, good.learned) is None
   assert fault(good.ids, good.learned & False) == 'nothing of it is learned'
   assert 'all of it' in fault(good.ids, good.learned | True) and fault(good.ids, good.learned | True, 'all') is None
@@ -201,7 +201,7 @@ def test_faults_of_single_documents(t):
   end = np.flatnonzero(good.ids == t.control_id('<|im_end|>'))[1]
   keep = np.arange(len(good.ids)) != end
   assert 'no token ends the turn' in fault(good.ids[keep], good.learned[keep])
-  plain = lambda ids: inspector._fault(np.array(ids), None, t, None)
+  plain = lambda ids: faults.of(np.array(ids), None, t, None)
   assert plain([t.bos_id, *t.encode('a'), t.eos_id]) is None
   assert plain([t.bos_id, *t.encode('a')]) == 'does not end with <|eos|>'
   assert plain([t.bos_id, t.bos_id, t.eos_id]) == 'begins with two <|bos|>'

@@ -157,6 +157,11 @@ class Prepared:
       raise InputError(f'{self.path}: no kind {kind!r}: it has {", ".join(kinds)}')
     return Tokens(self.path, name, self.summary, kind)
 
+  @property
+  def chat_template(self) -> str | None:
+    """Of a folder of conversations, what rendered them."""
+    return (self.path / TEMPLATE).read_text() if self.summary.chat else None
+
   def texts(self, name: str, kind: str | None = None) -> Iterator[str]:
     """The split's documents as text, in their order, decoded from the tokens (exact with a byte-level tokenizer)."""
     tokens = self.split(name, kind)
