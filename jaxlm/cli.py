@@ -194,11 +194,8 @@ def _inspect(args: Sequence[str]) -> None:
   from jaxlm.data import prepared
 
   if options.source.endswith('.py'):
-    from jaxlm.loops import corpus
-
-    data = pretraining([options.source, *rest]).data
-    folders, seq_len = corpus.load(data.path, data.mix, data.phases).folders, data.seq_len
-    packing = data.packing
+    config = pretraining([options.source, *rest])
+    folders, seq_len, packing = inspector.folders(config, print), config.data.seq_len, config.data.packing
   else:
     if rest:
       raise InputError(f'{rest[0]}: flags of a run need its config')

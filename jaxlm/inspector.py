@@ -2,17 +2,20 @@
 
 import html
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 
+from jaxlm.config import Pretrain
 from jaxlm.data import faults
 from jaxlm.data import packing as packings
 from jaxlm.data.packing import Packing
-from jaxlm.data.prepared import Prepared, Tokens
+from jaxlm.data.prepared import MARKER, Prepared, Tokens
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import InputError
+from jaxlm.loops import corpus, tuning
 
 BAR = 40  # characters of the longest bar
 
@@ -34,6 +37,13 @@ class Found(NamedTuple):
   lengths: list[tuple[str, int]]  # tokens of a document, in words, and how many have that
   rows: dict[str, list[Token]]  # by their titles; the document with the fault comes first
   fault: str | None  # the first that was found
+
+
+def folders(config: Pretrain, say: Callable[[str], None]) -> dict[str, Prepared]:
+  """What a run would read; rows of conversations are prepared where the run would prepare them, and find them then."""
+  if config.init and not (epath.Path(config.data.path) / MARKER).exists():
+    config, _ = tuning.prepared(config, say)
+  return corpus.load(config.data.path, config.data.mix, config.data.phases).folders
 
 
 def inspect(folder: Prepared, split: str, seq_len: int, packing: Packing | None, count: int) -> Found:

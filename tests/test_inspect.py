@@ -218,6 +218,19 @@ def test_a_config_is_inspected_as_it_would_run(tmp_path, t, capsys):
   assert cli.main(['inspect', str(tmp_path)]) == 1
 
 
+def test_rows_that_a_config_names_are_prepared_for_its_run(tmp_path, capsys):
+  model = tmp_path / 'model'
+  tok.train(TEXTS, 300).save(model / 'tokenizer.json')
+  source = jsonl(tmp_path / 'talks.jsonl', [{'messages': talk} for talk in TALKS])
+  config = tmp_path / 'config.py'
+  config.write_text('from jaxlm.config import SFT\nconfig = SFT\n')
+  given = ['--init', str(model), '--data.path', source, '--data.seq-len', '80', '--run', str(tmp_path / 'run')]
+  assert cli.main(['inspect', str(config), *given]) == 0
+  out = capsys.readouterr().out
+  assert 'template: chatml' in out and 'talks: messages (messages)' in out and 'of 80 by best_fit' in out
+  assert prepared.load(tmp_path / 'run' / 'data').summary.chat
+
+
 def test_the_command_prepares_and_says_what_it_found(tmp_path, capsys):
   tok.train(TEXTS, 300).save(tmp_path / 't' / 'tokenizer.json')
   (tmp_path / 't' / 'chat_template.jinja').write_text('{% for m in messages %}{{ m.content }}{% endfor %}')

@@ -142,9 +142,18 @@ class Tokenizer:
 
   @cached_property
   def reader(self) -> Any:
-    """The `inner` that reads control tokens as such."""
+    """The `inner` that reads control tokens as such, and puts none itself."""
+    return self._without_processor(reads=True)
+
+  @cached_property
+  def _bare(self) -> Any:
+    """The `inner`, but no token's characters lack the spaces that it begins with."""
+    return self._without_processor(reads=False) if self.inner.post_processor else self.inner
+
+  def _without_processor(self, reads: bool) -> Any:
     copy = tokenizers.Tokenizer.from_str(self.inner.to_str())
-    copy.encode_special_tokens = False
+    copy.post_processor = None
+    copy.encode_special_tokens = not reads
     return copy
 
   def control_id(self, text: str) -> int | None:
@@ -172,7 +181,7 @@ class Tokenizer:
 
     The ids of a character that is several tokens all have that character.
     """
-    inner = self.reader if controls else self.inner
+    inner = self.reader if controls else self._bare
     fine = lambda found: controls or self._reachable.isdisjoint(i for i, _, _ in found)
     if inside and self.unk_id not in (before := [i for i, _, _ in _spans(inner, '\n')]):
       found = _spans(inner, f'\n{text}')
@@ -213,7 +222,7 @@ class Tokenizer:
     whole = self.inner.encode(text, add_special_tokens=False)
     spans = [(i, *span) for i, span in zip(whole.ids, whole.offsets, strict=True) if i in self._reachable]
     if not spans:
-      return _spans(self.inner, text)
+      return _spans(self._bare, text)
     if short := [i for i, start, end in spans if end - start < 2]:
       raise InputError(f'tokenizer: a text would become the control token {self.inner.id_to_token(short[0])!r}')
     cuts = sorted({0, len(text), *(start + 1 for _, start, _ in spans)})
@@ -374,11 +383,7 @@ def _spans(inner: Any, text: str) -> list[Span]:
     whole = inner.encode(text, add_special_tokens=False)
   except TypeError as error:
     raise InputError(f'tokenizer: {_bad_text([text])}') from error
-  found, before = [], 0
-  for i, (start, end) in zip(whole.ids, whole.offsets, strict=True):
-    found.append((i, min(start, before), end))  # some leave out the space that a token begins with
-    before = end
-  return found
+  return [(i, start, end) for i, (start, end) in zip(whole.ids, whole.offsets, strict=True)]
 
 
 def _configured(config: dict[str, Any], path: epath.Path) -> Iterator[tuple[int | None, AddedToken]]:
