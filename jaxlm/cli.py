@@ -16,6 +16,7 @@ if TYPE_CHECKING:
   from jaxlm.config import Pretrain
   from jaxlm.data.prepared import Summary
   from jaxlm.data.tokenizer import Tokenizer
+  from jaxlm.plan import Plan
 
 HELP = """\
 usage: jaxlm VERB ...          `jaxlm VERB --help` explains a verb
@@ -415,19 +416,28 @@ def _plan(args: Sequence[str]) -> int:
 
   from jaxlm import plan, topology
   from jaxlm.console import table
+  from jaxlm.loops import bases
 
-  config, on = pretraining(rest), topology.parse(options.topology, options.slices)
+  config, on = bases.with_model(pretraining(rest)), topology.parse(options.topology, options.slices)
   if options.search:
     tell = lambda line: print(line, file=sys.stderr, flush=True)
     tried = plan.search(config, on, seconds=60 * options.minutes, say=tell)
-    print(table(plan.HEADER, [plan.row(*pair) for pair in tried]))
+    if options.json:
+      print(json.dumps([_plain(found) | {'accum': c.compute.accum, 'remat': c.compute.remat} for c, found in tried]))
+    else:
+      print(table(plan.HEADER, [plan.row(*pair) for pair in tried]))
     return 0 if tried[0][1].fits else 3
   found = plan.plan(config, on, write_hlo=options.hlo)
   if options.json:
-    print(json.dumps({name: None if value != value else value for name, value in found._asdict().items()}))
+    print(json.dumps(_plain(found)))
   else:
     print('\n\n'.join(plan.lines(found, table)))
   return 0 if found.fits else 3
+
+
+def _plain(found: 'Plan') -> dict[str, object]:
+  """As JSON has it: null for what is not known."""
+  return {name: None if value != value else value for name, value in found._asdict().items()}
 
 
 def _report(args: Sequence[str]) -> None:

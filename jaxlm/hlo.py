@@ -37,7 +37,7 @@ def collectives(text: str, *, node: int | None = None) -> list[Collective]:
 
   Overlapped are those that the compiler fused with other work or turned into rings beside matmuls, and the ones that
   start and end at different places; a fusion's several steps count once. Of a ragged exchange it is the mean. GPUs
-  start all of them: there those are overlapped that have other work between start and end.
+  start all of them, and so do slices what they send: there those are overlapped that have other work in between.
   """
   bodies, entry = _computations(text)
   times = _times(bodies, entry)
@@ -59,7 +59,9 @@ def collectives(text: str, *, node: int | None = None) -> list[Collective]:
           continue
         seen.add(key)
       dcn = kind in ('send', 'recv')
-      overlapped = fused or 'windowed_dot' in name or dcn or (started and 'async_collective_name' not in line)
+      overlapped = fused or 'windowed_dot' in name or (started and 'async_collective_name' not in line)
+      if dcn:
+        overlapped = _work_beside(match[1], lines[number + 1 :])
       if node:
         dcn, overlapped = _spans(line, node), started and _work_beside(match[1], lines[number + 1 :])
       size = _output_bytes(match[2], kind, started)

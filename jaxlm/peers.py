@@ -40,7 +40,8 @@ class Watch:
     self._beats: dict[int, dict[str, Any]] = {}  # by rank, the newest of each
     self._since = dict.fromkeys(range(count), time.monotonic())  # when each was last seen to be alive
     self._heard = time.monotonic()  # when the coordination service last answered
-    self._marks, self._place, self._reached, self._limit = 0, 'start', time.monotonic(), 0.0  # a start may read much
+    self._marks, self._place, self._reached = 0, 'start', time.monotonic()
+    self._limit = step_timeout * SLOW  # it may read much
 
   def begin(self) -> None:
     """Starts the threads."""

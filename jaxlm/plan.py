@@ -12,7 +12,7 @@ import jax
 from etils import epath
 
 from jaxlm import hlo, program, sharding, topology
-from jaxlm.config import Pretrain
+from jaxlm.config import Mesh, Pretrain
 from jaxlm.errors import InputError
 from jaxlm.models.dispatch import WORST_CASE
 from jaxlm.program import GIB
@@ -88,17 +88,23 @@ def _read(
   memory = None if isinstance(compiled, float) else compiled.memory_analysis()
   size = lambda name: getattr(memory, f'{name}_in_bytes') / GIB if memory else math.nan
   peak = size('peak_memory') if memory else compiled
-  exposed = sum(c.total for c in found if not c.overlapped)
-  overlapped = sum(c.total for c in found if c.overlapped)
-  dcn = sum(c.total for c in found if c.dcn)
+  known = 1.0 if memory else math.nan  # without a program nothing is known of what it sends
+  exposed = known * sum(c.total for c in found if not c.overlapped)
+  overlapped = known * sum(c.total for c in found if c.overlapped)
+  dcn = known * sum(c.total for c in found if c.dcn and c.kind != 'send')  # what one sends another receives
   tokens = data.global_batch * data.seq_len
   model_flops = metrics.flops_per_token(config.model, data.seq_len) * tokens / mesh.size
-  seconds = lambda some: sum(
-    c.total * (2 if c.kind == 'all-reduce' else 1) / (chip.dcn if c.dcn else chip.ici) for c in some
+  seconds = lambda some: (
+    known
+    * sum(
+      c.total * (2 if c.kind == 'all-reduce' else 1) / (chip.dcn if c.dcn else chip.ici)
+      for c in some
+      if c.kind != 'send'
+    )
   )
   beside, waited = seconds(c for c in found if c.overlapped), seconds(c for c in found if not c.overlapped)
   moved = size('argument_size') + size('output_size') + 2 * (exposed + overlapped) / GIB
-  step_s = max(flops / chip.flops, moved * GIB / chip.hbm, beside) + waited
+  step_s = known * (max(flops / chip.flops, moved * GIB / chip.hbm, beside) + waited)
   return Plan(
     topology=on.name,
     chips=mesh.size,
@@ -169,8 +175,8 @@ def matmul_flops(jaxpr: Any) -> float:
       case 'shard_map':
         names = params.get('newly_manual_axes', params.get('manual_axes'))  # before and since jax 0.10
         total += math.prod(params['mesh'].shape[name] for name in names) * inner('jaxpr')
-      case 'jit' | 'pjit' if share := re.fullmatch(WORST_CASE.format(r'(\d+)'), params['name']):
-        total += inner('jaxpr') / int(share[1])
+      case 'jit' | 'pjit' if share := re.fullmatch(WORST_CASE.format(r'(\d+)', r'(\d+)'), params['name']):
+        total += inner('jaxpr') * int(share[1]) / int(share[2])
       case 'dot_product_attention_fwd_wrapper' | 'dot_product_attention_bwd_wrapper' as name:  # cuDNN's
         (B, T, H, N), S = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape[1]
         total += 2.0 * B * T * S * H * N * (2 if 'fwd' in name else 5)
@@ -188,7 +194,8 @@ def _open(jaxpr: Any) -> Any:
 def lines(found: Plan, table: Callable[..., str]) -> list[str]:
   """What a person reads of it."""
   shown = ('parameters', 'optimizer', 'batch', 'temporaries', 'program', 'peak')
-  rows = [(name, getattr(found, f'{name}_gib')) for name in shown]
+  sizes = ((name, getattr(found, f'{name}_gib')) for name in shown)
+  rows = [(name, size) for name, size in sizes if not math.isnan(size)]
   verdict = f'fits: {found.peak_gib:.2f} of {found.limit_gib:.2f} GiB'
   if not found.fits:
     over = found.peak_gib - found.limit_gib
@@ -204,10 +211,11 @@ def lines(found: Plan, table: Callable[..., str]) -> list[str]:
     ('step, at best', found.step_s_bound),
   ]
   mesh = ', '.join(f'{name} {n}' for name, n in found.mesh.items()) or 'one chip'
+  head = [f'{found.topology}: {found.chips} chips, {mesh}', table(('GiB a chip', ''), rows), verdict]
+  if math.isnan(found.exposed_gib):  # the compiler made no program
+    return head
   return [
-    f'{found.topology}: {found.chips} chips, {mesh}',
-    table(('GiB a chip', ''), rows),
-    verdict,
+    *head,
     table(('collective', 'over', '', 'times', 'GiB a chip and step'), sent) if sent else 'no collectives',
     table(('seconds, at least', ''), bounds),
     f'{found.flops_per_chip / 1e12:.1f} TFLOP a chip and step ({found.model_flops_per_chip / 1e12:.1f} without doing '
@@ -222,12 +230,15 @@ REMATS = ('none', 'dots', 'attn_values,attn_out,mlp_out', 'full')  # from what k
 def candidates(config: Pretrain, chips: int) -> Iterator[list[Pretrain]]:
   """Lists of the same run on one mesh and with one number of micro-batches, from the lightest remat to the heaviest."""
   spread = [n for n in (1, 4, 8, 16) if config.model.n_experts and config.model.n_experts % n == 0] or [1]
-  for accum, tensor, expert in itertools.product((1, 2, 4), (1, 2, 4, 8), sorted({*spread, config.mesh.expert})):
-    fixed = tensor * expert * config.mesh.sequence * config.mesh.data
-    rows = chips // (tensor * config.mesh.sequence) * accum
+  data, sequence = max(1, config.mesh.data), max(1, config.mesh.sequence)
+  for accum, tensor, expert in itertools.product(
+    (1, 2, 4), (1, 2, 4, 8), sorted({*spread, max(1, config.mesh.expert)})
+  ):
+    fixed = tensor * expert * sequence * data
+    rows = chips // (tensor * sequence) * accum
     if chips % fixed or config.model.kv_heads % tensor or config.data.global_batch % rows:
       continue
-    mesh = dataclasses.replace(config.mesh, fsdp=chips // fixed, tensor=tensor, expert=expert)
+    mesh = Mesh(data, chips // fixed, tensor, sequence, expert)
     computed = [dataclasses.replace(config.compute, accum=accum, remat=remat) for remat in REMATS]
     yield [dataclasses.replace(config, mesh=mesh, compute=compute) for compute in computed]
 

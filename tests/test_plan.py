@@ -96,7 +96,7 @@ def test_collectives_of_a_text():
     ('all-reduce', True, False, 5, 8 * 128 * 2),
     ('all-gather', True, False, 5, 16 * 128 * 2),
     ('all-to-all', False, False, 1, 60),
-    ('send', True, True, 1, 7 * 4 + 4),
+    ('send', False, True, 1, 7 * 4 + 4),  # with nothing between it and its end
   }
 
 
@@ -121,6 +121,26 @@ def test_flops_from_shapes(cfg, remat, times):
       cfg.padded_vocab - cfg.vocab_size
     )
     assert forward == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.parametrize('experts, k', [(8, 4), (16, 2)])
+def test_flops_of_experts_on_several_devices(experts, k):
+  """The rows that are there, wherever the experts are: fewer of a device than a token uses, too."""
+  from jaxlm import program, sharding
+
+  sizes = {'vocab_size': 128, 'd_model': 16, 'n_layers': 2, 'n_heads': 2, 'd_ff': 24}
+  model = models.ModelConfig(**sizes, n_experts=experts, experts_per_token=k)
+  run = configs.Pretrain(model=model, data=configs.Data(seq_len=16, global_batch=8))
+
+  def flops(expert):
+    mesh = sharding.make_mesh(expert=expert, fsdp=8 // expert)
+    with jax.set_mesh(mesh):
+      built = program.build(run, mesh)
+      return plan.matmul_flops(built.step.trace(built.abstract, built.batch).jaxpr.jaxpr)
+
+  want = flops(1)
+  for expert in (2, 8):
+    assert flops(expert) == pytest.approx(want, rel=1e-3)
 
 
 def test_flops_in_a_map_over_devices_are_those_of_all():
@@ -198,12 +218,37 @@ def test_bad_input_is_one_line(tmp_path, args, why):
   assert 'Traceback' not in done.stderr
 
 
+@needs_libtpu
+def test_what_is_not_known_is_not_told(tmp_path):
+  """Of a step that does not compile there is no program: neither what it sends nor a bound."""
+  args = ('--topology', 'v5e:1x1', '--data.global-batch', '4096', '--compute.remat', 'none', '--json')
+  done = planned(tmp_path, *args, length=4096)
+  found = json.loads(done.stdout.splitlines()[-1])
+  assert done.returncode == 3 and not found['fits'] and found['peak_gib'] > 15.75 and found['flops_per_chip'] > 0
+  for name in ('exposed_gib', 'overlapped_gib', 'mfu_bound', 'tokens_per_s_bound', 'days'):
+    assert found[name] is None
+  assert 'collectives' not in planned(tmp_path, *args[:-1], length=4096).stdout
+
+
+def test_a_plan_is_of_the_model_that_a_run_begins_with(tmp_path):
+  from jaxlm.loops import bases
+
+  base = configs.Pretrain(model=dataclasses.replace(LLAMA, d_model=44))
+  (tmp_path / 'checkpoints').mkdir()
+  (tmp_path / 'config.json').write_text(configs.to_json(base))
+  assert bases.with_model(configs.Pretrain(init=str(tmp_path))).model == base.model
+  named = configs.Pretrain(init=str(tmp_path), model=LLAMA)
+  assert bases.with_model(named) == named
+
+
 def test_candidates_divide():
   config = configs.Pretrain(model=dataclasses.replace(LLAMA, n_kv_heads=2), data=configs.Data(global_batch=16))
   tried = list(plan.candidates(config, 8))
   meshes = {(one.mesh.fsdp, one.mesh.tensor, one.compute.accum) for same in tried for one in same}
   assert meshes == {(8, 1, 1), (4, 2, 1), (8, 1, 2), (4, 2, 2), (4, 2, 4)}
   assert [one.compute.remat for one in tried[0]] == list(plan.REMATS)
+  rest = dataclasses.replace(config, mesh=configs.Mesh(data=-1, fsdp=1))
+  assert [(one.mesh.data, one.mesh.fsdp) for one in next(plan.candidates(rest, 8))][0] == (1, 8)
 
 
 @needs_libtpu

@@ -48,6 +48,13 @@ def model_of(source: str) -> ModelConfig:
   return hf_config.parse(foreign.config, foreign.where)
 
 
+def with_model(config: Pretrain) -> Pretrain:
+  """The config with the model of `init`, where it names none itself."""
+  if not config.init or config.model != ModelConfig():
+    return config
+  return dataclasses.replace(config, model=model_of(config.init))
+
+
 def digest_of(source: str) -> str:
   """sha256 over a source's weights: of the digests of a run's newest checkpoint, or of a foreign model's files."""
   if is_run(source):

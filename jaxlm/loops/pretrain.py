@@ -23,7 +23,6 @@ from jaxlm.files import read_json, write_whole
 from jaxlm.loops import bases, corpus, rewind, train, writing
 from jaxlm.loops.corpus import Corpus
 from jaxlm.loops.trace import Trace
-from jaxlm.models import ModelConfig
 from jaxlm.program import Program
 from jaxlm.train import lock, metrics
 from jaxlm.train.checkpoint import Checkpoints
@@ -117,18 +116,15 @@ def counted(config: Pretrain, opened: Corpus | None = None) -> Pretrain:
 def resolve(config: Pretrain, tokenizer: Tokenizer) -> Pretrain:
   """The config with the model of `init`, where it names none, and the tokenizer's vocabulary.
 
-  Raises InputError if it names another size, or asks for adapters of no base.
+  Raises InputError if it names fewer tokens, or asks for adapters of no base.
   """
   if config.lora.rank and not config.init:
     raise InputError(f'lora.rank={config.lora.rank}: adapters need a base: set init to a run or a foreign model')
-  if config.init and config.model == ModelConfig():
-    model = bases.model_of(config.init)
-    model = dataclasses.replace(model, vocab_size=max(model.vocab_size, tokenizer.vocab_size))
-    return dataclasses.replace(config, model=model)
+  config, size = bases.with_model(config), tokenizer.vocab_size
   named = config.model.vocab_size
-  if named not in (0, tokenizer.vocab_size):
-    raise InputError(f"model.vocab_size={named} is not the {tokenizer.vocab_size} of the data's tokenizer; leave it 0")
-  return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size))
+  if 0 < named < size and not config.init:
+    raise InputError(f"model.vocab_size={named} is less than the {size} of the data's tokenizer; leave it 0")
+  return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=max(named, size)))
 
 
 def _train(wired: Wired, state: Any, held_out: list[Any], mesh: Any, on_step: OnStep, stop: Any) -> Any:

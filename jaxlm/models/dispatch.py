@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-WORST_CASE = 'one_in_{}_rows'  # the name of a part of the program: so few of its rows are there, over all devices
+WORST_CASE = '{}_of_{}_rows'  # the name of a part of the program: so many of its rows are there, on average
 
 
 class Exchange(NamedTuple):
@@ -42,18 +42,18 @@ def exchanged(
   order_R = jnp.argsort(experts_R, stable=True)
   x_RD = send(x_AD).at[order_R].get(unique_indices=True)
   sizes_e = jnp.sum(came_ne, axis=0)
-  y_RD = _worst_case(fn, n)(x_RD, sizes_e)
+  y_RD = _worst_case(fn, len(x_AD), len(x_RD))(x_RD, sizes_e)
   y_RD = jnp.where(jnp.arange(len(y_RD))[:, None] < jnp.sum(sizes_e), y_RD, 0)  # what is past the groups is not defined
   return back(jnp.zeros_like(y_RD).at[order_R].set(y_RD, unique_indices=True), (len(x_AD), D))
 
 
-def _worst_case(fn: Any, n: int) -> Any:
+def _worst_case(fn: Any, there: int, room: int) -> Any:
   """`fn`, named for those who count work."""
 
   def rows(x: Array, sizes: Array) -> Array:
     return fn(x, sizes)
 
-  rows.__name__ = WORST_CASE.format(n)
+  rows.__name__ = WORST_CASE.format(there, room)
   return jax.jit(rows)
 
 
