@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
   from jaxlm import arguments, sample
   from jaxlm.config import Pretrain
-  from jaxlm.data.prepared import Summary
   from jaxlm.data.tokenizer import Tokenizer
   from jaxlm.plan import Plan
 
@@ -141,7 +140,7 @@ def _prepare(args: Sequence[str]) -> None:
   from jaxlm import arguments
 
   options = arguments.parse(arguments.Prepare, arguments.with_value(args, '--beam-options'), 'prepare')
-  from jaxlm.console import reading
+  from jaxlm.console import reading, summary_shown
   from jaxlm.data import conversations, prepare, turns
 
   tokenizer, own = _vocabulary(options.tokenizer, options.chat)
@@ -170,7 +169,7 @@ def _prepare(args: Sequence[str]) -> None:
   if chat and summary.chat:
     print(f'template: {name}; learned: {options.learn}')
     print('\n'.join(f'{kind}: {form}' for kind, form in summary.chat['formats'].items()) + '\n')
-  _print_summary(summary)
+  summary_shown(summary)
   if summary.dropped['bad']:
     print(f'\nbad records, with file and line: {options.out}/{prepare.QUARANTINE}')
 
@@ -213,24 +212,6 @@ def _inspect(args: Sequence[str]) -> None:
       raise InputError(f'{name}: {one.fault}')
 
 
-def _print_summary(summary: 'Summary') -> None:
-  """Tables of what was read, left out, and kept."""
-  from jaxlm.console import table
-
-  read, kinds = summary.read(), {split: summary.kinds(split) for split in summary.splits}
-  whole = lambda rows: [*rows, ('all', *(sum(column) for column in list(zip(*rows, strict=True))[1:]))]
-  rows = [(kind, *n.values()) for kind, n in read.items()]
-  cut = summary.chat and summary.chat['truncated']
-  header = ('kind', 'read', *summary.dropped, 'kept') + ('of them truncated',) * (cut is not None)
-  print(table(header, whole([(*row, cut.get(row[0], 0)) for row in rows] if cut is not None else rows)))
-  print()
-  columns = ('documents', 'tokens', 'bytes') + ('learned',) * (summary.chat is not None)
-  header = ('kind', *(f'{split} {what}' for split in kinds for what in columns))
-  learned = lambda split, kind: [summary.chat['learned'][split].get(kind, 0)] if summary.chat else []
-  figures = lambda kind: (n for split, of in kinds.items() for n in (*of[kind].figures, *learned(split, kind)))
-  print(table(header, whole([(kind, *figures(kind)) for kind in kinds['train']])))
-
-
 def pretraining(args: Sequence[str]) -> 'Pretrain':
   """The run that `jaxlm pretrain` makes of its arguments; what the dial set, where it was turned, is printed."""
   from jaxlm import arguments, config, scale
@@ -262,7 +243,7 @@ def _trained(options: 'Pretrain', chat: bool = False) -> None:
   import signal
 
   from jaxlm import hosts
-  from jaxlm.console import Training, reading, terminable
+  from jaxlm.console import Training, reading, summary_shown, terminable
   from jaxlm.loops import pretrain, tuning
 
   with hosts.joined(options.watch.step_timeout):
@@ -273,7 +254,7 @@ def _trained(options: 'Pretrain', chat: bool = False) -> None:
       with reading() as on_progress:
         options, summary = tuning.prepared(options, lambda line: print(line) if first else None, on_progress)
       if summary and first:
-        _print_summary(summary)
+        summary_shown(summary)
     options = pretrain.counted(options)
     signals = (signal.SIGINT,) if many else ()  # a process that left alone would leave the others waiting
     with terminable(*signals) as asked, Training(options.steps, quiet=not first) as shown:

@@ -269,3 +269,19 @@ def _told(pieces: Iterator[str], interrupts: Interrupts) -> str:
     print(piece, end='', flush=True)
   print('\n')
   return told
+
+
+def summary_shown(summary: Any) -> None:
+  """Prints tables of what was read, left out, and kept of a prepared folder (its `Summary`)."""
+  read, kinds = summary.read(), {split: summary.kinds(split) for split in summary.splits}
+  whole = lambda rows: [*rows, ('all', *(sum(column) for column in list(zip(*rows, strict=True))[1:]))]
+  rows = [(kind, *n.values()) for kind, n in read.items()]
+  cut = summary.chat and summary.chat['truncated']
+  header = ('kind', 'read', *summary.dropped, 'kept') + ('of them truncated',) * (cut is not None)
+  print(table(header, whole([(*row, cut.get(row[0], 0)) for row in rows] if cut is not None else rows)))
+  print()
+  columns = ('documents', 'tokens', 'bytes') + ('learned',) * (summary.chat is not None)
+  header = ('kind', *(f'{split} {what}' for split in kinds for what in columns))
+  learned = lambda split, kind: [summary.chat['learned'][split].get(kind, 0)] if summary.chat else []
+  figures = lambda kind: (n for split, of in kinds.items() for n in (*of[kind].figures, *learned(split, kind)))
+  print(table(header, whole([(kind, *figures(kind)) for kind in kinds['train']])))

@@ -179,7 +179,9 @@ def test_configs_that_do_not_hold_together(capsys, tmp_path, prepared):
   assert 'global_batch=9' in one_line(capsys, 'pretrain', *data, *SIZES, '--data.global-batch', '9')
   assert 'mesh' in one_line(capsys, 'pretrain', *data, *SIZES, '--mesh.tensor', '3')
   assert 'warmup_steps' in one_line(capsys, 'pretrain', *data, *SIZES, '--optim.warmup-steps', '7')
-  assert 'vocab_size=999' in one_line(capsys, 'pretrain', *data, *SIZES, '--model.vocab-size', '999')
+  assert 'vocab_size=99 is less' in one_line(capsys, 'pretrain', *data, *SIZES, '--model.vocab-size', '99')
+  larger = ['--model.vocab-size', '999', '--steps', '1', '--optim.warmup-steps', '0']  # as published models have it
+  assert run(capsys, 'pretrain', *data, *SIZES, *larger)[0] == 0
 
 
 @pytest.mark.parametrize(

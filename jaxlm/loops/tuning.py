@@ -7,8 +7,8 @@ from etils import epath
 
 from jaxlm import hosts, interop
 from jaxlm.config import Pretrain
-from jaxlm.data import conversations, prepare, turns
-from jaxlm.data.prepared import MARKER, Summary
+from jaxlm.data import conversations, faults, prepare, turns
+from jaxlm.data.prepared import MARKER, Prepared, Summary
 from jaxlm.errors import InputError
 
 DATA = 'data'  # where in the run's folder the conversations go
@@ -26,6 +26,7 @@ def prepared(
   if not config.data.path:
     raise InputError('sft: needs --data.path: rows of conversations, or a folder of `jaxlm prepare --chat`')
   if (epath.Path(config.data.path) / MARKER).exists():
+    _sound(config.data.path)
     return config, None
   tokenizer, own = interop.vocabulary(config.init)
   name, template = turns.choose(config.chat.template or None, own)
@@ -40,8 +41,16 @@ def prepared(
     prepare.prepare(*given, chat=chat, val_fraction=fraction, max_bad=most, on_progress=on_progress)
 
   hosts.from_first(make)
-  summary = prepare.load(folder).summary
+  summary = _sound(folder).summary
   say(f'template: {name}; learned: {config.chat.learn}')
   for kind, form in (summary.chat or {}).get('formats', {}).items():
     say(f'{kind}: {form}')
   return dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(folder))), summary
+
+
+def _sound(folder: epath.PathLike) -> Prepared:
+  """A prepared folder. Raises InputError if one of its conversations cannot be learnt as it is."""
+  loaded = prepare.load(folder)
+  if fault := faults.first(loaded, 'train'):
+    raise InputError(f'{folder}: {fault.what}; `jaxlm inspect {folder}` shows it')
+  return loaded
