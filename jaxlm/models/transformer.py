@@ -326,14 +326,16 @@ def hidden(
   real_B1T = (positions_BT >= 0)[:, None]
   contexts = {kind: _context(cfg, kind, positions_BT, segment_ids_BT) for kind in dict.fromkeys(cfg.kinds)}
 
-  def one(x: Array, layer: tuple, kind: str, layer_cache: Cache | None) -> Any:
+  def one(x: Array, layer: tuple, kind: str, layer_cache: Cache | None, index: int | None = None) -> Any:
+    if index is not None:  # of a unit; here, so that a scan keeps its slices for the backward pass and not copies
+      layer = jax.tree.map(lambda leaf: leaf[index], layer)
     weights, layer_key = layer
     ctx = contexts[kind]
     if layer_cache is not None:
       ctx = ctx._replace(mask=ctx.mask & real_B1T) if first else _cached(cfg, kind, ctx, layer_cache)
     return block.apply({'params': weights}, x, ctx, layer_cache, layer_key)
 
-  one = remat(one, run.remat, in_loop=not looped and run.unroll < cfg.n_layers, static=(2,))
+  one = remat(one, run.remat, in_loop=not looped and run.unroll < cfg.n_layers, static=(2, 4))
   if looped:
     caches, auxes = [], []
     for i, (weights, kind) in enumerate(zip(layers, cfg.kinds, strict=True)):
@@ -394,13 +396,13 @@ def _scanned(
   def unit(x: Array, stacked: Any) -> tuple[Array, list[dict[str, Array]]]:
     found = []
     for i in range(period):
-      x, _, aux = one(x, jax.tree.map(lambda leaf, i=i: leaf[i], stacked), kinds[i], None)
+      x, _, aux = one(x, stacked, kinds[i], None, i if period > 1 else None)
       found.append(aux)
     return x, found
 
   if units:
     folded = jax.tree.map(lambda leaf: leaf[:whole].reshape(units, period, *leaf.shape[1:]), layers)
-    x_BTD, auxes = jax.lax.scan(unit, x_BTD, folded, length=units, unroll=min(unroll, units))
+    x_BTD, auxes = jax.lax.scan(unit, x_BTD, folded if period > 1 else layers, length=units, unroll=min(unroll, units))
   for i in range(whole, len(kinds)):
     x_BTD, _, aux = one(x_BTD, jax.tree.map(lambda leaf, i=i: leaf[i], layers), kinds[i], None)
     auxes.append(aux)
