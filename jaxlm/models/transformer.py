@@ -326,7 +326,7 @@ def hidden(
   real_B1T = (positions_BT >= 0)[:, None]
   contexts = {kind: _context(cfg, kind, positions_BT, segment_ids_BT) for kind in dict.fromkeys(cfg.kinds)}
 
-  def one(x: Array, layer: tuple, kind: str, layer_cache: Cache | None, index: int | None = None) -> Any:
+  def one(x: Array, layer: tuple, kind: str, layer_cache: Cache | None, index: int | None) -> Any:
     if index is not None:  # of a unit; here, so that a scan keeps its slices for the backward pass and not copies
       layer = jax.tree.map(lambda leaf: leaf[index], layer)
     weights, layer_key = layer
@@ -340,7 +340,7 @@ def hidden(
     caches, auxes = [], []
     for i, (weights, kind) in enumerate(zip(layers, cfg.kinds, strict=True)):
       layer = weights, None if keys is None else keys[i]
-      x_BTD, new, aux = one(x_BTD, layer, kind, None if cache is None else cache[i])
+      x_BTD, new, aux = one(x_BTD, layer, kind, None if cache is None else cache[i], None)
       caches.append(new)
       auxes.append(aux)
     cache = None if cache is None else tuple(caches)
@@ -404,7 +404,7 @@ def _scanned(
     folded = jax.tree.map(lambda leaf: leaf[:whole].reshape(units, period, *leaf.shape[1:]), layers)
     x_BTD, auxes = jax.lax.scan(unit, x_BTD, folded if period > 1 else layers, length=units, unroll=min(unroll, units))
   for i in range(whole, len(kinds)):
-    x_BTD, _, aux = one(x_BTD, jax.tree.map(lambda leaf, i=i: leaf[i], layers), kinds[i], None)
+    x_BTD, _, aux = one(x_BTD, jax.tree.map(lambda leaf, i=i: leaf[i], layers), kinds[i], None, None)
     auxes.append(aux)
   return x_BTD, auxes
 
