@@ -20,12 +20,12 @@ class Data:
 
   path: str = ''  # a folder that `jaxlm prepare` wrote
   mix: str = ''  # 'wiki*0.5 + data/code*0.3': shares of the rows by kind or further folder; '': as it was prepared
-  held_out: tuple[str, ...] = ()  # further prepared folders, whose held-out text is evaluated and nothing is read of
   phases: tuple[str, ...] = ()  # 'SHARE: MIX': another mixture after that share of the steps, in any order
   seq_len: int = 512
   packing: Literal['concat', 'best_fit'] = 'concat'  # no place wasted, or no document cut that fits into a row
   global_batch: int = 32  # rows in an optimizer step, over all devices and micro-batches
   batch_warmup: tuple[str, ...] = ()  # 'ROWS=STEP': so many rows before that step, as in '8=200' '16=400'
+  held_out: tuple[str, ...] = ()  # further prepared folders, whose held-out text is evaluated and nothing is read of
 
   def __post_init__(self):
     at_least(1, 'data', seq_len=self.seq_len, global_batch=self.global_batch)

@@ -35,8 +35,12 @@ class Base(NamedTuple):
 
 
 def is_run(source: str) -> bool:
-  """Whether a source is a run's folder rather than a foreign model."""
-  return not str(source).startswith(interop.HUB) and (epath.Path(source) / 'checkpoints').exists()
+  """Whether a source is a run's folder rather than a foreign model. Raises InputError where there is nothing at all."""
+  if str(source).startswith(interop.HUB):
+    return False
+  if not epath.Path(source).expanduser().exists():
+    raise InputError(f'{source}: holds no finished checkpoint of a run, and is no folder or file of a foreign model')
+  return (epath.Path(source) / 'checkpoints').exists()
 
 
 def model_of(source: str) -> ModelConfig:

@@ -216,9 +216,9 @@ def _initial(wired: Wired) -> Any:
 
 def _base(wired: Wired) -> bases.Base:
   config, mesh = wired.config, jax.tree.leaves(wired.built.abstract)[0].sharding.mesh
-  base = bases.fitted(config, bases.open_base(config.init, mesh))
+  base = bases.open_base(config.init, mesh)
   bases.check_tokenizer(config, base, wired.corpus.tokenizer)
-  return base
+  return bases.fitted(config, base)
 
 
 def _rewound(wired: Wired, spike: rewind.Spike, cursor: int) -> Any:
