@@ -141,15 +141,13 @@ def _prepare(args: Sequence[str]) -> None:
 
   options = arguments.parse(arguments.Prepare, arguments.with_value(args, '--beam-options'), 'prepare')
   from jaxlm.console import reading, summary_shown
-  from jaxlm.data import conversations, prepare, turns
+  from jaxlm.data import prepare
 
   tokenizer, own = _vocabulary(options.tokenizer, options.chat)
-  chat = None
+  name, chat = '', None
   if options.chat:
-    columns = conversations.parse_columns(options.columns) or None
-    name, template = turns.choose(options.template, own)
-    tokenizer = tokenizer.with_controls(turns.BUILT_IN.get(name, ()))
-    chat = prepare.Chat(template, options.learn, options.max_len, columns)
+    how = {'learn': options.learn, 'max_len': options.max_len}
+    name, tokenizer, chat = prepare.chat_of(options.template, own, tokenizer, options.columns, **how)
   given = options.sources, tokenizer, options.out
   choices = {
     'val_fraction': options.val_fraction,
@@ -212,16 +210,23 @@ def _inspect(args: Sequence[str]) -> None:
       raise InputError(f'{name}: {one.fault}')
 
 
+def _config(args: Sequence[str], default: 'Pretrain') -> 'tuple[Pretrain, Sequence[str]]':
+  """The config file that the arguments begin with, or the default, and the other arguments."""
+  from jaxlm import config
+
+  if not args or args[0].startswith('-'):
+    return default, args
+  found = config.load(args[0])
+  if not isinstance(found, config.Pretrain):
+    raise InputError(f'this config is a {type(found).__name__}, not a Pretrain')
+  return found, args[1:]
+
+
 def pretraining(args: Sequence[str]) -> 'Pretrain':
   """The run that `jaxlm pretrain` makes of its arguments; what the dial set, where it was turned, is printed."""
   from jaxlm import arguments, config, scale
 
-  if args and not args[0].startswith('-'):
-    default, args = config.load(args[0]), args[1:]
-  else:
-    default = config.Pretrain()
-  if not isinstance(default, config.Pretrain):
-    raise InputError(f'this config is a {type(default).__name__}, not a Pretrain')
+  default, args = _config(args, config.Pretrain())
   named = arguments.named(args)
   start = scale.dialled(default, checked='depth' not in named)
   options = arguments.parse(scale.Dialled, args, 'pretrain', start)
@@ -255,6 +260,7 @@ def _trained(options: 'Pretrain', chat: bool = False) -> None:
         options, summary = tuning.prepared(options, lambda line: print(line) if first else None, on_progress)
       if summary and first:
         summary_shown(summary)
+      tuning.check(options.data.path)
     options = pretrain.counted(options)
     signals = (signal.SIGINT,) if many else ()  # a process that left alone would leave the others waiting
     with terminable(*signals) as asked, Training(options.steps, quiet=not first) as shown:
@@ -264,11 +270,7 @@ def _trained(options: 'Pretrain', chat: bool = False) -> None:
 def _sft(args: Sequence[str]) -> None:
   from jaxlm import arguments, config
 
-  default = config.SFT
-  if args and not args[0].startswith('-'):
-    default, args = config.load(args[0]), args[1:]
-  if not isinstance(default, config.Pretrain):
-    raise InputError(f'this config is a {type(default).__name__}, not a Pretrain')
+  default, args = _config(args, config.SFT)
   _trained(arguments.parse(config.Pretrain, args, 'sft', default), chat=True)
 
 

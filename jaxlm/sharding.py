@@ -88,6 +88,19 @@ def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
   return (entry,) if isinstance(entry, str) else entry or ()
 
 
+def cut_over(name: str, rules: Rules) -> tuple[str, ...]:
+  """The axes of the mesh in use that an axis of this name is cut over: those with several devices."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return tuple(a for a in axes_of(rules.get(name)) if mesh.shape[a] > 1)
+
+
+def rows_divide(shape: Sequence[int], rules: Rules) -> bool:
+  """Whether an array [B, T, ...] of this shape divides over the mesh in use as batch and sequence are laid on it."""
+  mesh = jax.sharding.get_abstract_mesh()
+  ways = (math.prod(mesh.shape[a] for a in cut_over(name, rules)) for name in ('batch', 'seq'))
+  return all(size % n == 0 for size, n in zip(shape, ways, strict=False))
+
+
 def spec(names: Sequence[str | None], rules: Rules) -> PartitionSpec:
   """The PartitionSpec of an array whose axes carry these logical names."""
   return PartitionSpec(*(rules.get(name) if name else None for name in names))
@@ -112,15 +125,12 @@ def own_tokens(
   named in `kept`, which stay laid out. Without rules or mesh, or where B and T do not divide, it is `fn` itself; mesh
   axes that neither batch nor sequence is laid on are left to the compiler.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if rules is None or mesh.empty:
+  if rules is None or jax.sharding.get_abstract_mesh().empty:
+    return fn(tokens, weights)
+  if not all(rows_divide(x.shape, rules) for x in jax.tree.leaves(tokens)):
     return fn(tokens, weights)
   partition = spec(('batch', 'seq'), rules)
-  axes = [axes_of(one) for one in partition]
-  ways = [math.prod(mesh.shape[a] for a in some) for some in axes]
-  if any(size % n for x in jax.tree.leaves(tokens) for size, n in zip(x.shape, ways, strict=False)):
-    return fn(tokens, weights)
-  names = {a for some in axes for a in some}
+  names = {a for one in partition for a in axes_of(one)}
   specs = (partition, spec(kept, rules))
   return jax.shard_map(fn, in_specs=specs, out_specs=partition, axis_names=names)(tokens, weights)
 

@@ -51,6 +51,21 @@ class Chat(NamedTuple):
   columns: Mapping[str, str] | None = None
 
 
+def chat_of(
+  asked: str | None,
+  own: str | None,
+  tokenizer: Tokenizer,
+  columns: Sequence[str] = (),
+  *,
+  learn: turns.Learn = 'assistant',
+  max_len: int | None = None,
+) -> tuple[str, Tokenizer, Chat]:
+  """The name of the template that was asked for (see `turns.choose`), the tokenizer with its control tokens, a Chat."""
+  name, template = turns.choose(asked, own)
+  named = conversations.parse_columns(columns) or None
+  return name, tokenizer.with_controls(turns.BUILT_IN.get(name, ())), Chat(template, learn, max_len, named)
+
+
 class Job(NamedTuple):
   """What is to be prepared; `job` makes one."""
 

@@ -191,6 +191,11 @@ class Tokenizer:
     found = _spans(inner, text)
     return found if fine(found) else self._cut(text)
 
+  def extends(self, other: 'Tokenizer') -> bool:
+    """Whether every id of the other is the same token here."""
+    same = lambda i: self.inner.id_to_token(i) == other.inner.id_to_token(i)
+    return self.vocab_size >= other.vocab_size and all(map(same, range(other.vocab_size)))
+
   def with_controls(self, names: Iterable[str]) -> 'Tokenizer':
     """This one with control tokens of these names; new ones get the ids after the last, so those of texts stay.
 

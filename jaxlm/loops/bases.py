@@ -12,6 +12,7 @@ from jaxlm import config as configs
 from jaxlm import hosts, interop, lora, models, program, sharding, tree
 from jaxlm.config import Pretrain
 from jaxlm.data import tokenizer as tokenizers
+from jaxlm.data.prepared import TEMPLATE
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import InputError
 from jaxlm.files import sha256
@@ -20,7 +21,7 @@ from jaxlm.loops.corpus import Corpus
 from jaxlm.models import ModelConfig
 from jaxlm.train import checkpoint
 
-TEMPLATE, GENERATION = 'chat_template.jinja', 'generation_config.json'
+GENERATION = 'generation_config.json'
 WEIGHTS = ('*.safetensors', '*.gguf')
 
 
@@ -30,7 +31,6 @@ class Base(NamedTuple):
   model: ModelConfig
   params: Any
   tokenizer: Tokenizer
-  digest: str  # of its files: what adapters are trained on is this and no other
   said: str
 
 
@@ -60,10 +60,13 @@ def with_model(config: Pretrain) -> Pretrain:
 
 
 def digest_of(source: str) -> str:
-  """sha256 over a source's weights: of the digests of a run's newest checkpoint, or of a foreign model's files."""
+  """sha256 over a source's weights: of the digests of a run's newest checkpoint, or of a foreign model's files.
+
+  What adapters are trained on is this and no other; it reads a foreign model whole.
+  """
   if is_run(source):
-    found = newest(source)
-    return sha256(found.checkpoints.path(found.step) / checkpoint.DIGEST)
+    checkpoints = checkpoint.Checkpoints(epath.Path(source) / 'checkpoints')
+    return sha256(checkpoints.path(_last(checkpoints, source)) / checkpoint.DIGEST)
   path = epath.Path(interop.open_source(source).where)
   files = [path] if path.is_file() else sorted(file for pattern in WEIGHTS for file in path.glob(pattern))
   return hashlib.sha256(' '.join(f'{file.name} {sha256(file)}' for file in files).encode()).hexdigest()
@@ -74,11 +77,11 @@ def open_base(source: str, mesh: Any = None, rules: sharding.Rules = sharding.RU
   if is_run(source):
     found = newest(source)
     config, params = read(found, mesh, rules)
-    return Base(config.model, lora.merge(params), found.tokenizer, digest_of(source), f'{source}, step {found.step}')
+    return Base(config.model, lora.merge(params), found.tokenizer, f'{source}, step {found.step}')
   model = interop.load(source, mesh=mesh, rules=rules)
   if model.tokenizer is None:
     raise InputError(f'{source}: has no tokenizer')
-  return Base(model.cfg, model.params, model.tokenizer, digest_of(source), source)
+  return Base(model.cfg, model.params, model.tokenizer, source)
 
 
 class Newest(NamedTuple):
@@ -95,16 +98,21 @@ def newest(run: Any) -> Newest:
   """Raises InputError if the run has no checkpoint, a damaged one, or another tokenizer than it was trained with."""
   run = epath.Path(run)
   checkpoints = checkpoint.Checkpoints(run / 'checkpoints')
-  steps = checkpoints.steps()
-  if not steps:
-    raise InputError(f'{run}: holds no finished checkpoint; train one with `jaxlm pretrain ... --run {run}`')
-  step, where = steps[-1], checkpoints.path(steps[-1])
+  step = _last(checkpoints, run)
+  where = checkpoints.path(step)
   if damaged := hosts.from_first(lambda: checkpoint.verify(where)):
     raise InputError(f'{where}: damaged: {"; ".join(damaged)}')
   meta, vocabulary = checkpoints.meta(step), tokenizers.load(run / 'tokenizer.json')
   if vocabulary.digest != meta['tokenizer']:
     raise InputError(f'{run / "tokenizer.json"}: is not the tokenizer that the run was trained with: put that one back')
   return Newest(checkpoints, step, meta, configs.from_json(Pretrain, json.dumps(meta['config'])), vocabulary)
+
+
+def _last(checkpoints: checkpoint.Checkpoints, run: Any) -> int:
+  steps = checkpoints.steps()
+  if not steps:
+    raise InputError(f'{run}: holds no finished checkpoint; train one with `jaxlm pretrain ... --run {run}`')
+  return steps[-1]
 
 
 def read(found: Newest, mesh: Any = None, rules: sharding.Rules = sharding.RULES) -> tuple[Pretrain, Any]:
@@ -134,23 +142,12 @@ def read(found: Newest, mesh: Any = None, rules: sharding.Rules = sharding.RULES
 
 def on_base(config: Pretrain, adapters: Any, digest: str, mesh: Any, rules: sharding.Rules = sharding.RULES) -> Any:
   """Saved adapters on the base that `config.init` names. Raises InputError if that is not the one of `digest`."""
-  base = open_base(config.init, mesh, rules)
-  if base.digest != digest:
-    shown = f'sha256 {base.digest[:12]}, not {digest[:12]}'
+  mine = hosts.from_first(lambda: digest_of(config.init))
+  if mine != digest:
+    shown = f'sha256 {mine[:12]}, not {digest[:12]}'
     raise InputError(f'{config.init}: is not the base that the adapters were trained on ({shown}): put that one back')
-  params = program.adapt(config, fitted(config, base).params)
+  params = program.adapt(config, fitted(config, open_base(config.init, mesh, rules)).params)
   return tree.combine(adapters, tree.split(params, program.trainable(config))[1])
-
-
-POSITIONS = (
-  'rope_theta',
-  'rope_scaling',
-  'rope_factor',
-  'rope_original_len',
-  'rope_low',
-  'rope_high',
-  'rope_amplitude',
-)
 
 
 def fitted(config: Pretrain, base: Base) -> Base:
@@ -176,13 +173,11 @@ def check_tokenizer(config: Pretrain, base: Base, tokenizer: Tokenizer) -> None:
   """Raises InputError if the data's tokenizer is neither that of the base nor one with some tokens more."""
   if tokenizer.digest == base.tokenizer.digest:
     return
-  count = base.tokenizer.vocab_size
-  token = lambda of, i: of.inner.id_to_token(i)
-  if tokenizer.vocab_size <= count or any(token(tokenizer, i) != token(base.tokenizer, i) for i in range(count)):
+  if not tokenizer.extends(base.tokenizer):
     raise InputError(f'{config.init}: has another tokenizer than the data in {config.data.path}: prepare that with it')
   learns = program.trainable(config)
   if not learns('embed', base.params['embed']):
-    new = ', '.join(token(tokenizer, i) for i in range(count, tokenizer.vocab_size))
+    new = ', '.join(map(tokenizer.inner.id_to_token, range(base.tokenizer.vocab_size, tokenizer.vocab_size)))
     raise InputError(f'new tokens ({new}) would never be learnt: add --lora.also embed,head (or trainable with them)')
 
 

@@ -9,11 +9,12 @@ from etils import epath
 from jaxlm import config as configs
 from jaxlm import interop, lora
 from jaxlm.config import Pretrain
+from jaxlm.data.prepared import TEMPLATE
 from jaxlm.errors import InputError
 from jaxlm.files import read_json, write_whole
 from jaxlm.interop import peft
 from jaxlm.loops import bases, writing
-from jaxlm.loops.bases import GENERATION, TEMPLATE
+from jaxlm.loops.bases import GENERATION
 from jaxlm.train import lock
 from jaxlm.train.checkpoint import Checkpoints
 

@@ -76,6 +76,9 @@ def pretrain(
     held_out = [hosts.place(size, functools.partial(fixed.part, i), built.held_out) for i in range(len(fixed))]
     try:
       state = _start(wired)
+      learnt, all_ = (tree.size(x) for x in (tree.split(state.params, program.trainable(config))[0], state.params))
+      if learnt < all_:
+        say(f'{learnt:,} of {all_:,} parameters learn')
       _describe(wired, mesh)
       while True:
         offset = int(state.cursor) - int(state.step)

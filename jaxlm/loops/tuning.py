@@ -7,8 +7,8 @@ from etils import epath
 
 from jaxlm import hosts, interop
 from jaxlm.config import Pretrain
-from jaxlm.data import conversations, faults, prepare, turns
-from jaxlm.data.prepared import MARKER, Prepared, Summary
+from jaxlm.data import faults, prepare
+from jaxlm.data.prepared import MARKER, Summary
 from jaxlm.errors import InputError
 
 DATA = 'data'  # where in the run's folder the conversations go
@@ -26,13 +26,10 @@ def prepared(
   if not config.data.path:
     raise InputError('sft: needs --data.path: rows of conversations, or a folder of `jaxlm prepare --chat`')
   if (epath.Path(config.data.path) / MARKER).exists():
-    _sound(config.data.path)
     return config, None
   tokenizer, own = interop.vocabulary(config.init)
-  name, template = turns.choose(config.chat.template or None, own)
-  tokenizer = tokenizer.with_controls(turns.BUILT_IN.get(name, ()))
-  columns = conversations.parse_columns(config.chat.columns) or None
-  chat = prepare.Chat(template, config.chat.learn, config.data.seq_len, columns)
+  how = {'learn': config.chat.learn, 'max_len': config.data.seq_len}
+  name, tokenizer, chat = prepare.chat_of(config.chat.template or None, own, tokenizer, config.chat.columns, **how)
   folder = epath.Path(config.run) / DATA
   given = [config.data.path], tokenizer, folder
   fraction, most = config.chat.val_fraction, config.chat.max_bad
@@ -41,16 +38,14 @@ def prepared(
     prepare.prepare(*given, chat=chat, val_fraction=fraction, max_bad=most, on_progress=on_progress)
 
   hosts.from_first(make)
-  summary = _sound(folder).summary
+  summary = prepare.load(folder).summary
   say(f'template: {name}; learned: {config.chat.learn}')
   for kind, form in (summary.chat or {}).get('formats', {}).items():
     say(f'{kind}: {form}')
   return dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(folder))), summary
 
 
-def _sound(folder: epath.PathLike) -> Prepared:
-  """A prepared folder. Raises InputError if one of its conversations cannot be learnt as it is."""
-  loaded = prepare.load(folder)
-  if fault := faults.first(loaded, 'train'):
+def check(folder: epath.PathLike) -> None:
+  """Raises InputError if one of a prepared folder's conversations cannot be learnt as it is."""
+  if fault := faults.first(prepare.load(folder), 'train'):
     raise InputError(f'{folder}: {fault.what}; `jaxlm inspect {folder}` shows it')
-  return loaded

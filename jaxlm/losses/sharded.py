@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxlm.losses import slices
-from jaxlm.sharding import Rules, axes_of, spec
+from jaxlm.sharding import Rules, cut_over, rows_divide, spec
 
 RING = 16  # parts that go round, at most, where there are over twice as many devices
 
@@ -34,15 +34,12 @@ class Layout(NamedTuple):
 
 def layout(shape: tuple[int, int], rules: Rules | None) -> Layout | None:
   """How rows of this shape [B, T] and the head are laid out; None without a mesh to cut or where they do not divide."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if rules is None or mesh.empty:
+  if rules is None or jax.sharding.get_abstract_mesh().empty or not rows_divide(shape, rules):
     return None
-  large = lambda name: tuple(a for a in axes_of(rules.get(name)) if mesh.shape[a] > 1)
-  batch, seq = large('batch'), large('seq')
-  around = tuple(a for a in large('embed') if a in batch)
-  across = tuple(a for a in large('vocab') if a not in batch + seq)
-  ways = [math.prod(mesh.shape[a] for a in some) for some in (batch, seq)]
-  if not around + across or any(size % n for size, n in zip(shape, ways, strict=True)):
+  batch, seq = cut_over('batch', rules), cut_over('seq', rules)
+  around = tuple(a for a in cut_over('embed', rules) if a in batch)
+  across = tuple(a for a in cut_over('vocab', rules) if a not in batch + seq)
+  if not around + across:
     return None
   beside = tuple(a for a in batch + seq if a not in around)
   return Layout(

@@ -3,7 +3,6 @@
 B batch, T sequence, D model, V vocabulary; b, t and d, v are a device's parts of them.
 """
 
-import math
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jaxlm.sharding import Rules, axes_of, spec
+from jaxlm.sharding import Rules, cut_over, rows_divide, spec
 
 
 def lookup(
@@ -22,16 +21,13 @@ def lookup(
   Every device looks up its own columns for the tokens of those that it shares a table with, and sends each the columns
   of its tokens: what travels is as large as the result, whatever the vocabulary.
   """
-  mesh = jax.sharding.get_abstract_mesh()
   plain = lambda: jnp.take(table_VD, tokens_BT, axis=0).astype(dtype)
-  if rules is None or mesh.empty:
+  if rules is None or jax.sharding.get_abstract_mesh().empty or not rows_divide(tokens_BT.shape, rules):
     return plain()
-  large = lambda name: tuple(a for a in axes_of(rules.get(name)) if mesh.shape[a] > 1)
-  batch, columns, vocab = large('batch'), large('embed'), large('vocab')
-  ways = [math.prod(mesh.shape[a] for a in large(name)) for name in ('batch', 'seq')]
-  divides = all(size % n == 0 for size, n in zip(tokens_BT.shape, ways, strict=True))
-  if not (columns or vocab) or not divides or not set(columns) <= set(batch) or set(vocab) & set(batch + large('seq')):
+  batch, seq, columns, vocab = (set(cut_over(name, rules)) for name in ('batch', 'seq', 'embed', 'vocab'))
+  if not columns | vocab or not columns <= batch or vocab & (batch | seq):
     return plain()
+  columns, vocab = cut_over('embed', rules), cut_over('vocab', rules)
 
   def own(table_vd: Array, tokens_bt: Array) -> Array:
     if columns:
