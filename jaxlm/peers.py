@@ -196,13 +196,18 @@ class Watch:
       _in_time(act, 3 * BEAT)
 
   def _aborted(self) -> None:
-    """Where the abort was for the loss of process 0, that is the last line; else it takes its course."""
+    """Where the abort was for the loss of process 0, that is the last line; else it takes its course.
+
+    Its port may answer for a moment still: a process that is killed gives its sockets back one after the other.
+    """
     host, port = self._address.rsplit(':', 1)
-    try:
-      socket.create_connection((host, int(port)), 1.0).close()
-    except OSError:
-      if not self._ended.is_set():
+    until = time.monotonic() + 3 * BEAT
+    while time.monotonic() < until and not self._ended.is_set():
+      try:
+        socket.create_connection((host, int(port)), 1.0).close()
+      except OSError:
         last_line(f'{self._named([0])}, the coordinator, is gone; the same command goes on from the last save')
+      time.sleep(BEAT / 10)
 
 
 _handlers: list[Any] = []  # what C calls has to stay

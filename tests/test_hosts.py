@@ -232,6 +232,24 @@ def test_when_a_peer_dies_or_hangs_the_other_leaves_and_names_it(wrecks, name):
   assert checkpoints.steps() and not [line for step in checkpoints.steps() for line in verify(checkpoints.path(step))]
 
 
+ABORTED = """
+import socket, sys, threading, time
+from jaxlm.peers import Watch
+port = socket.create_server(('127.0.0.1', 0))
+watch = Watch(None, 1, 2, '127.0.0.1:%d' % port.getsockname()[1], 5.0)
+threading.Timer(float(sys.argv[1]), port.close).start()
+watch._aborted()
+"""
+
+
+@pytest.mark.parametrize('seconds, code', [(0.0, peers.CODE), (0.5, peers.CODE), (9.0, 0)])
+def test_an_abort_is_told_as_the_loss_of_process_0_where_its_port_closes_soon(seconds, code):
+  """A killed process gives its sockets back one by one: the connection may break before the port is closed."""
+  done = subprocess.run([sys.executable, '-c', ABORTED, str(seconds)], capture_output=True, text=True, timeout=60)
+  assert done.returncode == code
+  assert done.stderr.startswith('jaxlm: rank 0, the coordinator, is gone' if code else '')
+
+
 @pytest.mark.slow
 def test_what_a_wreck_had_saved_goes_on(home, wrecks):
   run = shutil.copytree(wrecks['rank 1 killed'][0], home / 'mended')
