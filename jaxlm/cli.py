@@ -301,9 +301,16 @@ def _tasks(options: 'arguments.Eval') -> None:
   where = options.data or (bases.newest(options.run).config.data.path,)
   if len(where) > 1:
     raise InputError(f'--tasks takes one folder of --data, not {len(where)}')
-  folder, how = prepared.load(where[0]), {'new': options.max_new_tokens, 'batch': options.batch}
+  folder = prepared.load(where[0])
   with counting('answers') as on_progress:
-    found = tasks.compare([*options.against, options.run], folder, options.tasks, on_progress=on_progress, **how)
+    found = tasks.compare(
+      [*options.against, options.run],
+      folder,
+      options.tasks,
+      new=options.max_new_tokens,
+      batch=options.batch,
+      on_progress=on_progress,
+    )
   print(table(*tasks.rows(found)))
   print(tasks.write(found, folder, options.out or f'{options.run}/answers.jsonl'))
 

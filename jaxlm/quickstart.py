@@ -1,15 +1,21 @@
 """The life of a language model on a laptop, from shipped text to samples, through the functions behind the verbs."""
 
+import json
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
 from jaxlm.config import Compute, Data, Optim, Pretrain, Watch
-from jaxlm.console import Training, clock, terminable
+from jaxlm.console import Training, clock, table, terminable
 from jaxlm.models.config import ModelConfig
 
+if TYPE_CHECKING:
+  from jaxlm.data.tokenizer import Tokenizer
+
 SAMPLE = Path(__file__).parent / 'assets' / 'sample'
+TEXT = (f'{SAMPLE}/*.jsonl',)
 VOCAB_SIZE = 2048
 VAL_FRACTION = 0.06
 PROMPTS = ('The whale', 'And the king said', 'सभी')
@@ -37,66 +43,140 @@ def settings(run: str, *, short: bool = False) -> Pretrain:
   )
 
 
+def tuning(run: str, *, short: bool = False) -> Pretrain:
+  """The run that follows it: all weights learn to answer the instructions of `lessons`."""
+  return Pretrain(
+    run=f'{run}/sft',
+    init=run,
+    data=Data(path=f'{run}/instructions', seq_len=256, packing='best_fit', global_batch=8),
+    optim=Optim(lr=1e-3, warmup_steps=10, weight_decay=0.0, final_ratio=0.0),
+    compute=Compute(unroll=4),
+    watch=Watch(log_every=1, eval_every=40, eval_batches=16, save_every=40, prompts=()),
+    steps=20 if short else 240,
+  )
+
+
 def quickstart(run: str, *, short: bool = False) -> epath.Path:
   """Runs or continues the whole life in the folder `run`; prints what happens and returns the report's path."""
-  import jax
-
   from jaxlm import report
-  from jaxlm.data import prepare, sources, tokenizer
-  from jaxlm.evals import compression
-  from jaxlm.loops import pretrain, writing
-  from jaxlm.models import Run
 
   began = time.monotonic()
   config = settings(run, short=short)
-  folder = epath.Path(run)
-  folder.mkdir(parents=True, exist_ok=True)
-  specs = (f'{SAMPLE}/*.jsonl',)
+  epath.Path(run).mkdir(parents=True, exist_ok=True)
+  vocabulary = _tokenizer(run)
+  baselines = _data(config, vocabulary)
+  _pretrained(config, baselines)
+  _writes(run)
+  _tuned(tuning(run, short=short), vocabulary, 5 if short else 60)
+  pages = [report.write(run), report.write(f'{run}/sft')]
+  print(f'reports: {", ".join(map(str, pages))}  ({clock(time.monotonic() - began)})')
+  return pages[0]
+
+
+def _tokenizer(run: str) -> 'Tokenizer':
+  from jaxlm.data import prepare, sources, tokenizer
 
   print('1. tokenizer: byte-level BPE on the shipped sample of public-domain text')
-  path = folder / 'data-tokenizer.json'
-  texts = [d.text for d in sources.documents(specs)]
+  path = epath.Path(run) / 'data-tokenizer.json'
   if not path.exists():  # what is held out is held out from the tokenizer too
-    tokenizer.train(prepare.training_texts(specs, VAL_FRACTION), VOCAB_SIZE).save(path)
+    tokenizer.train(prepare.training_texts(TEXT, VAL_FRACTION), VOCAB_SIZE).save(path)
   vocabulary = tokenizer.load(path)
-  fertility = tokenizer.tokens_per_word(vocabulary, texts)
+  fertility = tokenizer.tokens_per_word(vocabulary, [d.text for d in sources.documents(TEXT)])
   per_word = {script: tokens / words for script, (words, tokens) in fertility.items() if words > 500}
   print(
     f'   {vocabulary.vocab_size} tokens; tokens per word: ' + ', '.join(f'{k} {v:.2f}' for k, v in per_word.items())
   )
+  return vocabulary
+
+
+def _data(config: Pretrain, vocabulary: 'Tokenizer') -> dict[str, float]:
+  """Prepares the text; what compressors make of the held-out part of it, in bits per byte."""
+  from jaxlm.data import prepare
+  from jaxlm.evals import compression
 
   print('2. data: documents -> tokens on disk, a TFDS array_record data set')
-  summary = prepare.prepare(specs, vocabulary, config.data.path, val_fraction=VAL_FRACTION)
-  for split, count in summary.splits.items():
-    print(f'   {split}: {count.documents:,} documents, {count.tokens:,} tokens, {count.bytes:,} bytes')
+  _counted(prepare.prepare(TEXT, vocabulary, config.data.path, val_fraction=VAL_FRACTION))
   prepared = prepare.load(config.data.path)
   train, held_out = prepared.document_bytes('train'), prepared.document_bytes('validation')
-  baselines = {
+  return {
     'xz -9': compression.xz_bits_per_byte(held_out),
     'xz -9 after the training text': compression.xz_conditional_bits_per_byte(train, held_out),
     'byte 5-gram': compression.ngram_bits_per_byte(train, held_out),
   }
 
-  print(f'3. pre-training: {config.steps} steps')
+
+def _counted(summary: Any) -> None:
+  for split, count in summary.splits.items():
+    print(f'   {split}: {count.documents:,} documents, {count.tokens:,} tokens, {count.bytes:,} bytes')
+
+
+def _trained(config: Pretrain) -> None:
+  from jaxlm.loops import pretrain
+
   with terminable() as stop, Training(config.steps) as shown:
     pretrain.pretrain(config, say=shown.say, on_step=shown.step, stop=stop)
 
+
+def _pretrained(config: Pretrain, baselines: dict[str, float]) -> None:
+  from jaxlm.loops import pretrain
+
+  print(f'3. pre-training: {config.steps} steps')
+  _trained(config)
   print('4. held-out bits per byte (less is better)')
-  reached = final_bits_per_byte(folder)
-  for name, value in sorted((baselines | {'this model': reached}).items(), key=lambda item: -item[1]):
+  found = baselines | {'this model': final_bits_per_byte(epath.Path(config.run))}
+  for name, value in sorted(found.items(), key=lambda item: -item[1]):
     print(f'   {value:6.3f}  {name}')
-  pretrain.add_facts(
-    folder, {'held-out bits per byte': baselines | {'this model': reached}, 'tokens per word': per_word}
-  )
+  pretrain.add_facts(epath.Path(config.run), {'held-out bits per byte': found})
+
+
+def _writes(run: str) -> None:
+  import jax
+
+  from jaxlm.loops import writing
+  from jaxlm.models import Run
 
   print('5. it writes')
   config, params, vocabulary, _ = writing.load(run)
   texts = writing.complete(config.model, params, vocabulary, PROMPTS, jax.random.key(1), new=80, run=Run())
   for prompt, text in zip(PROMPTS, texts, strict=True):
     print(f'   {prompt}{text}'.replace('\n', '\n   '))
-  page = report.write(run)
-  print(f'report: {page}  ({clock(time.monotonic() - began)})')
-  return page
+
+
+def _tuned(config: Pretrain, vocabulary: 'Tokenizer', most: int) -> None:
+  """Instruction tuning, and what both models answer to `most` held-out instructions of each task."""
+  from jaxlm import lessons
+  from jaxlm.data import prepare, sources
+  from jaxlm.evals import tasks
+  from jaxlm.files import write_whole
+  from jaxlm.loops import pretrain
+
+  print(f'6. instruction tuning: {config.steps} steps on questions made of the same text by rule')
+  folder = epath.Path(config.init) / 'lessons'
+  folder.mkdir(exist_ok=True)
+  for task, rows in lessons.lessons(sources.documents(TEXT)).items():
+    lines = '\n'.join(json.dumps(row, ensure_ascii=False) for row in rows)
+    write_whole(folder / f'{task}.jsonl', lines + '\n')
+  _, known, chat = prepare.chat_of('plain', None, vocabulary, max_len=config.data.seq_len)
+  _counted(prepare.prepare((f'{folder}/*.jsonl',), known, config.data.path, chat=chat, val_fraction=0.1))
+  _trained(config)
+
+  print('7. held-out questions: how many percent are answered right, before and after')
+  data, runs = prepare.load(config.data.path), (config.init, config.run)
+  found = tasks.compare(runs, data, most, new=24, names=('exact_match', 'f1'))
+  print(table(*tasks.rows(found)))
+  tasks.write(found, data, f'{config.run}/answers.jsonl')
+  before, after = (found[run] for run in runs)
+  percent = {
+    f'{task}: {tasks.TITLES[name]}': f'{before.scores[task][name]:.0f} to {value:.0f}'
+    for task, values in after.scores.items()
+    for name, value in values.items()
+  }
+  said = {}
+  for task in after.scores:
+    i = next(i for i, example in enumerate(after.examples) if example.kind == task)
+    said[task] = f'{before.texts[i]!r} before, {after.texts[i]!r} after; right: {after.examples[i].reference!r}'
+    print(f'   {task}: {said[task]}')
+  pretrain.add_facts(epath.Path(config.run), {'percent right, before to after': percent, 'one answer each': said})
 
 
 def final_bits_per_byte(folder: epath.Path) -> float:

@@ -59,8 +59,8 @@ def theirs(kind, folder, name='Llama', sizes=SIZES, targets=LLAMA):
 
 
 def ours(folder):
-  model = interop.load(str(folder / 'base'))
-  return model.cfg, adapters.load(folder / 'adapter', model.cfg, model.params)
+  model = interop.load(str(folder / 'base'), adapter=folder / 'adapter')
+  return model.cfg, model.params
 
 
 def logits_of(cfg, params):

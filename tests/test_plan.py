@@ -191,6 +191,18 @@ def test_a_small_step_on_four_chips(tmp_path):
 
 
 @needs_libtpu
+def test_adapters_have_moments_alone(tmp_path):
+  """8 + 8 adapters of rank 4 on q and v of three layers, float32, two moments each."""
+  args = ('--topology', 'v5e:1x1', '--lora.rank', '4', '--lora.where', 'layers/attn/q,layers/attn/v', '--json')
+  done = planned(tmp_path, *args)
+  assert done.returncode == 0, done.stderr
+  found = json.loads(done.stdout.splitlines()[-1])
+  learnt = 3 * 4 * ((256 + 256) + (256 + 128))
+  assert found['optimizer_gib'] * 2**30 == pytest.approx(2 * 4 * learnt, abs=64)
+  assert found['parameters_gib'] * 2**30 > 4 * 1024 * 256
+
+
+@needs_libtpu
 def test_what_does_not_fit_is_said_with_how_much(tmp_path):
   done = planned(
     tmp_path, '--topology', 'v5e:1x1', '--data.global-batch', '4096', '--compute.remat', 'none', length=4096

@@ -110,9 +110,14 @@ def test_export_of_adapters_and_of_what_they_make(home, capsys):
   np.testing.assert_allclose(logits(merged.cfg, merged.params), want, atol=1e-5)
   again = peft.load(home / 'adapter', model.cfg, lora.base(model.params))
   np.testing.assert_allclose(logits(model.cfg, again), want, atol=1e-5)
-  assert json.loads((home / 'adapter' / 'adapter_config.json').read_text())['base_model_name_or_path'] == str(
-    home / 'base'
-  )
+  there = home / 'adapter' / 'adapter_config.json'
+  assert json.loads(there.read_text())['base_model_name_or_path'] == str(home / 'base')
+  opened = foreign.open_model(str(home / 'adapter'))  # on the base that it names, which is a run
+  np.testing.assert_allclose(logits(opened.cfg, opened.params), want, atol=1e-5)
+  assert cli.main(['generate', str(home / 'adapter'), '--prompt', 'The ', '--max-new-tokens', '3']) == 0
+  there.write_text(json.dumps(json.loads(there.read_text()) | {'base_model_name_or_path': None}))
+  assert cli.main(['generate', str(home / 'adapter'), '--prompt', 'The ']) == 1
+  assert 'names no base_model_name_or_path' in capsys.readouterr().err
 
 
 def test_a_filter_trains_what_it_picks(home, capsys):

@@ -37,21 +37,33 @@ class _Words:
   tokenize = staticmethod(words)
 
 
-def score(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-  """Means in percent: `rouge_l` (F, rouge-score), `chrf` (of the corpus, sacrebleu), `exact_match`, `f1`.
+def score(answers: Sequence[str], references: Sequence[str], names: Sequence[str] = NAMES) -> dict[str, float]:
+  """Means in percent of `names`: `rouge_l` (F, rouge-score), `chrf` (of the corpus, sacrebleu), `exact_match`, `f1`.
 
-  Raises InputError without those libraries.
+  Raises InputError where a library for one of them is missing.
   """
+  pairs = list(zip(answers, references, strict=True))
+  mean = lambda values: 100.0 * sum(values) / max(1, len(pairs))
+  of = {
+    'rouge_l': lambda: mean(_rouge_l(pairs)),
+    'chrf': lambda: _chrf(answers, references) if pairs else 0.0,
+    'exact_match': lambda: mean(exact_match(*pair) for pair in pairs),
+    'f1': lambda: mean(f1(*pair) for pair in pairs),
+  }
   try:
-    from rouge_score.rouge_scorer import RougeScorer
-    from sacrebleu.metrics import CHRF
+    return {name: of[name]() for name in names}
   except ImportError as error:
     raise InputError("scores need rouge-score and sacrebleu: pip install 'jaxlm[eval]'") from error
-  pairs, rouge = list(zip(answers, references, strict=True)), RougeScorer(['rougeL'], tokenizer=_Words())
-  mean = lambda values: 100.0 * sum(values) / max(1, len(pairs))
-  return {
-    'rouge_l': mean(rouge.score(reference, answer)['rougeL'].fmeasure for answer, reference in pairs),
-    'chrf': CHRF().corpus_score(list(answers), [list(references)]).score if pairs else 0.0,
-    'exact_match': mean(exact_match(*pair) for pair in pairs),
-    'f1': mean(f1(*pair) for pair in pairs),
-  }
+
+
+def _rouge_l(pairs: Sequence[tuple[str, str]]) -> list[float]:
+  from rouge_score.rouge_scorer import RougeScorer
+
+  rouge = RougeScorer(['rougeL'], tokenizer=_Words())
+  return [rouge.score(reference, answer)['rougeL'].fmeasure for answer, reference in pairs]
+
+
+def _chrf(answers: Sequence[str], references: Sequence[str]) -> float:
+  from sacrebleu.metrics import CHRF
+
+  return CHRF().corpus_score(list(answers), [list(references)]).score

@@ -16,6 +16,7 @@ from jaxlm.evals import scores
 from jaxlm.files import write_whole
 from jaxlm.loops import foreign
 
+TITLES = {'rouge_l': 'ROUGE-L', 'chrf': 'chrF', 'exact_match': 'exact match', 'f1': 'F1'}
 GREEDY = sample.Sampling(temperature_B=0.0)
 
 
@@ -79,9 +80,13 @@ def answer(
   new: int = 128,
   batch: int = 16,
   run: models.Run = models.Run(),
+  names: Sequence[str] = scores.NAMES,
   on_progress: Callable[[int, int], None] | None = None,
 ) -> Answers:
-  """The likeliest answer to each example, `new` tokens at most, `batch` at a time (those of like length together)."""
+  """The likeliest answer to each example, `new` tokens at most, `batch` at a time (those of like length together).
+
+  `names` are the scores that are taken.
+  """
   order = sorted(range(len(asked)), key=lambda i: len(asked[i].prompt))
   texts = [''] * len(asked)
   layers = jax.jit(lambda params: sample.unstacked(cfg, params))(params)
@@ -102,7 +107,8 @@ def answer(
   for i, one in enumerate(asked):
     by_kind.setdefault(one.kind, []).append(i)
   figures = {
-    kind: scores.score([texts[i] for i in some], [asked[i].reference for i in some]) for kind, some in by_kind.items()
+    kind: scores.score([texts[i] for i in some], [asked[i].reference for i in some], names)
+    for kind, some in by_kind.items()
   }
   return Answers(list(asked), texts, figures)
 
@@ -110,9 +116,10 @@ def answer(
 def rows(found: dict[str, Answers]) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
   """Header and rows of a table of several models on the same examples: `found` by their name."""
   kinds = list(next(iter(found.values())).scores)
+  names = list(next(iter(next(iter(found.values())).scores.values()), {}))
   count = {kind: sum(e.kind == kind for e in next(iter(found.values())).examples) for kind in kinds}
   lines = [(kind, count[kind], name, *one.scores[kind].values()) for kind in kinds for name, one in found.items()]
-  return ('task', 'examples', 'model', 'ROUGE-L', 'chrF', 'exact match', 'F1'), lines
+  return ('task', 'examples', 'model', *(TITLES[name] for name in names)), lines
 
 
 def compare(
@@ -122,6 +129,7 @@ def compare(
   *,
   new: int = 128,
   batch: int = 16,
+  names: Sequence[str] = scores.NAMES,
   on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Answers]:
   """`answer` by several models, runs or foreign ones, to the same examples of a folder of conversations.
@@ -140,7 +148,8 @@ def compare(
         f'{source}: does not know the tokens {sorted(unknown)} of {folder.path}: its template is not theirs'
       )
     told = on_progress and (lambda done, total, n=number: on_progress(n * total + done, len(sources) * total))
-    found[source] = answer(model.cfg, model.params, tokenizer, asked, ends, new=new, batch=batch, on_progress=told)
+    how: dict[str, Any] = {'new': new, 'batch': batch, 'names': names, 'on_progress': told}
+    found[source] = answer(model.cfg, model.params, tokenizer, asked, ends, **how)
   return found
 
 

@@ -10,7 +10,7 @@ from jaxlm import sharding
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import InputError
-from jaxlm.interop import hf
+from jaxlm.interop import hf, peft
 from jaxlm.interop.foreign import Foreign as Foreign
 from jaxlm.interop.hf import Model as Model
 from jaxlm.interop.hf import export as export
@@ -49,14 +49,27 @@ def vocabulary(source: str) -> tuple[Tokenizer, str | None]:
   return tokenizers.load(path), hf.chat_template(path if path.is_dir() else path.parent)
 
 
-def load(source: str, *, mesh: Any = None, rules: Any = sharding.RULES, dtype: Any = jnp.float32) -> Model:
+def load(
+  source: str,
+  *,
+  mesh: Any = None,
+  rules: Any = sharding.RULES,
+  dtype: Any = jnp.float32,
+  adapter: epath.PathLike | None = None,
+) -> Model:
   """The model of a source (see `open_source`): `Model(cfg, params, tokenizer, chat_template, generation)`.
 
   Weights are read a tensor at a time onto the devices, with a mesh laid out as training has them. Then
-  `models.forward(model.cfg, model.params, tokens_BT)` gives the logits that transformers gives.
-  Raises InputError for an architecture, a config key, a tensor or a shape that is not understood: nothing is guessed.
+  `models.forward(model.cfg, model.params, tokens_BT)` gives the logits that transformers gives. `adapter`: a folder of
+  peft's, put on the model and not folded in (`lora.merge` does that). Raises InputError for an architecture, a config
+  key, a tensor or a shape that is not understood: nothing is guessed.
   """
-  return hf.load(open_source(source), mesh=mesh, rules=rules, dtype=dtype)
+  foreign = open_source(source)
+  model = hf.load(foreign, mesh=mesh, rules=rules, dtype=dtype)
+  if adapter is None:
+    return model
+  family = str(foreign.config['model_type'])
+  return model._replace(params=peft.load(adapter, model.cfg, model.params, family=family))
 
 
 def _from_hub(source: str) -> str:

@@ -35,6 +35,25 @@ class _Place(NamedTuple):
   stored: Stored
 
 
+def is_adapter(source: epath.PathLike) -> bool:
+  """Whether a source is a folder of peft's rather than a model."""
+  if str(source).startswith('hf://'):
+    return False
+  folder = epath.Path(source).expanduser()
+  return (folder / CONFIG).exists() and not (folder / 'config.json').exists()
+
+
+def base_of(directory: epath.PathLike) -> str:
+  """The model that an adapter says it was trained on: a folder or file that is there, else a name on the hub.
+
+  Raises InputError if it says none.
+  """
+  named = read_json(epath.Path(directory).expanduser() / CONFIG).get('base_model_name_or_path')
+  if not isinstance(named, str) or not named:
+    raise InputError(f'{directory}: names no base_model_name_or_path: load the base with adapter={str(directory)!r}')
+  return named if '://' in named or epath.Path(named).expanduser().exists() else f'hf://{named}'
+
+
 def load(directory: epath.PathLike, cfg: ModelConfig, params: Any, *, family: str | None = None) -> Any:
   """`params` with the adapter of a folder on them; a rank that differs between layers is filled up with zeros.
 

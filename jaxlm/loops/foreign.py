@@ -63,8 +63,14 @@ def export_run(run: Any, directory: Any, *, dtype: str = 'float32', merge: bool 
 
 
 def open_model(source: str) -> interop.Model:
-  """A run's newest weights, or a foreign model. Raises InputError if it is neither, or has no tokenizer."""
+  """A run's newest weights, a foreign model, or an adapter of peft's on the base that it names, a model of either kind.
+
+  Raises InputError if it is none of these, or has no tokenizer.
+  """
   folder = epath.Path(source)
+  if peft.is_adapter(folder):
+    model = open_model(peft.base_of(folder))
+    return model._replace(params=peft.load(folder, model.cfg, lora.merge(model.params)))
   if folder.is_dir() and not (folder / 'checkpoints').exists() and not (folder / 'config.json').exists():
     raise InputError(f'{source}: no finished checkpoint of a run, and no config.json of a Hugging Face model')
   model = as_model(source) if (folder / 'checkpoints').exists() else interop.load(source)

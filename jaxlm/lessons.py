@@ -1,0 +1,72 @@
+"""Instructions made of plain text by rule, for the quickstart: small tasks whose right answer the text itself gives."""
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from jaxlm.data.sources import Document
+
+Row = dict[str, Any]
+
+CHARACTERS = 160  # of a passage, about
+WORDS = (5, 14)  # of a line that is asked about
+EACH = 240  # rows of a task and a kind of text, at most
+
+
+def lessons(documents: Iterable[Document]) -> dict[str, list[Row]]:
+  """{task: rows} with `messages` of one question and its answer.
+
+  `kind`: which kind of text a passage is of; `follows`: which word follows another in a line (an answer that stands in
+  the question, as in extractive question answering); `continue`: the line after a line.
+  """
+  tasks: dict[str, Callable[[Document], Iterable[tuple[str, str]]]] = {
+    'kind': _kind,
+    'follows': _follows,
+    'continue': _continue,
+  }
+  found: dict[str, list[Row]] = {task: [] for task in tasks}
+  count: Counter[tuple[str, str]] = Counter()
+  for document in documents:
+    for task, pairs in tasks.items():
+      for question, answer in pairs(document):
+        if count[task, document.kind] < EACH:
+          count[task, document.kind] += 1
+          found[task].append(row(question, answer))
+  return found
+
+
+def row(question: str, answer: str) -> Row:
+  """One question and its answer, as `messages`."""
+  return {'messages': [{'role': 'user', 'content': question}, {'role': 'assistant', 'content': answer}]}
+
+
+def _kind(document: Document) -> Iterable[tuple[str, str]]:
+  words, passage = document.text.split(), ''
+  for word in words:
+    passage = f'{passage} {word}'.strip()
+    if len(passage) >= CHARACTERS:
+      yield f'Which kind of text is this?\n{passage}', document.kind
+      passage = ''
+
+
+def _lines(document: Document) -> list[str]:
+  lines = [' '.join(line.split()) for line in re.split(r'\n+|(?<=[.;:?!]) ', document.text)]
+  return [line for line in lines if WORDS[0] <= len(line.split()) <= WORDS[1]]
+
+
+def _follows(document: Document) -> Iterable[tuple[str, str]]:
+  for line in _lines(document):
+    words = [re.sub(r'^\W+|\W+$', '', word) for word in line.split()]
+    once = [i for i, word in enumerate(words[:-1]) if word and words[i + 1] and words.count(word) == 1]
+    if once:
+      i = once[int.from_bytes(hashlib.sha256(line.encode()).digest()[:4], 'big') % len(once)]
+      yield f'Which word follows "{words[i]}"?\n{line}', words[i + 1]
+
+
+def _continue(document: Document) -> Iterable[tuple[str, str]]:
+  lines = [' '.join(line.split()) for line in re.split(r'\n+|(?<=[.;:?!]) ', document.text)]
+  for one, two in zip(lines[::2], lines[1::2], strict=False):
+    if all(WORDS[0] <= len(line.split()) <= WORDS[1] for line in (one, two)):
+      yield f'Continue.\n{one}', two
