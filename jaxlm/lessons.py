@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -58,11 +59,17 @@ def _lines(document: Document) -> list[str]:
 
 def _follows(document: Document) -> Iterable[tuple[str, str]]:
   for line in _lines(document):
-    words = [re.sub(r'^\W+|\W+$', '', word) for word in line.split()]
+    words = [_bare(word) for word in line.split()]
     once = [i for i, word in enumerate(words[:-1]) if word and words[i + 1] and words.count(word) == 1]
     if once:
       i = once[int.from_bytes(hashlib.sha256(line.encode()).digest()[:4], 'big') % len(once)]
       yield f'Which word follows "{words[i]}"?\n{line}', words[i + 1]
+
+
+def _bare(word: str) -> str:
+  """Without what is no letter, mark (of Hindi's vowels) or digit at its ends."""
+  inside = [i for i, c in enumerate(word) if unicodedata.category(c)[0] in 'LMN']
+  return word[inside[0] : inside[-1] + 1] if inside else ''
 
 
 def _continue(document: Document) -> Iterable[tuple[str, str]]:

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / 'jaxlm'
 LAYERS = (
   ('cli', '__main__'),
   ('quickstart',),
-  ('report', 'evals', 'console', 'arguments', 'plan', 'hlo', 'topology', 'inspector', 'serve'),
+  ('report', 'evals', 'console', 'arguments', 'plan', 'hlo', 'topology', 'inspector', 'lessons', 'serve'),
   ('loops',),
   ('objectives', 'config', 'program', 'scale'),
   ('train', 'sample', 'draws', 'speculate', 'rl', 'lora', 'interop'),
