@@ -3,7 +3,7 @@
 import html
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from etils import epath
@@ -17,6 +17,7 @@ from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import InputError
 from jaxlm.loops import corpus, tuning
 
+PARTS = 8  # tokens that make one character whole, at most; some stand for the end of one and the beginning of another
 BAR = 40  # characters of the longest bar
 
 
@@ -75,16 +76,16 @@ def view(row: Mapping[str, np.ndarray], tokenizer: Tokenizer, packing: Packing =
   """The tokens of a packed row in reading order; what is only predicted, at the end of a segment, comes last in it."""
   found = []
   segments, size = row['segment_ids'], int((row['segment_ids'] > 0).sum())
-  text = text_of(tokenizer)
+  stored = tokenizer.inner.id_to_token
   for t in range(size):
     segment, position = int(segments[t]), int(row['positions'][t])
     if t == 0 or segments[t - 1] != segment:
-      found.append(Token(text(int(row['tokens'][t])), int(row['tokens'][t]), False, segment, position))
+      found.append(Token(stored(int(row['tokens'][t])) or '', int(row['tokens'][t]), False, segment, position))
     crosses = packing == 'concat' and t + 1 < size and segments[t + 1] != segment
     if not crosses:  # else it is the next document's first token
       target = int(row['targets'][t])
-      found.append(Token(text(target), target, bool(row['loss_mask'][t]), segment, position + 1))
-  return found
+      found.append(Token(stored(target) or '', target, bool(row['loss_mask'][t]), segment, position + 1))
+  return spelled(found, tokenizer)
 
 
 def document(tokens: Tokens, start: int, stop: int, tokenizer: Tokenizer) -> list[Token]:
@@ -92,22 +93,36 @@ def document(tokens: Tokens, start: int, stop: int, tokenizer: Tokenizer) -> lis
   ids, begins = tokens.read(start, stop)
   learned = tokens.learned(start, stop)
   if len(ids) < 2:
-    return [Token(text_of(tokenizer)(int(i)), int(i), False, 1, 0) for i in ids]
+    return spelled([Token(tokenizer.inner.id_to_token(int(i)) or '', int(i), False, 1, 0) for i in ids], tokenizer)
   begins[1:] = False
   sizes = np.zeros(tokenizer.vocab_size, np.int32)
   return view(packings.pack(ids, begins, len(ids) - 1, tokenizer.pad_id, sizes, learned), tokenizer)
 
 
-def text_of(tokenizer: Tokenizer) -> Any:
-  """A function from an id to its text: control tokens by their names, parts of characters as they are stored."""
+def spelled(tokens: Sequence[Token], tokenizer: Tokenizer) -> list[Token]:
+  """The tokens with the text that each adds to those before it; control tokens keep their names.
 
-  def text(i: int) -> str:
-    if i in tokenizer.control_ids:
-      return tokenizer.inner.id_to_token(i)
-    said = tokenizer.inner.decode([i], skip_special_tokens=False)
-    return tokenizer.inner.id_to_token(i) or said if '\ufffd' in said or not said else said
-
-  return text
+  Of a character that is spread over several tokens the last has all of it, and the others none. What is never
+  whole stays as it is stored.
+  """
+  said = lambda some: tokenizer.inner.decode([token.id for token in some], skip_special_tokens=False)
+  found: list[Token] = []
+  parts: list[Token] = []
+  for token in tokens:
+    if parts and (parts[0].segment != token.segment or len(parts) == PARTS):
+      found += parts
+      parts = []
+    alone = said([token])
+    if token.id in tokenizer.control_ids or (alone and '\ufffd' not in alone):
+      text = token.text if token.id in tokenizer.control_ids else alone
+      found += [*parts, token._replace(text=text)]
+      parts = []
+      continue
+    parts.append(token)
+    if (text := said(parts)) and '\ufffd' not in text:
+      found += [part._replace(text='') for part in parts[:-1]] + [token._replace(text=text)]
+      parts = []
+  return found + parts
 
 
 def _figures(
@@ -157,7 +172,8 @@ dd { margin: 0 } .bar { background: var(--on); display: inline-block; height: .7
 td { padding: 0 .6rem 0 0; font-variant-numeric: tabular-nums } td:first-child { text-align: right }
 .segment { border-left: 4px solid #57c; margin: .5rem 0; padding-left: .6rem; line-height: 2.4 }
 .segment:nth-child(even) { border-color: #c75 } .name { font-size: .75rem; color: var(--off); line-height: 1.2 }
-.t { display: inline-block; font: 13px/1.2 ui-monospace, monospace; white-space: pre; vertical-align: top;
+.t { display: inline-block; min-width: .7em; font: 13px/1.2 ui-monospace, monospace; white-space: pre;
+  vertical-align: top;
   border-bottom: 2px solid var(--line); margin: 0 1px .3rem 0; color: var(--off) }
 .t.on { background: var(--onbg); border-color: var(--on); color: var(--on) }
 .t small { display: block; font-size: 9px; opacity: .75 }

@@ -1,6 +1,5 @@
 """Instructions made of plain text by rule, for the quickstart: small tasks whose right answer the text itself gives."""
 
-import hashlib
 import re
 import unicodedata
 from collections import Counter
@@ -19,12 +18,12 @@ EACH = 240  # rows of a task and a kind of text, at most
 def lessons(documents: Iterable[Document]) -> dict[str, list[Row]]:
   """{task: rows} with `messages` of one question and its answer.
 
-  `kind`: which kind of text a passage is of; `follows`: which word follows another in a line (an answer that stands in
-  the question, as in extractive question answering); `continue`: the line after a line.
+  `kind`: which kind of text a passage is of; `last`: the last word of a line (an answer that stands in the question, as
+  in extractive question answering); `continue`: the line after a line.
   """
   tasks: dict[str, Callable[[Document], Iterable[tuple[str, str]]]] = {
     'kind': _kind,
-    'follows': _follows,
+    'last': _last,
     'continue': _continue,
   }
   found: dict[str, list[Row]] = {task: [] for task in tasks}
@@ -57,13 +56,10 @@ def _lines(document: Document) -> list[str]:
   return [line for line in lines if WORDS[0] <= len(line.split()) <= WORDS[1]]
 
 
-def _follows(document: Document) -> Iterable[tuple[str, str]]:
+def _last(document: Document) -> Iterable[tuple[str, str]]:
   for line in _lines(document):
-    words = [_bare(word) for word in line.split()]
-    once = [i for i, word in enumerate(words[:-1]) if word and words[i + 1] and words.count(word) == 1]
-    if once:
-      i = once[int.from_bytes(hashlib.sha256(line.encode()).digest()[:4], 'big') % len(once)]
-      yield f'Which word follows "{words[i]}"?\n{line}', words[i + 1]
+    if word := _bare(line.split()[-1]):
+      yield f'Which word is the last?\n{line}', word
 
 
 def _bare(word: str) -> str:

@@ -58,7 +58,7 @@ def write(run: Any) -> epath.Path:
     '<h2>Curves</h2><div class="curves">' + ''.join(_curves(rows, facts.get('held-out bits per byte', {}))) + '</div>',
     _gained(rows),
     _rewinds(run / 'rewinds.json'),
-    '<h2>Samples</h2>' + _samples(read_rows(run / 'samples.jsonl')),
+    _samples(read_rows(run / 'samples.jsonl')),
     '<h2>Facts</h2><div class="tables">' + ''.join(_table(name, values) for name, values in facts.items()) + '</div>',
     _config(run / 'config.json'),
   ]
@@ -159,7 +159,8 @@ def _samples(rows: Rows) -> str:
     text = f'<b>{html.escape(row["prompt"])}</b>{html.escape(row["text"])}'
     boxes.append(f'<div class="sample"><small>step {row["step"]}</small>{text}</div>')
   older = f'<details><summary>{len(boxes) - 6} earlier ones</summary>{"".join(boxes[6:])}</details>'
-  return ''.join(boxes[:6]) + (older if len(boxes) > 6 else '')
+  shown = ''.join(boxes[:6]) + (older if len(boxes) > 6 else '')
+  return f'<h2>Samples</h2>{shown}' if boxes else ''
 
 
 def _table(title: str, values: Mapping[str, Any]) -> str:

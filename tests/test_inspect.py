@@ -107,6 +107,17 @@ def test_a_row_is_shown_as_it_is(tmp_path, t, how):
   assert ''.join(token.text for token in by_segment[2]).startswith('<|bos|><|im_start|>user\n')
 
 
+def test_characters_of_several_tokens_are_shown_once(t):
+  text = 'है ✓ no 😀'
+  ids = t.inner.encode(text, add_special_tokens=False).ids
+  tokens = [inspector.Token(t.inner.id_to_token(i), i, True, 1, n) for n, i in enumerate([t.bos_id, *ids])]
+  shown = inspector.spelled(tokens, t)
+  assert [one.id for one in shown] == [t.bos_id, *ids] and ''.join(one.text for one in shown) == '<|bos|>' + text
+  assert sum(not one.text for one in shown) >= 5  # parts of the characters that the tokenizer never saw
+  torn = inspector.spelled(tokens[:-1], t)  # the last character is never whole: as it is stored
+  assert ''.join(one.text for one in torn).startswith('<|bos|>है ✓ no ') and torn[-1].text == tokens[-2].text
+
+
 def test_text_folders_are_what_they_were(tmp_path, t):
   source = jsonl(tmp_path / 'a.jsonl', [{'text': f'the whale {i}'} for i in range(9)])
   prepare.prepare([source], t, tmp_path / 'out', val_fraction=0.0)

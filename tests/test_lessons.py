@@ -16,11 +16,11 @@ def test_by_hand():
   found = lessons.lessons([Document(VERSES, 's', 'w', 'verse')])
   assert asked(found['continue']) == [('Continue.\nAnd God said, Let there be light.', VERSES.splitlines()[1])]
   assert found['kind'] == []  # no passage is long enough
-  for question, answer in asked(found['follows']):
-    head, line = question.splitlines()
-    words = [word.strip('.,') for word in line.split()]
-    assert answer == words[words.index(head.split('"')[1]) + 1]
-  assert len(found['follows']) == 3
+  assert asked(found['last'])[:2] == [
+    ('Which word is the last?\nAnd God said, Let there be light.', 'light'),
+    ('Which word is the last?\nAnd there was light upon the deep waters.', 'waters'),
+  ]
+  assert asked(found['last'])[2][1] == 'है'  # the vowel sign is a part of the word
   (passage,) = asked(lessons.lessons([Document(VERSES * 3, 's', 'w', 'verse')])['kind'])[:1]
   assert passage[1] == 'verse' and len(passage[0]) >= lessons.CHARACTERS
 
