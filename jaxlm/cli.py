@@ -260,11 +260,23 @@ def _trained(options: 'Pretrain', chat: bool = False) -> None:
         options, summary = tuning.prepared(options, lambda line: print(line) if first else None, on_progress)
       if summary and first:
         summary_shown(summary)
-      tuning.check(options.data.path)
+      _check(options.data.path, show=first)
     options = pretrain.counted(options)
     signals = (signal.SIGINT,) if many else ()  # a process that left alone would leave the others waiting
     with terminable(*signals) as asked, Training(options.steps, quiet=not first) as shown:
       pretrain.pretrain(options, say=shown.say, on_step=shown.step, stop=hosts.agreed(asked))
+
+
+def _check(path: str, *, show: bool) -> None:
+  """Raises InputError for a prepared folder with a document that cannot be learnt as it is, which is shown."""
+  from jaxlm import inspector
+  from jaxlm.console import rows_shown
+  from jaxlm.data import prepared
+
+  if found := inspector.faulty(prepared.load(path)):
+    if show:
+      rows_shown(dict([found]))
+    raise InputError(f'{path}: {found[0]}')
 
 
 def _sft(args: Sequence[str]) -> None:

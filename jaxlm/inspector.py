@@ -57,10 +57,8 @@ def inspect(folder: Prepared, split: str, seq_len: int, packing: Packing | None,
   rows = packings.rows(packing, tokens, seq_len, tokenizer)
   if not len(rows):
     raise InputError(f'{folder.path}: no row in {split!r}')
-  shown: dict[str, list[Token]] = {}
-  fault = faults.first(folder, split)
-  if fault:
-    shown[fault.what] = document(tokens, fault.start, fault.stop, tokenizer)
+  wrong = faulty(folder, split)
+  shown = dict([wrong] if wrong else [])
   numbers = dict.fromkeys(int(i) for i in np.linspace(0, len(rows) - 1, min(count, len(rows))).round())
   for number in numbers:
     row = rows[number]
@@ -69,7 +67,15 @@ def inspect(folder: Prepared, split: str, seq_len: int, packing: Packing | None,
     )
     shown[told] = view(row, tokenizer, packing)
   lengths = np.diff(tokens.document_starts())
-  return Found(_figures(folder, split, rows, packing, lengths), histogram(lengths), shown, fault and fault.what)
+  return Found(_figures(folder, split, rows, packing, lengths), histogram(lengths), shown, wrong and wrong[0])
+
+
+def faulty(folder: Prepared, split: str = 'train') -> tuple[str, list[Token]] | None:
+  """The first document of a split that no run should learn: what is wrong with it, and its tokens."""
+  fault = faults.first(folder, split)
+  if fault is None:
+    return None
+  return fault.what, document(folder.split(split), fault.start, fault.stop, folder.tokenizer)
 
 
 def view(row: Mapping[str, np.ndarray], tokenizer: Tokenizer, packing: Packing = 'concat') -> list[Token]:

@@ -112,6 +112,15 @@ def test_what_sft_needs_is_said(home, capsys):
   assert 'needs --data.path' in capsys.readouterr().err
 
 
+def test_a_fault_stops_the_run_with_the_row_shown(home, capsys):
+  endless = home / 'endless.jinja'
+  endless.write_text('{% for m in messages %}{{ m.role }}: {{ m.content }} .{% endfor %}')
+  assert sft(home, 'endless', '--chat.template', str(endless)) == 1
+  out, err = capsys.readouterr()
+  assert 'no token ends the turn' in err and out.count('-- segment') == 1 and 'user: What is' in out
+  assert not (home / 'endless' / 'checkpoints').exists()
+
+
 @pytest.mark.parametrize('tied', [True, False])
 def test_a_grown_vocabulary_begins_as_the_mean(tied):
   cfg = dataclasses.replace(

@@ -7,7 +7,7 @@ from etils import epath
 
 from jaxlm import hosts, interop
 from jaxlm.config import Pretrain
-from jaxlm.data import faults, prepare
+from jaxlm.data import prepare
 from jaxlm.data.prepared import MARKER, Summary
 from jaxlm.errors import InputError
 
@@ -43,9 +43,3 @@ def prepared(
   for kind, form in (summary.chat or {}).get('formats', {}).items():
     say(f'{kind}: {form}')
   return dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(folder))), summary
-
-
-def check(folder: epath.PathLike) -> None:
-  """Raises InputError if one of a prepared folder's conversations cannot be learnt as it is."""
-  if fault := faults.first(prepare.load(folder), 'train'):
-    raise InputError(f'{folder}: {fault.what}; `jaxlm inspect {folder}` shows it')
