@@ -2,12 +2,15 @@
 
 import dataclasses
 import errno
+import fcntl
 import io
 import os
 import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
@@ -48,8 +51,7 @@ class Terminal:
     self.process = subprocess.Popen(
       command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True, env=environment
     )
-    os.close(slave)
-    self.seen = ''
+    self.slave, self.seen = slave, ''
 
   def type(self, text):
     os.write(self.master, text.encode())
@@ -74,6 +76,16 @@ class Terminal:
       found += self.read(0.1)
     return found
 
+  def send(self, line):
+    """Types a line and returns once it was read: a ctrl-c before that takes the line back, and is one at the prompt."""
+    self.type(f'{line}\n')
+    self.until(f'{line}\n')
+    ends = time.monotonic() + SECONDS
+    while struct.unpack('i', fcntl.ioctl(self.slave, termios.FIONREAD, b'\0' * 4))[0]:
+      assert time.monotonic() < ends, 'the line is not read'
+      time.sleep(0.01)
+    time.sleep(0.1)  # and out of what reads lines
+
   def ask(self, question):
     """The whole answer to a question."""
     self.type(f'{question}\n')
@@ -96,6 +108,7 @@ def terminal(request, model):
   opened.process.kill()
   opened.process.wait()
   os.close(opened.master)
+  os.close(opened.slave)
 
 
 short, endless = ('--max-new-tokens', '12'), ('--max-new-tokens', '20000')
@@ -126,14 +139,12 @@ def test_the_end_of_input_and_ctrl_c_at_the_prompt_leave(terminal, key):
 
 @with_length(endless)
 def test_ctrl_c_stops_the_answer_and_not_the_program(terminal):
-  terminal.type('what is it?\n')
-  terminal.until('what is it?\n')
+  terminal.send('what is it?')
   pieces = [terminal.read(SECONDS) for _ in range(5)]
   assert all(pieces)  # it streams
   terminal.type(CTRL_C)
   terminal.until(' ...\n\n> ', 20)
-  terminal.type('what else is it?\n')  # is answered too
-  terminal.until('what else is it?\n')
+  terminal.send('what else is it?')  # is answered too
   assert terminal.read(SECONDS) and terminal.read(SECONDS)
   terminal.type(CTRL_C + CTRL_C)  # in haste
   terminal.until(' ...\n\n> ', 20)
@@ -148,8 +159,7 @@ def test_ctrl_c_at_any_moment_before_the_first_piece(terminal):
   """The template's child starts, the prompt is compiled (each time for a longer one), then the first tokens."""
   for turn, wait in enumerate([0.0, 0.03, 0.1, 0.2, 0.4, 0.8]):
     question = 'what ' * (1 + 70 * turn)
-    terminal.type(f'{question}\n')
-    terminal.until(' \n')
+    terminal.send(question)
     time.sleep(wait)
     terminal.type(CTRL_C)
     terminal.until(' ...\n\n> ', 30)
