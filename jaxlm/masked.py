@@ -45,6 +45,14 @@ def total(x: Float[Array, '...'], mask: Any) -> Sum:
   return Sum(jnp.sum(jnp.where(weight > 0, x.astype(jnp.float32) * weight, 0.0)), jnp.sum(weight))
 
 
+def kept(x: Any, mask: Any, fill: float = 0.0) -> Array:
+  """`x` in float32 where `mask` (broadcastable) is on, and `fill` elsewhere.
+
+  For what is computed from `x` before it is summed: a NaN or inf at a masked position reaches neither value nor gradient.
+  """
+  return jnp.where(jnp.asarray(mask) > 0, jnp.asarray(x, jnp.float32), fill)
+
+
 def merge(a: Any, b: Any) -> Any:
   """Two trees of metrics of the same structure as one: sums add, maxima and minima keep the extreme."""
 

@@ -35,7 +35,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from etils import epath  # noqa: E402
 
-CHECKED = ['jaxlm.models', 'jaxlm.losses', 'jaxlm.masked', 'jaxlm.train.step', 'jaxlm.sample']
+CHECKED = ['jaxlm.models', 'jaxlm.losses', 'jaxlm.masked', 'jaxlm.rl', 'jaxlm.train.step', 'jaxlm.sample']
 
 
 def check(fn):

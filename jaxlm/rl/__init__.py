@@ -1,0 +1,3 @@
+"""Learning from rewards: what advantages are made of. Arrays in, arrays out."""
+
+from jaxlm.rl import advantages as advantages
