@@ -48,7 +48,8 @@ def total(x: Float[Array, '...'], mask: Any) -> Sum:
 def kept(x: Any, mask: Any, fill: float = 0.0) -> Array:
   """`x` in float32 where `mask` (broadcastable) is on, and `fill` elsewhere.
 
-  For what is computed from `x` before it is summed: a NaN or inf at a masked position reaches neither value nor gradient.
+  For what is computed from `x` before it is summed: a NaN or inf at a masked position reaches neither value nor
+  gradient.
   """
   return jnp.where(jnp.asarray(mask) > 0, jnp.asarray(x, jnp.float32), fill)
 

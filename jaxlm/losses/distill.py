@@ -1,9 +1,10 @@
-"""Losses that bring a student's distribution over tokens to a teacher's, at every position of data or of the student's own answers.
+"""Losses that bring a student's next-token distributions to a teacher's, on data or on the student's own answers.
 
-In nats a token, float32 inside; the weight is the number of tokens. Logits of both are divided by `temperature`; the loss is not
-multiplied by its square. No gradient goes into the teacher. A masked position may hold NaN or inf, and a logit may be -inf.
-Values (total / weight) and gradients are unchanged by padding on either side, by rows without a token, by repeating every row
-(each copy then has its share of the gradient), and by adding a constant to the logits of a position.
+In nats a token, float32 inside; the weight is the number of tokens. Logits of both are divided by `temperature`; the
+loss is not multiplied by its square. No gradient goes into the teacher. A masked position may hold NaN or inf, and a
+logit may be -inf. Values (total / weight) and gradients are unchanged by padding on either side, by rows without a
+token, by repeating every row (each copy then has its share of the gradient), and by adding a constant to the logits of
+a position.
 
 B batch, T sequence, V vocabulary.
 """
@@ -54,8 +55,8 @@ def jensen_shannon(
 ) -> Sum:
   """beta KL(teacher | m) + (1 - beta) KL(student | m), m = beta teacher + (1 - beta) student (GKD, arXiv:2306.13649).
 
-  At the ends, where this is 0, it is what its gradient tends to: `forward_kl` at beta 0, `reverse_kl` at 1 (as in the paper's
-  experiments and TRL). Raises ValueError for a beta outside of [0, 1].
+  At the ends, where this is 0, it is what its gradient tends to: `forward_kl` at beta 0, `reverse_kl` at 1 (as in the
+  paper's experiments and TRL). Raises ValueError for a beta outside of [0, 1].
   """
   if not 0.0 <= beta <= 1.0:
     raise ValueError(f'beta lies in [0, 1], not {beta}')

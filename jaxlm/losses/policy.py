@@ -1,10 +1,10 @@
 """Losses over sampled answers and their advantages, and what is read off the ratio of two policies.
 
-`logp_BT` is the policy's log-probability of each sampled token in nats, `old_logp_BT` that of the policy which the update
-began from, `ref_logp_BT` a reference's; the mask is on at sampled tokens. Everything is float32 inside. A masked position may
-hold NaN or inf: neither value nor gradient sees it. Values (total / weight) and gradients are unchanged by padding on
-either side, by rows without a token, and by repeating every row (each copy then has its share of the gradient). Gradients go
-into `logp_BT` and `values_BT` alone. Log-ratios are held within 20, so that no token overflows.
+`logp_BT` is the policy's log-probability of each sampled token in nats, `old_logp_BT` that of the policy which the
+update began from, `ref_logp_BT` a reference's; the mask is on at sampled tokens. Everything is float32 inside. A masked
+position may hold NaN or inf: neither value nor gradient sees it. Values (total / weight) and gradients are unchanged by
+padding on either side, by rows without a token, and by repeating every row (each copy then has its share of the
+gradient). Gradients go into `logp_BT` and `values_BT` alone. Log-ratios are held within 20, so that no token overflows.
 
 | algorithm | `ratio` | `per` | else |
 |---|---|---|---|
@@ -12,7 +12,7 @@ into `logp_BT` and `values_BT` alone. Log-ratios are held within 20, so that no 
 | GRPO (arXiv:2402.03300) | token | sequence | `kl` of kind k3 in the loss |
 | Dr. GRPO (arXiv:2503.20783) | token | a constant, the longest answer's | advantages not normalised |
 | DAPO (arXiv:2503.14476) | token | token | clip_high > clip_low |
-| GSPO (arXiv:2507.18071) | sequence | sequence | clips of about 4e-4 |
+| GSPO (arXiv:2507.18071) | sequence | sequence | clips of 3e-4 and 4e-4 |
 | RLOO (arXiv:2402.14740) | product | sequence | or `reinforce(per=1.0)` |
 
 B batch, T sequence.
@@ -20,7 +20,6 @@ B batch, T sequence.
 
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jaxtyping import Array, Float
@@ -28,7 +27,7 @@ from jaxtyping import Array, Float
 from jaxlm import masked
 from jaxlm.masked import Max, Metric, Min, Sum
 
-Per = Literal['token', 'sequence'] | float
+Per = Literal['token', 'sequence'] | int | float
 Ratio = Literal['token', 'sequence', 'product']
 LIMIT = 20.0  # of a log-ratio: e^20 times an advantage is far from float32's end
 
@@ -36,9 +35,9 @@ LIMIT = 20.0  # of a log-ratio: e^20 times an advantage is far from float32's en
 def average(x_BT: Float[Array, 'B T'], mask_BT: Float[Array, 'B T'], *, per: Per = 'token') -> Sum:
   """`x_BT` over the tokens where the mask is on, `per` 'token', 'sequence' or a constant.
 
-  'token': sum over all tokens / their number. 'sequence': each row's mean, then the mean over rows. A constant c: sum over all
-  tokens / (c * rows). Rows without a token are no rows. Terms added to a loss (entropy, KL) take its own `per`: the
-  weights then agree and the totals add. Raises ValueError for another `per`.
+  'token': sum over all tokens / their number. 'sequence': each row's mean, then the mean over rows. A constant c: sum
+  over all tokens / (c * rows). Rows without a token are no rows. Terms added to a loss (entropy, KL) take its own
+  `per`: the weights then agree and the totals add. Raises ValueError for another `per`.
   """
   if per == 'token':
     return masked.total(x_BT, mask_BT)
@@ -66,10 +65,10 @@ def ppo(
 ) -> Sum:
   """-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), r = pi / pi_old, averaged `per` (see `average`).
 
-  `ratio` says of what: 'token' of each token. 'sequence' the geometric mean of a row's, s = exp(mean log r), in GSPO's token
-  form sg(s) pi / sg(pi): a token's gradient is s A_t where s is not clipped. 'product' of the whole answer, exp(sum log r), one
-  action as in RLOO. `adv_BT` may be [B, 1]; it may be multiplied by `importance_weights`, which scales the loss of each
-  token, for they are never negative. Raises ValueError for another `ratio` or `per`.
+  `ratio` says of what: 'token' of each token. 'sequence' the geometric mean of a row's, s = exp(mean log r), in GSPO's
+  token form sg(s) pi / sg(pi): a token's gradient is s A_t where s is not clipped. 'product' of the whole answer,
+  exp(sum log r), one action as in RLOO. `adv_BT` may be [B, 1]; it may be multiplied by `importance_weights`, which
+  scales the loss of each token, for they are never negative. Raises ValueError for another `ratio` or `per`.
   """
   r_BT = _ratio(_log_ratio(logp_BT, old_logp_BT, mask_BT), mask_BT, ratio)
   adv_BT = stop_gradient(masked.kept(adv_BT, mask_BT))
@@ -101,7 +100,7 @@ def cispo(
 def reinforce(
   logp_BT: Float[Array, 'B T'], adv_BT: Float[Array, 'B #T'], mask_BT: Float[Array, 'B T'], *, per: Per = 'token'
 ) -> Sum:
-  """-A log pi, whose expected gradient over the policy's own samples is minus that of the expected reward, at `per=1.0`.
+  """-A log pi: at `per=1.0` its gradient's mean over the policy's own answers is that of minus the expected reward.
 
   REINFORCE (Williams 1992), with RLOO's advantages (arXiv:2402.14740) or REINFORCE++'s (arXiv:2501.03262). Any constant
   `per` keeps its direction; 'sequence' weighs the tokens of short answers more.
@@ -121,7 +120,7 @@ def value_clip(
 ) -> Sum:
   """max((v - R)^2, (clip(v, v_old - clip, v_old + clip) - R)^2) / 2, averaged `per`; a clip of inf is the plain square.
 
-  The value loss of PPO's implementations (Schulman et al. 2015, arXiv:1506.02438, and their code).
+  The value loss of PPO's implementations (Engstrom et al. 2020, arXiv:2005.12729).
   """
   v_BT, old_BT, target_BT = (masked.kept(x, mask_BT) for x in (values_BT, old_values_BT, returns_BT))
   old_BT, target_BT = stop_gradient(old_BT), stop_gradient(target_BT)
@@ -144,8 +143,8 @@ def kl(
   | k2 | d^2 / 2 | about the KL where it is small | of KL(pi | ref) |
   | k3 | exp(-d) - 1 + d | the KL, and never negative | of KL(ref | pi) |
 
-  (Tang and Munos 2025, arXiv:2506.09477.) Where a mask is given the result is 0 at masked positions. Raises ValueError for
-  another kind.
+  (Tang and Munos 2025, arXiv:2506.09477.) Where a mask is given the result is 0 at masked positions. Raises ValueError
+  for another kind.
   """
   d_BT = _log_ratio(logp_BT, ref_logp_BT, jnp.ones_like(logp_BT) if mask_BT is None else mask_BT)
   if kind == 'k1':
@@ -165,7 +164,7 @@ def importance_weights(
   level: Literal['token', 'sequence'] = 'token',
   cap: float,
 ) -> Float[Array, 'B T']:
-  """min(pi_train / pi_sampled, cap) of each token or of the whole answer (its product, at all its tokens); 0 where masked.
+  """min(pi_train / pi_sampled, cap) of each token, or of the whole answer at all its tokens; 0 where masked.
 
   For answers of another engine, whose log-probabilities differ from those of training (Ionides 2008; Yao et al. 2025).
   Multiply the advantages by it. No gradient. Raises ValueError for another level.
@@ -190,8 +189,8 @@ def ratio_stats(
   """What is watched of an update, over tokens, without gradient.
 
   `clip_low` and `clip_high` are the shares whose gradient the clip stopped below and above, `clip_fraction` both;
-  `ratio_min` and `ratio_max`; `approx_kl` estimates KL(old | pi) by k3 (nats a token). Where nothing is on, the extremes
-  are inf and -inf, which add nothing to others.
+  `ratio_min` and `ratio_max`; `approx_kl` estimates KL(old | pi) by k3 (nats a token). Where nothing is on, the
+  extremes are inf and -inf, which add nothing to others.
   """
   log_BT = stop_gradient(_log_ratio(logp_BT, old_logp_BT, mask_BT))
   r_BT = _ratio(log_BT, mask_BT, ratio)

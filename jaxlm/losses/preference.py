@@ -1,9 +1,10 @@
 """Losses over answers that were preferred to others, from the log-probabilities of whole answers.
 
-A log-probability is summed over the answer's tokens (`summed`), in nats; a length counts them. Everything is float32 inside.
-The weight of a Sum is that of its rows. Rows of weight 0 may hold NaN or inf: neither value nor gradient sees them. Values
-(total / weight) and gradients are unchanged by padding on either side, by rows of weight 0, and by repeating every row
-(each copy then has its share of the gradient). No gradient goes into a reference, margin or baseline.
+A log-probability is summed over the answer's tokens (`summed`), in nats; a length counts them. Everything is float32
+inside. The weight of a Sum is that of its rows. Rows of weight 0 may hold NaN or inf: neither value nor gradient sees
+them. Values (total / weight) and gradients are unchanged by padding on either side, by rows of weight 0, and by
+repeating every row (each copy then has its share of the gradient). No gradient goes into a reference, margin or
+baseline.
 
 B rows or pairs, T sequence.
 """
@@ -32,8 +33,8 @@ def bradley_terry(
 ) -> Sum:
   """Reward model: -log sigmoid(r_c - r_r - margin) + center * (r_c + r_r)^2, from the rewards of both answers.
 
-  The margin is how much better the chosen answer was said to be (Llama 2, arXiv:2307.09288); `center` holds rewards near
-  zero, which the first term leaves free (Eisenstein et al. 2023, arXiv:2312.09244).
+  The margin is how much better the chosen answer was said to be (Llama 2, arXiv:2307.09288); `center` holds rewards
+  near zero, which the first term leaves free (Eisenstein et al. 2023, arXiv:2312.09244).
   """
   chosen_B, rejected_B, margin_B = (masked.kept(x, weight_B) for x in (chosen_B, rejected_B, margin_B))
   ranked_B = jax.nn.log_sigmoid(chosen_B - rejected_B - jax.lax.stop_gradient(margin_B))
@@ -50,10 +51,10 @@ def dpo(
   label_smoothing: float = 0.0,
   weight_B: Float[Array, 'B'] | float = 1.0,
 ) -> Sum:
-  """-(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h), h = log(pi_c / ref_c) - log(pi_r / ref_r), e = label_smoothing.
+  """-(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h), h = log(pi_c / ref_c) - log(pi_r / ref_r).
 
-  DPO (Rafailov et al. 2023, arXiv:2305.18290); e > 0 is its conservative form, labels being flipped with chance e
-  (Mitchell 2023). References of 0.0 make it reference-free.
+  DPO (Rafailov et al. 2023, arXiv:2305.18290); e = label_smoothing > 0 is its conservative form, labels being flipped
+  with chance e (Mitchell 2023). References of 0.0 make it reference-free.
   """
   c_B, r_B = _ratio(chosen_B, ref_chosen_B, weight_B), _ratio(rejected_B, ref_rejected_B, weight_B)
   return _logistic(beta * (c_B - r_B), label_smoothing, weight_B)
@@ -76,7 +77,7 @@ def ipo(
   lengths of 1.0 give the formula as printed.
   """
   c_B, r_B = _ratio(chosen_B, ref_chosen_B, weight_B), _ratio(rejected_B, ref_rejected_B, weight_B)
-  h_B = _mean(c_B, chosen_length_B) - _mean(r_B, rejected_length_B)
+  h_B = _mean(c_B, chosen_length_B, weight_B) - _mean(r_B, rejected_length_B, weight_B)
   return masked.total((h_B - 1.0 / (2.0 * beta)) ** 2, weight_B)
 
 
@@ -91,7 +92,7 @@ def kto(
   undesirable_weight: float = 1.0,
   weight_B: Float[Array, 'B'] | float = 1.0,
 ) -> Sum:
-  """w (1 - sigmoid(s beta (log(pi / ref) - kl))): s = 1 and w = desirable_weight where desirable_B is 1, else -1 and its own.
+  """w (1 - sigmoid(s beta (log(pi / ref) - kl))), s = 1 and w = desirable_weight for the desirable (1), else s = -1.
 
   KTO (Ethayarajh et al. 2024, arXiv:2402.01306), of single answers. `kl` is what `kto_baseline` says, at least 0.
   """
@@ -124,11 +125,11 @@ def orpo(
   sft: float = 1.0,
   weight_B: Float[Array, 'B'] | float = 1.0,
 ) -> Sum:
-  """-sft l_c - beta log sigmoid(log odds(l_c) - log odds(l_r)), l the mean log-probability of a token, odds p / (1 - p).
+  """-sft l_c - beta log sigmoid(log odds(l_c) - log odds(l_r)), l a token's mean log-probability, odds p / (1 - p).
 
-  ORPO (Hong et al. 2024, arXiv:2403.07691; beta is its lambda), which needs no reference. The first term is each answer's
-  own mean (TRL takes the mean over all tokens of a batch, the prompt's too); `sft=0.0` leaves it out. Means are held
-  below -1e-6, where the odds are finite.
+  ORPO (Hong et al. 2024, arXiv:2403.07691; beta is its lambda), which needs no reference. The first term is each
+  answer's own mean (TRL takes the mean over all tokens of a batch, the prompt's too); `sft=0.0` leaves it out. Means
+  are held below -1e-6, where the odds are finite.
   """
   c_B, r_B = _mean(chosen_B, chosen_length_B, weight_B, -1.0), _mean(rejected_B, rejected_length_B, weight_B, -1.0)
   ranked_B = jax.nn.log_sigmoid(_log_odds(c_B) - _log_odds(r_B))
@@ -166,12 +167,14 @@ def cpo(
 ) -> Sum:
   """-log sigmoid(beta (log pi_c - log pi_r)) - sft log pi_c / length_c, smoothed as `dpo` is.
 
-  CPO (Xu et al. 2024, arXiv:2401.08417), which needs no reference. The second term is a token's mean, as in its authors'
-  code; a length of 1.0 gives the formula as printed.
+  CPO (Xu et al. 2024, arXiv:2401.08417), which needs no reference. The second term is a token's mean, as in its
+  authors' code; a length of 1.0 gives the formula as printed.
   """
   chosen_B, rejected_B = masked.kept(chosen_B, weight_B), masked.kept(rejected_B, weight_B)
   ranked = _logistic(beta * (chosen_B - rejected_B), label_smoothing, weight_B)
-  return Sum(ranked.total - sft * masked.total(_mean(chosen_B, chosen_length_B), weight_B).total, ranked.weight)
+  return Sum(
+    ranked.total - sft * masked.total(_mean(chosen_B, chosen_length_B, weight_B), weight_B).total, ranked.weight
+  )
 
 
 def pair_metrics(
@@ -192,7 +195,7 @@ def _ratio(logp_B: Array, ref_B: Array | float, weight_B: Array | float) -> Arra
   return masked.kept(logp_B, weight_B) - jax.lax.stop_gradient(masked.kept(ref_B, weight_B))
 
 
-def _mean(logp_B: Array, length_B: Array | float, weight_B: Array | float = 1.0, fill: float = 0.0) -> Array:
+def _mean(logp_B: Array, length_B: Array | float, weight_B: Array | float, fill: float = 0.0) -> Array:
   """Of a token; an answer without any has 0."""
   length_B = masked.kept(length_B, weight_B, 1.0)
   return masked.kept(logp_B, weight_B, fill) / jnp.maximum(jax.lax.stop_gradient(length_B), 1.0)

@@ -1,8 +1,8 @@
-"""From rewards to advantages: plain arithmetic, differentiable (the losses take no gradient into advantages), float32 inside.
+"""From rewards to advantages: plain arithmetic in float32, differentiable (losses take no gradient into advantages).
 
 A masked position may hold NaN or inf and gets 0. Padding on either side, masked columns of a group, and rows without a
-token change nothing; repeating every row or group changes nothing either, repeating answers within a group does. What is taken
-over a batch (`whiten`, `reinforce_plus_plus`) is to be given all of it, before it is cut into micro-batches.
+token change nothing; repeating every row or group changes nothing either, repeating answers within a group does. What
+is taken over a batch (`whiten`, `reinforce_plus_plus`) is to be given all of it, before it is cut into micro-batches.
 
 B batch, T sequence, P prompts, G answers to each (a group).
 """
@@ -27,9 +27,10 @@ def gae(
 ) -> tuple[Float[Array, 'B T'], Float[Array, 'B T']]:
   """`(adv_BT, returns_BT)`: A_t = d_t + gamma lam A_t+1, d_t = r_t + gamma v_t+1 - v_t, returns A + v, 0 where masked.
 
-  GAE (Schulman et al. 2015, arXiv:1506.02438). t + 1 is the next token that is on, so that padding and holes (what a tool wrote)
-  are as if they were not there. After a row's last token the value is `bootstrap_B`: 0 for an answer that ended, the value of
-  the state it was cut off in for a truncated one. Zero values and lam 1 give discounted sums of rewards.
+  GAE (Schulman et al. 2015, arXiv:1506.02438). t + 1 is the next token that is on, so that padding and holes (what a
+  tool wrote) are as if they were not there. After a row's last token the value is `bootstrap_B`: 0 for an answer that
+  ended, the value of the state it was cut off in for a truncated one. Zero values and lam 1 give discounted sums of
+  rewards.
   """
   r_BT, v_BT = masked.kept(rewards_BT, mask_BT), masked.kept(values_BT, mask_BT)
   on_BT = mask_BT > 0
@@ -52,8 +53,8 @@ def group_advantages(
 ) -> Float[Array, 'P G']:
   """(r - mean) / (std + 1e-4) within each group, std with G - 1 below (GRPO, Shao et al. 2024, arXiv:2402.03300).
 
-  `normalize=False` leaves the division out (Dr. GRPO, arXiv:2503.20783): its expected policy gradient is then (G - 1) / G
-  of the exact one, the reward's own part in the mean being taken off. A group of equal rewards has exactly 0.
+  `normalize=False` leaves the division out (Dr. GRPO, arXiv:2503.20783): its expected policy gradient is then (G - 1) /
+  G of the exact one, the reward's own part in the mean being taken off. A group of equal rewards has exactly 0.
   """
   r_PG, on_PG, n_P1 = _group(rewards_PG, mask_PG)
   off_PG = jnp.where(on_PG, r_PG - jnp.sum(r_PG, axis=-1, keepdims=True) / jnp.maximum(n_P1, 1.0), 0.0)
@@ -76,7 +77,7 @@ def mixed_groups(rewards_PG: Float[Array, 'P G'], *, mask_PG: Mask = None) -> Fl
 
 
 def leave_one_out(rewards_PG: Float[Array, 'P G'], *, mask_PG: Mask = None) -> Float[Array, 'P G']:
-  """r minus the mean of the others of its group (RLOO, Ahmadian et al. 2024, arXiv:2402.14740); 0 where there is no other.
+  """r minus the mean of the others of its group; 0 where there is no other (RLOO, arXiv:2402.14740).
 
   The baseline does not hold the answer's own reward, so that the expected policy gradient is exact.
   """
@@ -103,8 +104,8 @@ def kl_rewards(
 ) -> Float[Array, 'B T']:
   """-kl_coef * kl at every token, and the answer's score at its last one (Ouyang et al. 2022, arXiv:2203.02155).
 
-  With `kl` of kind k1 the sum over an answer is the score minus kl_coef times an unbiased estimate of its KL. A row without a token
-  has nowhere to keep a score.
+  With `kl` of kind k1 the sum over an answer is the score minus kl_coef times an unbiased estimate of its KL. A row
+  without a token has nowhere to keep a score.
   """
   on_BT = mask_BT > 0
   left_BT = jnp.cumsum(on_BT[:, ::-1], axis=-1, dtype=jnp.int32)[:, ::-1]
@@ -123,7 +124,8 @@ def reinforce_plus_plus(
 ) -> Float[Array, 'B T']:
   """Rewards to come, of `kl_rewards`, whitened over the whole batch (REINFORCE++, Hu 2025, arXiv:2501.03262).
 
-  Its variant with a baseline takes scores from which the mean of their group was taken (`group_advantages(normalize=False)`).
+  Its variant with a baseline takes scores from which the mean of their group was taken
+  (`group_advantages(normalize=False)`).
   """
   rewards_BT = kl_rewards(score_B, kl_BT, mask_BT, kl_coef=kl_coef)
   returns_BT, _ = gae(rewards_BT, jnp.zeros_like(rewards_BT), mask_BT, gamma=gamma, lam=1.0)
