@@ -51,7 +51,7 @@ def kept(x: Any, mask: Any, fill: float = 0.0) -> Array:
   For what is computed from `x` before it is summed: a NaN or inf at a masked position reaches neither value nor
   gradient.
   """
-  return jnp.where(jnp.asarray(mask) > 0, jnp.asarray(x, jnp.float32), fill)
+  return jnp.where(jnp.asarray(mask, jnp.float32) > 0, jnp.asarray(x, jnp.float32), fill)
 
 
 def merge(a: Any, b: Any) -> Any:

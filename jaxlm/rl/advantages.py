@@ -9,7 +9,7 @@ B batch, T sequence, P prompts, G answers to each (a group).
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxlm import masked
 
@@ -132,7 +132,7 @@ def reinforce_plus_plus(
   return whiten(returns_BT, mask_BT)
 
 
-def overlong(lengths_B: Float[Array, 'B'], *, limit: float, buffer: float) -> Float[Array, 'B']:
+def overlong(lengths_B: Float[Array, 'B'] | Int[Array, 'B'], *, limit: int, buffer: int) -> Float[Array, 'B']:
   """What is added to the score of a long answer: 0 up to limit - buffer tokens, falling to -1 at `limit` and beyond.
 
   DAPO's soft overlong punishment (arXiv:2503.14476).
