@@ -14,7 +14,7 @@ EXTRAS = {
   'serve': [],  # empty ones are filled when what needs them is there
   'eval': ['rouge-score>=0.1.2', 'sacrebleu>=2.6'],
   'quant': ['qwix>=0.1.8'],
-  'parity': ['torch==2.13.0', 'transformers>=5.0', 'peft>=0.17'],
+  'parity': ['torch==2.13.0', 'transformers>=5.0', 'peft>=0.17', 'trl>=1.16'],
   'dev': [
     'pytest>=8',
     'pytest-xdist>=3.6',

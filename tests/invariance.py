@@ -1,5 +1,7 @@
 """What padding, garbage under the mask, rows without a token and repeated rows may not change: values, gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,7 +57,12 @@ def _over(mask, x):
   return mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
 
 
+@functools.cache
+def _compiled(fn):
+  """Once for every function and shape, if the caller keeps the function."""
+  return jax.jit(jax.value_and_grad(lambda data, masks: fn(*data, *masks)))
+
+
 def _both(fn, data, masks):
-  masks = [jnp.asarray(m) for m in masks]
-  value, grads = jax.value_and_grad(lambda data: fn(*data, *masks))([jnp.asarray(x) for x in data])
+  value, grads = _compiled(fn)([jnp.asarray(x) for x in data], [jnp.asarray(m) for m in masks])
   return float(value), [np.asarray(g) for g in grads]

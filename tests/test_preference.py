@@ -1,5 +1,7 @@
 """Losses over preferred answers: against the papers' formulas in float64, and what they may not depend on."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -136,6 +138,7 @@ def pairs(c, r, ref_c, ref_r, mask_c, mask_r):
   return (c, r), refs, (n_c, n_r), (n_c > 0).astype(jnp.float32)
 
 
+@functools.cache
 def of_tokens(name):
   def fn(*arrays):
     both, refs, lengths, w = pairs(*arrays)
