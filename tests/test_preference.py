@@ -169,6 +169,33 @@ def test_padding_garbage_and_repeated_rows_change_nothing(name, change):
   assert_unchanged(of_tokens(name), TOKENS, MASKS, change, on=[0, 1, 0, 1])
 
 
+ROWS = [CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED, LENGTH_C, LENGTH_R, MARGIN, DESIRABLE]
+
+
+@functools.cache
+def of_rows(name):
+  def fn(c, r, ref_c, ref_r, n_c, n_r, margin, desirable, w):
+    kl = preference.kto_baseline(ref_r, c, weight_B=w)
+    loss = {
+      'bradley_terry': lambda: preference.bradley_terry(c, r, margin_B=margin, center=0.1, weight_B=w),
+      'dpo': lambda: preference.dpo(c, r, ref_c, ref_r, beta=0.3, label_smoothing=0.1, weight_B=w),
+      'ipo': lambda: preference.ipo(c, r, ref_c, ref_r, n_c, n_r, beta=0.4, weight_B=w),
+      'kto': lambda: preference.kto(c, ref_c, desirable, kl, beta=0.3, weight_B=w),
+      'orpo': lambda: preference.orpo(c, r, n_c, n_r, beta=0.6, weight_B=w),
+      'simpo': lambda: preference.simpo(c, r, n_c, n_r, beta=2.0, gamma=0.3, weight_B=w),
+      'cpo': lambda: preference.cpo(c, r, n_c, beta=0.2, weight_B=w),
+    }[name]()
+    return loss.total / loss.weight
+
+  return fn
+
+
+@pytest.mark.parametrize('change', ['garbage', 'rows', 'twice'])
+@pytest.mark.parametrize('name', ['bradley_terry', 'dpo', 'ipo', 'kto', 'orpo', 'simpo', 'cpo'])
+def test_rows_without_weight_may_hold_anything(name, change):
+  assert_unchanged(of_rows(name), ROWS, [WEIGHT], change)
+
+
 def test_summed_counts_what_is_on():
   logp_B, length_B = preference.summed(*map(jnp.asarray, (TOKENS[0], MASKS[0])))
   np.testing.assert_allclose(logp_B, [sum(x[m > 0]) for x, m in zip(TOKENS[0], MASKS[0], strict=True)], rtol=1e-6)

@@ -131,7 +131,7 @@ def orpo(
   answer's own mean (TRL takes the mean over all tokens of a batch, the prompt's too); `sft=0.0` leaves it out. Means
   are held below -1e-6, where the odds are finite.
   """
-  c_B, r_B = _mean(chosen_B, chosen_length_B, weight_B, -1.0), _mean(rejected_B, rejected_length_B, weight_B, -1.0)
+  c_B, r_B = _mean(chosen_B, chosen_length_B, weight_B), _mean(rejected_B, rejected_length_B, weight_B)
   ranked_B = jax.nn.log_sigmoid(_log_odds(c_B) - _log_odds(r_B))
   return masked.total(-sft * c_B - beta * ranked_B, weight_B)
 
@@ -195,10 +195,10 @@ def _ratio(logp_B: Array, ref_B: Array | float, weight_B: Array | float) -> Arra
   return masked.kept(logp_B, weight_B) - jax.lax.stop_gradient(masked.kept(ref_B, weight_B))
 
 
-def _mean(logp_B: Array, length_B: Array | float, weight_B: Array | float, fill: float = 0.0) -> Array:
-  """Of a token; an answer without any has 0."""
-  length_B = masked.kept(length_B, weight_B, 1.0)
-  return masked.kept(logp_B, weight_B, fill) / jnp.maximum(jax.lax.stop_gradient(length_B), 1.0)
+def _mean(logp_B: Array, length_B: Array | float, weight_B: Array | float) -> Array:
+  """Of a token; an answer without any has 0, and so have rows of no weight."""
+  length_B = jax.lax.stop_gradient(jnp.asarray(length_B, jnp.float32))
+  return masked.kept(logp_B, weight_B) / jnp.maximum(length_B, 1.0)
 
 
 def _log_odds(logp_B: Array) -> Array:
