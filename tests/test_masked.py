@@ -40,6 +40,17 @@ def test_what_is_masked_does_not_spread(bad):
   np.testing.assert_array_equal(grad, MASK)
 
 
+@pytest.mark.parametrize('bad', [np.nan, np.inf])
+def test_kept_stops_what_is_masked_before_it_is_computed_with(bad):
+  x = jnp.asarray(np.where(MASK > 0, X, bad).astype(np.float32))
+  for mask in (jnp.asarray(MASK), jnp.asarray(MASK > 0)):
+    np.testing.assert_array_equal(masked.kept(x, mask, -2.0), np.where(MASK > 0, X, -2.0))
+    grad = jax.grad(lambda x, m=mask: jnp.sum(jnp.exp(masked.kept(x, m))))(x)
+    np.testing.assert_allclose(grad, np.where(MASK > 0, np.exp(X), 0.0), rtol=1e-6)
+  half = masked.kept(jnp.ones(3, jnp.bfloat16), 1.0)
+  assert half.dtype == jnp.float32 and half.shape == (3,)
+
+
 def test_bfloat16_is_summed_in_float32():
   got = masked.total(jnp.ones(4099, jnp.bfloat16), True)  # bfloat16 alone stops counting at 256
   assert (got.total, got.total.dtype) == (4099, jnp.float32)
