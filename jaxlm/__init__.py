@@ -7,7 +7,20 @@ import importlib
 from typing import Any
 
 __version__ = '0.1.0'
-_PARTS = ('data', 'interop', 'losses', 'masked', 'models', 'objectives', 'rl', 'sample', 'sharding', 'train', 'tree')
+_PARTS = (
+  'data',
+  'interop',
+  'lora',
+  'losses',
+  'masked',
+  'models',
+  'objectives',
+  'rl',
+  'sample',
+  'sharding',
+  'train',
+  'tree',
+)
 
 
 def __getattr__(name: str) -> Any:

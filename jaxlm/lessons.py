@@ -1,7 +1,6 @@
 """Instructions made of plain text by rule, for the quickstart: small tasks whose right answer the text itself gives."""
 
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -18,12 +17,11 @@ EACH = 240  # rows of a task and a kind of text, at most
 def lessons(documents: Iterable[Document]) -> dict[str, list[Row]]:
   """{task: rows} with `messages` of one question and its answer.
 
-  `kind`: which kind of text a passage is of; `last`: the last word of a line (an answer that stands in the question, as
-  in extractive question answering); `continue`: the line after a line.
+  `kind`: which kind of text a passage is of; `continue`: the line after a line; `write`: any line of a kind.
   """
   tasks: dict[str, Callable[[Document], Iterable[tuple[str, str]]]] = {
     'kind': _kind,
-    'last': _last,
+    'write': _write,
     'continue': _continue,
   }
   found: dict[str, list[Row]] = {task: [] for task in tasks}
@@ -56,16 +54,8 @@ def _lines(document: Document) -> list[str]:
   return [line for line in lines if WORDS[0] <= len(line.split()) <= WORDS[1]]
 
 
-def _last(document: Document) -> Iterable[tuple[str, str]]:
-  for line in _lines(document):
-    if word := _bare(line.split()[-1]):
-      yield f'Which word is the last?\n{line}', word
-
-
-def _bare(word: str) -> str:
-  """Without what is no letter, mark (of Hindi's vowels) or digit at its ends."""
-  inside = [i for i, c in enumerate(word) if unicodedata.category(c)[0] in 'LMN']
-  return word[inside[0] : inside[-1] + 1] if inside else ''
+def _write(document: Document) -> Iterable[tuple[str, str]]:
+  return [(f'Write a line of {document.kind}.', line) for line in _lines(document)[1::3]]
 
 
 def _continue(document: Document) -> Iterable[tuple[str, str]]:
