@@ -1,7 +1,8 @@
 """A step of full fine-tuning and one of LoRA, beside transformers and peft on the same rows, interleaved.
 
-python benchmarks/finetune.py [--rows 4] [--seq-len 256] [--remat none] [--rounds 3]: SmolLM2-135M's sizes, random
-weights, float32 on the CPU, AdamW, rank 16 on every matrix of a layer. Only ratios mean something on a shared machine.
+python benchmarks/finetune.py [--rows 4] [--seq-len 256] [--remat none] [--loss-chunks 1] [--rounds 3]: SmolLM2-135M's
+sizes, random weights, float32 on the CPU, AdamW, rank 16 on every matrix of a layer. Only ratios mean something on a
+shared machine.
 torch's rows are there where torch, transformers and peft are (pip install -e '.[parity]').
 """
 
@@ -30,9 +31,9 @@ def batch_of(rows: int, length: int) -> dict[str, np.ndarray]:
   return {name: x.astype(np.int32) for name, x in found.items()} | {'loss_mask': ones.astype(np.float32)}
 
 
-def ours(rows: int, length: int, remat: str, rank: int) -> tuple[Callable[[], None], float]:
+def ours(rows: int, length: int, remat: str, chunks: int, rank: int) -> tuple[Callable[[], None], float]:
   """(one step, the MiB that its program holds) of our own."""
-  compute = Compute(remat=remat, loss_chunks=1, unroll=30)
+  compute = Compute(remat=remat, loss_chunks=chunks)
   data, optim = Data(seq_len=length, global_batch=rows), Optim(lr=1e-4, warmup_steps=0)
   run = Pretrain(model=presets.get('smollm2-135m'), data=data, compute=compute, optim=optim, lora=Lora(rank=rank))
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
@@ -82,10 +83,11 @@ def main() -> None:
   parser.add_argument('--rows', type=int, default=4)
   parser.add_argument('--seq-len', type=int, default=256)
   parser.add_argument('--remat', default='none')
+  parser.add_argument('--loss-chunks', type=int, default=1, help='slices of the vocabulary; of ours only')
   parser.add_argument('--rounds', type=int, default=3)
   args = parser.parse_args()
   given = args.rows, args.seq_len, args.remat
-  (full, full_mib), (low, low_mib) = ours(*given, 0), ours(*given, RANK)
+  (full, full_mib), (low, low_mib) = (ours(*given, args.loss_chunks, rank) for rank in (0, RANK))
   steps = {'jaxlm, full': full, 'jaxlm, LoRA': low}
   if all(importlib.util.find_spec(name) for name in ('torch', 'transformers', 'peft')):
     steps |= {'transformers, full': theirs(*given, 0), 'transformers + peft, LoRA': theirs(*given, RANK)}

@@ -72,10 +72,10 @@ def linear(x: Float[Array, '*batch i'], w: Weight, bias: Float[Array, ' o'] | No
 
 @jax.custom_vjp
 def matmul(x: Float[Array, '*batch i'], w: Float[Array, 'i o']) -> Float[Array, '*batch o']:
-  """x @ w, whose gradient by `w` is one product [i, o] of what is there.
+  """x @ w, whose gradient by `w` is made by turning the narrower of the two that it is the product of.
 
-  Derived by itself it is [o, i] and turned, for which CPUs turn the output's gradient: they work it out once more
-  while they do, at a third of the time of a whole step. A frozen `w` has no gradient, and none is computed.
+  CPUs turn the first: derived by itself that is the gradient of the output, which they work out once more while they
+  walk across memory, at a third of the time of a whole step. A frozen `w` has no gradient, and none is computed.
   """
   return x @ w
 
@@ -87,8 +87,14 @@ def _forward(x: Any, w: Any) -> tuple[Array, tuple]:
 
 def _backward(saved: tuple, dy: Array) -> tuple[Array | None, Array | None]:
   x, w = saved
+  return None if w is None else dy @ w.T, None if x is None else _outer(x, dy)
+
+
+def _outer(x: Array, dy: Array) -> Array:
+  """The sum over rows of x^T dy, [i, o]."""
   rows = tuple(range(dy.ndim - 1))
-  return None if w is None else dy @ w.T, None if x is None else jax.lax.dot_general(x, dy, ((rows, rows), ((), ())))
+  over = lambda a, b: jax.lax.dot_general(a, b, ((rows, rows), ((), ())))
+  return over(x, dy) if x.shape[-1] <= dy.shape[-1] else over(dy, x).T
 
 
 matmul.defvjp(_forward, _backward, symbolic_zeros=True)
