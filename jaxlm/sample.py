@@ -13,7 +13,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from jaxlm import draws, hosts, models, speculate
+from jaxlm import draws, hosts, models, sharding, speculate
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.draws import Sampling as Sampling
 from jaxlm.errors import InputError
@@ -51,7 +51,10 @@ def prefill(
 
   `ahead` is the most tokens that `decode` will read at once.
   """
+  laid = lambda x, *names: sharding.constrain(x, ('batch', *names), run.rules)
+  prompts_BP, lengths_B = laid(prompts_BP, None), laid(lengths_B)
   cache = models.init_cache(cfg, prompts_BP.shape[0], slots, run.dtype, ahead=ahead)
+  cache = jax.tree.map(lambda x_BSKN: laid(x_BSKN, None, 'act_kv_heads', None), cache)
   order_1P = jnp.arange(prompts_BP.shape[1], dtype=jnp.int32)[None]
   positions_BP = jnp.where(order_1P < lengths_B[:, None], order_1P, -1)
   out = models.hidden(cfg, params, prompts_BP, run=run, positions_BT=positions_BP, cache=cache, first=True)
@@ -106,11 +109,13 @@ def begin(
   stop_ids: Sequence[int] = (),
   run: Run = Run(),
   draft: Lookup | Draft | None = None,
+  slots: int | None = None,
 ) -> Decoding:
   """The prompts (non-empty token ids, of any lengths) read and one token made, with room for `max_new_tokens`.
 
-  Raises InputError for an empty prompt, an id past the vocabulary, a draft model of another vocabulary, or when a model
-  of learned positions would run past its last.
+  `slots`: positions of the cache, where it is to have more than these prompts need (see `replaced`). Raises InputError
+  for an empty prompt, an id past the vocabulary, a draft model of another vocabulary, or when a model of learned
+  positions would run past its last.
   """
   lengths = np.array([len(p) for p in prompts], np.int32)
   if not len(lengths) or not lengths.min():
@@ -128,7 +133,17 @@ def begin(
   for row, prompt in zip(padded, prompts, strict=True):
     row[: len(prompt)] = prompt
   arrays = jnp.asarray(padded), jnp.asarray(lengths), jnp.asarray(list(stop_ids), jnp.int32)
-  return _begin(cfg, run, max_new_tokens, params, *arrays, sampling, key, draft)
+  room = max_new_tokens, max(slots or 0, width + max_new_tokens)
+  return _begin(cfg, run, room, params, *arrays, sampling, key, draft)
+
+
+@partial(jax.jit, donate_argnums=0)
+def replaced(state: Decoding, rows_k: Int[Array, ' k'], new: Decoding) -> Decoding:
+  """The batch with the rows of another one, which has as many slots, in the places `rows_k`; `state` is used up.
+
+  Rows whose place is no row of the batch are left out.
+  """
+  return jax.tree.map(lambda x, y: x.at[rows_k].set(y, mode='drop'), state, new)
 
 
 def generate(
@@ -156,7 +171,7 @@ def generate(
   control = [tokenizer.control_id(text) for text in stop] if tokenizer is not None else []
   ids = [*stop_ids, *(i for i in control if i is not None)]
   params = jax.jit(unstacked, static_argnums=0)(cfg, params)
-  how = {'max_new_tokens': max_new_tokens, 'sampling': sampling, 'run': run, 'draft': draft}
+  how: dict[str, Any] = {'max_new_tokens': max_new_tokens, 'sampling': sampling, 'run': run, 'draft': draft}
   state = begin(cfg, params, prompts, key, stop_ids=ids, **how)
   steps, checked = PIECE if stop else max_new_tokens, 0
   while True:
@@ -189,7 +204,7 @@ def _stopped_at(out: Rollout, stop: Sequence[str], tokenizer: Tokenizer, checked
 def _begin(
   cfg: ModelConfig,
   run: Run,
-  new: int,
+  room: tuple[int, int],
   params: Any,
   prompts_BP: Array,
   lengths_B: Array,
@@ -199,8 +214,9 @@ def _begin(
   draft: Any,
 ) -> Decoding:
   B, P = prompts_BP.shape
+  new, slots = room
   ahead = draft.length if draft else 0
-  how = {'slots': P + new, 'ahead': ahead + 1, 'run': run}
+  how = {'slots': slots, 'ahead': ahead + 1, 'run': run}
   logits_BV, cache = prefill(cfg, unstacked(cfg, params), prompts_BP, lengths_B, **how)
   draft_cache, text_BS, seen_BV = None, None, None
   if isinstance(draft, Draft):
@@ -217,7 +233,7 @@ def _begin(
   if seen_BV is not None:
     seen_BV = seen_BV.at[rows_B, token_B].set(True)
   if draft is not None:
-    text_BS = jnp.zeros((B, P + new), jnp.int32).at[:, :P].set(prompts_BP).at[rows_B, lengths_B].set(token_B)
+    text_BS = jnp.zeros((B, slots), jnp.int32).at[:, :P].set(prompts_BP).at[rows_B, lengths_B].set(token_B)
   first = lambda x_B: jnp.zeros((B, new), x_B.dtype).at[:, 0].set(x_B)
   out = Rollout(
     first(token_B), jnp.ones(B, jnp.int32), *map(first, logps), jnp.isin(token_B, stop), jnp.zeros(B, jnp.int32)

@@ -58,7 +58,13 @@ def answer(
   tokenizer: Any = model.tokenizer
   ids = chat.encode(model.chat_template or '', messages, tokenizer, generation=True)
   run, stop = models.Run(), stop_ids(model)
-  how = {'max_new_tokens': max_new_tokens, 'sampling': sampling, 'stop_ids': stop, 'run': run, 'draft': draft}
+  how: dict[str, Any] = {
+    'max_new_tokens': max_new_tokens,
+    'sampling': sampling,
+    'stop_ids': stop,
+    'run': run,
+    'draft': draft,
+  }
   state = sample.begin(model.cfg, model.params, [ids], key, **how)
   told = ''
   yield told  # after the compilation, a first look at whether somebody wants the rest

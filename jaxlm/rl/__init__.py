@@ -1,3 +1,3 @@
-"""Learning from rewards: what advantages are made of. Arrays in, arrays out."""
+"""Learning from rewards: what advantages are made of (arrays in, arrays out), rollouts, and rewards by name."""
 
 from jaxlm.rl import advantages as advantages
