@@ -14,6 +14,7 @@ EXTRAS = {
   'serve': [],  # empty ones are filled when what needs them is there
   'eval': ['rouge-score>=0.1.2', 'sacrebleu>=2.6'],
   'quant': ['qwix>=0.1.8'],
+  'rl': ['reasoning-gym>=0.1.25', 'math-verify>=0.9'],
   'parity': ['torch==2.13.0', 'transformers>=5.0', 'peft>=0.17', 'trl>=1.16'],
   'dev': [
     'pytest>=8',
@@ -33,6 +34,8 @@ EXTRAS = {
     'qwix>=0.1.8',
     'rouge-score>=0.1.2',
     'sacrebleu>=2.6',
+    'reasoning-gym>=0.1.25',
+    'math-verify>=0.9',
   ],
 }
 

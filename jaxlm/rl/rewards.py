@@ -1,0 +1,166 @@
+"""What an answer is worth: functions `reward(prompts, completions, rows) -> scores`, found by name and added up."""
+
+import importlib.util
+import math
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxlm.data import sources
+from jaxlm.errors import InputError
+
+Row = Mapping[str, Any]
+Reward = Callable[[Sequence[str], Sequence[str], Sequence[Row]], Sequence[float]]
+Makers = Mapping[str, Callable[[str], Reward]]
+
+
+def exact(column: str) -> Reward:
+  """1 where the completion is the row's `column`, outer spaces left out, else 0."""
+  return lambda prompts, completions, rows: [
+    float(said.strip() == str(_field(row, column)).strip()) for said, row in zip(completions, rows, strict=True)
+  ]
+
+
+def pattern(regex: str) -> Reward:
+  """1 where the regular expression is found in the completion, else 0."""
+  try:
+    known = re.compile(regex, re.DOTALL)
+  except re.error as error:
+    raise InputError(f'reward regex:{regex}: {error}') from error
+  return lambda prompts, completions, rows: [float(bool(known.search(said))) for said in completions]
+
+
+def mathematics(column: str) -> Reward:
+  """1 where the completion says the same number or formula as the row's `column`, by math-verify, else 0."""
+  try:
+    import math_verify
+  except ImportError as error:
+    raise InputError("reward math: needs math-verify: pip install 'jaxlm[rl]'") from error
+  quiet: dict[str, Any] = {'parsing_timeout': None}  # its own is a signal, for main threads alone; ours holds
+
+  def one(said: str, row: Row) -> float:
+    right, given = (math_verify.parse(text, **quiet) for text in (str(_field(row, column)), said))
+    return float(bool(right and given and math_verify.verify(right, given, timeout_seconds=None)))
+
+  return lambda prompts, completions, rows: list(map(one, completions, rows))
+
+
+def function(where: str) -> Reward:
+  """`FILE.py:NAME`, a function of one's own."""
+  path, _, name = where.rpartition(':')
+  spec = importlib.util.spec_from_file_location('jaxlm_reward', path) if Path(path).is_file() else None
+  if spec is None or spec.loader is None or not name:
+    raise InputError(f'reward python:{where}: is not FILE.py:FUNCTION with a file that is there')
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  found = getattr(module, name, None)
+  if not callable(found):
+    raise InputError(f'reward python:{where}: {path} has no function {name}')
+  return found
+
+
+# Tasks of reasoning-gym whose checkers give nothing to an empty, a constant and a copied answer (see its test).
+GYM = (
+  'base_conversion',
+  'basic_arithmetic',
+  'chain_sum',
+  'count_bits',
+  'gcd',
+  'lcm',
+  'letter_counting',
+  'number_sorting',
+  'products',
+  'simple_equations',
+)
+
+
+def gym(name: str) -> Reward:
+  """The checker of a task of reasoning-gym, for rows of `gym_rows`."""
+  task = _gym(name, 1, 0)
+  return lambda prompts, completions, rows: [
+    float(task.score_answer(said.strip(), _field(row, 'entry'))) for said, row in zip(completions, rows, strict=True)
+  ]
+
+
+def gym_rows(name: str, size: int, seed: int, **how: Any) -> list[Row]:
+  """`size` rows `{prompt, answer, entry}` of a task of reasoning-gym; `how` are its own settings."""
+  return [
+    {'prompt': one['question'], 'answer': one['answer'], 'entry': one} for one in iter(_gym(name, size, seed, **how))
+  ]
+
+
+def _gym(name: str, size: int, seed: int, **how: Any) -> Any:
+  try:
+    import reasoning_gym
+  except ImportError as error:
+    raise InputError("tasks of reasoning-gym need it: pip install 'jaxlm[rl]'") from error
+  if name not in GYM:
+    raise InputError(f'reward gym:{name}: its checker was not tried here; there are {", ".join(GYM)}')
+  return reasoning_gym.create_dataset(name, size=size, seed=seed, **how)
+
+
+MAKERS: Makers = {'exact': exact, 'regex': pattern, 'math': mathematics, 'python': function, 'gym': gym}
+
+
+def parse(spec: str, makers: Makers = MAKERS, *, timeout: float = 60.0) -> Reward:
+  """'math:answer*0.8 + regex:^<think>*0.2' as one reward: the sum of the parts by their weights (1 without one).
+
+  Raises InputError for a name that is none of `makers`; its calls raise it as `checked` does.
+  """
+  parts = []
+  for term in sources.terms([spec]):
+    named = f'{term.kind}={term.spec}' if term.kind else term.spec  # an argument may have an equals sign
+    name, _, argument = named.partition(':')
+    if name not in makers:
+      raise InputError(f'reward {named!r}: there are {", ".join(makers)}')
+    weight = 1.0 if term.weight is None else float(term.weight)
+    parts.append((weight, checked(named, makers[name](argument), timeout=timeout)))
+  if not parts:
+    raise InputError('reward: none is named')
+
+  def total(prompts: Sequence[str], completions: Sequence[str], rows: Sequence[Row]) -> list[float]:
+    scores = [[weight * score for score in reward(prompts, completions, rows)] for weight, reward in parts]
+    return [sum(of) for of in zip(*scores, strict=True)]
+
+  return total
+
+
+def checked(name: str, reward: Reward, *, timeout: float) -> Reward:
+  """The reward, whose failures are told by its name: what it raises, what is no number, and what takes too long.
+
+  Raises InputError for each of them: no answer gets a silent 0.
+  """
+
+  def call(prompts: Sequence[str], completions: Sequence[str], rows: Sequence[Row]) -> list[float]:
+    found: dict[str, Any] = {}
+
+    def work() -> None:
+      try:
+        found['scores'] = [float(score) for score in reward(prompts, completions, rows)]
+      except Exception as error:  # whatever the owner's code raises, told below
+        found['error'] = error
+
+    thread = threading.Thread(target=work, daemon=True, name=f'reward {name}')
+    thread.start()
+    thread.join(timeout)
+    if 'error' in found:
+      error = found['error']
+      raise InputError(f'reward {name}: {type(error).__name__}: {error}') from error
+    if 'scores' not in found:
+      raise InputError(f'reward {name}: no scores within {timeout:g} s')
+    scores = found['scores']
+    if len(scores) != len(completions):
+      raise InputError(f'reward {name}: gave {len(scores)} scores for {len(completions)} completions')
+    if bad := [i for i, score in enumerate(scores) if not math.isfinite(score)]:
+      raise InputError(f'reward {name}: {scores[bad[0]]} for the completion {completions[bad[0]]!r}')
+    return scores
+
+  return call
+
+
+def _field(row: Row, column: str) -> Any:
+  if column not in row:
+    raise InputError(f'no column {column!r}; the columns are {", ".join(row)}')
+  return row[column]
