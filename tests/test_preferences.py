@@ -133,7 +133,9 @@ def test_the_command_shows_what_it_guessed(tmp_path, capsys):
   assert 'prepare them with --preference' in capsys.readouterr().err
   assert cli.main([*args, '--chat', '--preference']) == 1
   assert 'conversations or preferences' in capsys.readouterr().err
-  assert cli.main(['inspect', str(tmp_path / 'out'), '--seq-len', '97']) == 0
+  assert cli.main(['inspect', str(tmp_path / 'out'), '--seq-len', '139']) == 0
+  shown = capsys.readouterr().out
+  assert 'pairs: 9, of which 0 are longer' in shown and '-- segment 2' in shown
   with pytest.raises(InputError, match='`jaxlm preference` and `jaxlm reward` learn from them'):
     corpus.held_out([prepared.load(tmp_path / 'out')], 97)
 
