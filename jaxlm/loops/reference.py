@@ -31,7 +31,7 @@ def attach(
   about = hosts.from_first(lambda: _about(config, contents))
   if hosts.from_first(lambda: (folder / FACTS).exists()):
     _check(folder, about, list(streams))
-    found = {name: np.load(str(folder / name)) for name in streams}
+    found = {name: _read(folder / name) for name in streams}
   else:
     if int(state.step):
       raise InputError(f'{folder}: the reference of this run is missing: put it back, or use another --run')
@@ -71,6 +71,11 @@ def _computed(config: Pretrain, built: Program, state: Any, stream: Any) -> np.n
   size = config.data.global_batch
   assert built.answers is not None  # of preferences it is there
   return pairing.of_units(built.answers, state.params, stream, size, lambda make: hosts.place(size, make, like))
+
+
+def _read(path: epath.Path) -> np.ndarray:
+  with path.open('rb') as file:
+    return np.load(file, allow_pickle=False)
 
 
 def _written(folder: epath.Path, found: dict[str, np.ndarray], about: dict[str, Any]) -> None:
