@@ -113,7 +113,7 @@ def _curves(rows: Rows, baselines: Mapping[str, float]) -> list[str]:
     axes = figure.subplots()
     for name, (steps, values) in drawn.items():
       marker = 'o' if name.startswith('eval') else ''
-      label = name.split('/')[1] if name.count('/') == 2 else name  # a kind's own name
+      label = name if name.count('/') != 2 or '/rewards/' in name else name.split('/')[1]  # a kind's own name
       axes.plot(steps, values, label=label, linewidth=1.0, marker=marker, markersize=3)
     if title == 'Compression':
       for i, (name, value) in enumerate(baselines.items()):

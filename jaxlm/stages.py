@@ -143,10 +143,10 @@ def reward(args: Sequence[str]) -> None:
   """`jaxlm reward`: the run, before it those of the folds, and after each what held-out pairs say of it."""
   import dataclasses
 
+  options = _staged(args, 'reward', ('folds',))
   from jaxlm import hosts
   from jaxlm.evals import rewards
 
-  options = _staged(args, 'reward', ('folds',))
   with hosts.joined(options.watch.step_timeout):
     options, parts = _begun(options, rows=True), []
     for fold in range(options.preference.folds):
