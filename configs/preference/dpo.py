@@ -1,8 +1,8 @@
 """DPO of adapters on a small chat model: which of two answers is better, one epoch, the base as the reference.
 
-  jaxlm import hf://HuggingFaceTB/SmolLM2-135M-Instruct --run runs/smol
-  jaxlm preference configs/preference/dpo.py --init runs/smol --data.path dpo.jsonl
-  jaxlm plan configs/preference/dpo.py --init runs/smol --topology v5e-1
+jaxlm import hf://HuggingFaceTB/SmolLM2-135M-Instruct --run runs/smol
+jaxlm preference configs/preference/dpo.py --init runs/smol --data.path dpo.jsonl
+jaxlm plan configs/preference/dpo.py --init runs/smol --topology v5e-1
 """
 
 import dataclasses

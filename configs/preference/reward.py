@@ -1,8 +1,8 @@
 """A reward model: adapters and a value head on a small chat model, cross-validated over five parts of the pairs first.
 
-  jaxlm import hf://HuggingFaceTB/SmolLM2-135M-Instruct --run runs/smol
-  jaxlm reward configs/preference/reward.py --init runs/smol --data.path dpo.jsonl
-  jaxlm plan configs/preference/reward.py --init runs/smol --topology v5e-1
+jaxlm import hf://HuggingFaceTB/SmolLM2-135M-Instruct --run runs/smol
+jaxlm reward configs/preference/reward.py --init runs/smol --data.path dpo.jsonl
+jaxlm plan configs/preference/reward.py --init runs/smol --topology v5e-1
 """
 
 import dataclasses
