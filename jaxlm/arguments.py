@@ -36,7 +36,7 @@ class Tokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class Prepare:
-  """Turn text, or with --chat conversations, into a prepared data set: tokens, a train and a validation split.
+  """Turn text, or with --chat conversations, or with --preference rows that say which answer is better, into tokens.
 
   A source is [KIND=]SPEC[*WEIGHT]; SPEC is a file, a folder or a glob of text, .jsonl or .parquet, also .gz and .zst,
   or tfds:NAME[:split[:column]], or hf://datasets/ORG/NAME[/GLOB].
@@ -58,16 +58,22 @@ class Prepare:
   learn: Literal['assistant', 'last', 'all'] = 'assistant'  # every turn of the assistant, its last one, or all tokens
   max_len: int | None = None  # tokens of a conversation; longer ones lose turns from their end
   columns: tuple[str, ...] = ()  # what to read: prompt=COLUMN,response=COLUMN or messages=COLUMN; system=, tools= too
+  preference: bool = False  # rows are preferences: chosen and rejected (and prompt), or prompt, completion and label
   beam_runner: str | None = None  # on Apache Beam: DirectRunner, DataflowRunner, FlinkRunner, SparkRunner, ...
   beam_options: str = ''  # its flags in one string: '--project=mine --region=us-central1 --temp_location=gs://...'
 
   def __post_init__(self):
     if self.beam_options and not self.beam_runner:
       raise InputError('--beam-options needs --beam-runner')
-    if self.chat and (self.beam_runner or self.quality or self.text_column != 'text'):
-      raise InputError('--chat goes without --beam-runner, --quality and --text-column')
-    if not self.chat and (self.template or self.learn != 'assistant' or self.max_len or self.columns):
-      raise InputError('--template, --learn, --max-len and --columns need --chat')
+    if self.chat and self.preference:
+      raise InputError('--chat and --preference: a folder holds conversations or preferences')
+    if self.preference and self.learn != 'assistant':
+      raise InputError(f'--learn {self.learn}: of preferences the answer is learned, which is the last turn')
+    talks, named = self.chat or self.preference, '--preference' if self.preference else '--chat'
+    if talks and (self.beam_runner or self.quality or self.text_column != 'text'):
+      raise InputError(f'{named} goes without --beam-runner, --quality and --text-column')
+    if not talks and (self.template or self.learn != 'assistant' or self.max_len or self.columns):
+      raise InputError('--template, --learn, --max-len and --columns need --chat or --preference')
     at_least(0, max_bad=self.max_bad)
     at_least(2, max_len=self.max_len)
     within('[0, 1)', val_fraction=self.val_fraction)

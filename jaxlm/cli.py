@@ -3,17 +3,18 @@
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jaxlm import stages
 from jaxlm.errors import InputError, Stopped
+from jaxlm.stages import devices_line, pretraining
 
 if TYPE_CHECKING:
   from etils import epath
 
   from jaxlm import arguments, sample
-  from jaxlm.config import Pretrain
   from jaxlm.data.tokenizer import Tokenizer
   from jaxlm.plan import Plan
 
@@ -22,11 +23,13 @@ usage: jaxlm VERB ...          `jaxlm VERB --help` explains a verb
 
   quickstart   from raw text to a model that writes, on this machine, in a few minutes
   tokenizer    train a tokenizer on text
-  prepare      turn text or conversations into a prepared data set
+  prepare      turn text, conversations or preferences into a prepared data set
   inspect      rows as the model will see them, and what is wrong with them
   pretrain     train a language model: jaxlm pretrain CONFIG.py [--run DIR] [--optim.lr 1e-3 ...]
   sft          instruction-tune a model on conversations: jaxlm sft --init MODEL --data.path rows.jsonl
-  eval         perplexity and bits per byte on held-out text, by kind and by source
+  reward       learn scores from preferences: jaxlm reward --init MODEL --data.path rows.jsonl [--folds 5]
+  preference   learn what is preferred, by dpo, ipo, kto, orpo, simpo or cpo: jaxlm preference --loss dpo --init ...
+  eval         perplexity and bits per byte on held-out text, or what a reward model gets right
   generate     let a model continue a text
   chat         talk to a model in the terminal
   import       make a run of a model that others trained: a Hugging Face folder, hf://ORG/NAME or a GGUF file
@@ -73,7 +76,7 @@ def _main(argv: Sequence[str] | None) -> int:
     _fail(str(e))
     return e.code
   except KeyboardInterrupt:
-    resumable = args[0] in ('pretrain', 'quickstart')
+    resumable = args[0] in ('pretrain', 'quickstart', 'sft', 'reward', 'preference')
     print('\nstopped' + '; the same command goes on from the last saved step' * resumable, file=sys.stderr)
     return 130
 
@@ -81,34 +84,6 @@ def _main(argv: Sequence[str] | None) -> int:
 def _fail(line: str) -> int:
   print(f'jaxlm: {line}', file=sys.stderr)
   return 1
-
-
-ACCELERATORS = {'/dev/nvidia0': 'cuda', '/dev/accel0': 'tpu', '/dev/vfio/0': 'tpu'}  # device file -> extra
-
-
-def devices_line(accelerators: Mapping[str, str] = ACCELERATORS) -> str:
-  """Which devices this process computes on.
-
-  Raises InputError, with the pip line that helps, if JAX lacks what was asked for with JAX_PLATFORMS, or if it would
-  compute on the CPU beside an idle accelerator without having been asked to.
-  """
-  import jax
-
-  asked = os.environ.get('JAX_PLATFORMS', '')
-  try:
-    devices = jax.devices()
-  except (RuntimeError, AssertionError) as e:  # JAX asserts where it knows the platform and no plugin brings it
-    extra = {'gpu': 'cuda', 'cuda': 'cuda', 'tpu': 'tpu'}.get(asked.split(',')[0])
-    remedy = f"pip install 'jaxlm[{extra}]', or " if extra else ''
-    raise InputError(f'JAX has no {asked!r} here: {remedy}unset JAX_PLATFORMS') from e
-  idle = next((path for path in accelerators if Path(path).exists()), None)
-  if devices[0].platform == 'cpu' and idle and not asked:
-    raise InputError(
-      f"this machine has an accelerator ({idle}) and JAX sees only the CPU: pip install 'jaxlm[{accelerators[idle]}]', "
-      'or set JAX_PLATFORMS=cpu to compute on the CPU all the same'
-    )
-  processes = f', in {jax.process_count()} processes' * (jax.process_count() > 1)
-  return f'devices: {len(devices)} x {devices[0].device_kind} ({devices[0].platform}){processes}, jax {jax.__version__}'
 
 
 def _quickstart(args: Sequence[str]) -> None:
@@ -143,10 +118,11 @@ def _prepare(args: Sequence[str]) -> None:
   from jaxlm.console import reading, summary_shown
   from jaxlm.data import prepare
 
-  tokenizer, own = _vocabulary(options.tokenizer, options.chat)
+  talks = options.chat or options.preference
+  tokenizer, own = _vocabulary(options.tokenizer, talks)
   name, chat = '', None
-  if options.chat:
-    how = {'learn': options.learn, 'max_len': options.max_len}
+  if talks:
+    how = {'learn': options.learn, 'max_len': options.max_len, 'preference': options.preference}
     name, tokenizer, chat = prepare.chat_of(options.template, own, tokenizer, options.columns, **how)
   given = options.sources, tokenizer, options.out
   choices = {
@@ -165,7 +141,7 @@ def _prepare(args: Sequence[str]) -> None:
     with reading() as on_progress:
       summary = prepare.prepare(*given, on_progress=on_progress, chat=chat, **choices)
   if chat and summary.chat:
-    print(f'template: {name}; learned: {options.learn}')
+    print(f'template: {name}; learned: {chat.learn}')
     print('\n'.join(f'{kind}: {form}' for kind, form in summary.chat['formats'].items()) + '\n')
   summary_shown(summary)
   if summary.dropped['bad']:
@@ -210,82 +186,6 @@ def _inspect(args: Sequence[str]) -> None:
       raise InputError(f'{name}: {one.fault}')
 
 
-def _config(args: Sequence[str], default: 'Pretrain') -> 'tuple[Pretrain, Sequence[str]]':
-  """The config file that the arguments begin with, or the default, and the other arguments."""
-  from jaxlm import config
-
-  if not args or args[0].startswith('-'):
-    return default, args
-  found = config.load(args[0])
-  if not isinstance(found, config.Pretrain):
-    raise InputError(f'this config is a {type(found).__name__}, not a Pretrain')
-  return found, args[1:]
-
-
-def pretraining(args: Sequence[str]) -> 'Pretrain':
-  """The run that `jaxlm pretrain` makes of its arguments; what the dial set, where it was turned, is printed."""
-  from jaxlm import arguments, config, scale
-
-  default, args = _config(args, config.Pretrain())
-  named = arguments.named(args)
-  start = scale.dialled(default, checked='depth' not in named)
-  options = arguments.parse(scale.Dialled, args, 'pretrain', start)
-  if 'depth' in named:
-    chosen, base = scale.turned(options, default, named)
-    print(scale.describe(chosen, base), flush=True)
-    return chosen
-  if options.tokens_per_parameter is not None:
-    raise InputError('--tokens-per-parameter needs --depth')
-  return scale.undialled(options)
-
-
-def _pretrain(args: Sequence[str]) -> None:
-  _trained(pretraining(args))
-
-
-def _trained(options: 'Pretrain', chat: bool = False) -> None:
-  """Runs it, its conversations made ready first."""
-  import signal
-
-  from jaxlm import hosts
-  from jaxlm.console import Training, reading, summary_shown, terminable
-  from jaxlm.loops import pretrain, tuning
-
-  with hosts.joined(options.watch.step_timeout):
-    line, first, many = devices_line(), hosts.first(), hosts.count() > 1
-    if first:
-      print(line, flush=True)
-    if chat:
-      with reading() as on_progress:
-        options, summary = tuning.prepared(options, lambda line: print(line) if first else None, on_progress)
-      if summary and first:
-        summary_shown(summary)
-      _check(options.data.path, show=first)
-    options = pretrain.counted(options)
-    signals = (signal.SIGINT,) if many else ()  # a process that left alone would leave the others waiting
-    with terminable(*signals) as asked, Training(options.steps, quiet=not first) as shown:
-      pretrain.pretrain(options, say=shown.say, on_step=shown.step, stop=hosts.agreed(asked))
-
-
-def _check(path: str, *, show: bool) -> None:
-  """Raises InputError for a prepared folder with a document that cannot be learnt as it is, which is shown."""
-  from jaxlm import inspector
-  from jaxlm.console import rows_shown
-  from jaxlm.data import prepared
-
-  if found := inspector.faulty(prepared.load(path)):
-    if show:
-      rows_shown(dict([found]))
-    raise InputError(f'{path}: {found[0]}')
-
-
-def _sft(args: Sequence[str]) -> None:
-  from jaxlm import arguments, config
-
-  default, args = _config(args, config.SFT)
-  _trained(arguments.parse(config.Pretrain, args, 'sft', default), chat=True)
-
-
 def _eval(args: Sequence[str]) -> None:
   from jaxlm import arguments
 
@@ -296,6 +196,8 @@ def _eval(args: Sequence[str]) -> None:
   print(devices_line(), file=sys.stderr, flush=True)
   if options.tasks:
     _tasks(options)
+    return
+  if stages.judged(options):
     return
   found = perplexity.evaluate(
     options.run, options.data, batch=options.batch, seq_len=options.seq_len, baselines=options.baselines
@@ -495,8 +397,10 @@ VERBS: dict[str, Callable[[Sequence[str]], int | None]] = {
   'tokenizer': _tokenizer,
   'prepare': _prepare,
   'inspect': _inspect,
-  'pretrain': _pretrain,
-  'sft': _sft,
+  'pretrain': stages.pretrain,
+  'sft': stages.sft,
+  'reward': stages.reward,
+  'preference': stages.preference,
   'eval': _eval,
   'generate': _generate,
   'chat': _chat,

@@ -173,6 +173,43 @@ class Watch:
 
 
 @dataclasses.dataclass(frozen=True)
+class Preference:
+  """Learning from preferences, where a stage says so: data.path is then a folder of `jaxlm prepare --preference`."""
+
+  stage: Literal['none', 'preference', 'reward'] = 'none'
+  loss: Literal['dpo', 'ipo', 'kto', 'orpo', 'simpo', 'cpo'] = 'dpo'  # see `jaxlm.losses.preference`
+  beta: float = 0.1  # how near the model is held to its reference; simpo wants 2 to 10; the weight of orpo's odds
+  label_smoothing: float = 0.0  # the share of labels thought to be wrong (dpo, simpo, cpo)
+  gamma: float = 0.5  # simpo: the margin that is asked for
+  sft: float = 1.0  # orpo, cpo: weight of the chosen answers' own likelihood
+  desirable_weight: float = 1.0  # kto: of good answers,
+  undesirable_weight: float = 1.0  # and of others
+  # adapters: the model without them, in the step; cached: computed once, kept in the run; none: dpo without a reference
+  reference: Literal['auto', 'adapters', 'cached', 'none'] = 'auto'
+  center: float = 0.01  # reward: weight of what keeps scores near 0
+  margin: float = 1.0  # reward: times the margins that rows say, which scores are to keep
+  folds: int = 0  # reward: cross-validate over so many parts of all rows first; 0: not
+  fold: int = -1  # the part that is held out, of a run that is one of these
+
+  def __post_init__(self):
+    within('(0, inf)', 'preference', beta=self.beta)
+    within('[0, 0.5)', 'preference', label_smoothing=self.label_smoothing)
+    weights = ('gamma', 'sft', 'desirable_weight', 'undesirable_weight', 'center', 'margin')
+    within('[0, inf)', 'preference', **{name: getattr(self, name) for name in weights})
+    at_least(0, 'preference', folds=self.folds)
+    at_least(-1, 'preference', fold=self.fold)
+    if self.folds == 1 or self.fold >= max(1, self.folds) or (self.folds and self.stage != 'reward'):
+      raise InputError(f'preference.folds={self.folds}, fold={self.fold}: two or more parts, of a reward model')
+    if self.reference == 'none' and self.stage == 'preference' and self.loss in ('ipo', 'kto'):
+      raise InputError(f'preference.reference=none: {self.loss} needs one')
+
+  @property
+  def compared(self) -> bool:
+    """Whether the loss reads log-probabilities of a reference."""
+    return self.stage == 'preference' and self.loss in ('dpo', 'ipo', 'kto') and self.reference != 'none'
+
+
+@dataclasses.dataclass(frozen=True)
 class Pretrain:
   """A pre-training run."""
 
@@ -194,6 +231,7 @@ class Pretrain:
   router_z_loss: float = 0.001  # models with experts: weight of what keeps their routers' logits small
   seed: int = 0
   profile: str = ''  # 'A:B': a trace of these steps into the run's folder, for TensorBoard or Perfetto
+  preference: Preference = Preference()
 
   def __post_init__(self):
     at_least(1, steps=self.steps)
@@ -202,10 +240,21 @@ class Pretrain:
     within('[-9e18, 9e18]', seed=self.seed)  # 64 bits
     if self.trainable and self.lora.rank:
       raise InputError(f'trainable={self.trainable!r}: with lora.rank the adapters learn, and they alone')
+    bare = not self.lora.rank or self.lora.also
+    if self.preference.stage == 'preference' and self.preference.reference == 'adapters' and bare:
+      raise InputError('preference.reference=adapters: needs lora.rank, and no lora.also: set cached')
     if self.profile and not self.profiled:
       raise InputError(f"profile={self.profile!r} is not 'A:B', two steps with A below B")
     if self.profiled and self.profiled[1] > self.steps:
       raise InputError(f'profile={self.profile!r} goes beyond the {self.steps} steps of the run')
+
+  @property
+  def reference(self) -> Literal['none', 'adapters', 'cached']:
+    """Where the reference's log-probabilities come from."""
+    if not self.preference.compared:
+      return 'none'
+    asked, bare = self.preference.reference, not self.lora.rank or self.lora.also
+    return 'adapters' if asked == 'adapters' or (asked == 'auto' and not bare) else 'cached'
 
   @property
   def profiled(self) -> tuple[int, int] | None:
@@ -222,6 +271,20 @@ SFT = Pretrain(
   watch=Watch(log_every=5, eval_every=100, save_every=100, prompts=()),
   epochs=1.0,
 )  # what `jaxlm sft` begins with
+
+PREFERENCE = dataclasses.replace(
+  SFT,
+  run='runs/preference',
+  data=Data(seq_len=1024, packing='best_fit', global_batch=8),
+  optim=Optim(lr=5e-5, warmup_steps=10, weight_decay=0.0, final_ratio=0.0),
+  preference=Preference(stage='preference'),
+)  # what `jaxlm preference` begins with
+REWARD = dataclasses.replace(
+  PREFERENCE,
+  run='runs/reward',
+  optim=Optim(lr=1e-4, warmup_steps=10, weight_decay=0.0, final_ratio=0.0),
+  preference=Preference(stage='reward'),
+)  # and `jaxlm reward`
 
 
 def load(path: str) -> Any:

@@ -29,6 +29,12 @@ if TYPE_CHECKING:
 
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal to draw a bar on
 
+SHOWN = {  # of metrics that some stages have: what they are called in a line
+  'train/bits_per_byte': ('bpb', '.3f'),
+  'train/rewards/accuracies': ('right', '.0%'),
+  'train/rewards/margins': ('margin', '.3f'),
+}
+
 
 def clock(seconds: float) -> str:
   """Seconds as 1:02:03 or 2:03."""
@@ -56,7 +62,7 @@ def figures(row: dict[str, float]) -> str:
   """A row of training metrics in one line."""
   shown = [
     f'loss {row["train/loss"]:.3f}',
-    f'bpb {row["train/bits_per_byte"]:.3f}',
+    *(f'{short} {row[name]:{form}}' for name, (short, form) in SHOWN.items() if name in row),
     f'grad {row["train/grad_norm"]:.2f}',
     f'lr {row["train/lr"]:.1e}',
     f'{row["perf/tokens_per_s"]:,.0f} tok/s',

@@ -12,6 +12,7 @@ from jaxlm.config import Pretrain
 from jaxlm.data import faults
 from jaxlm.data import packing as packings
 from jaxlm.data.packing import Packing
+from jaxlm.data.pairs import PairRows
 from jaxlm.data.prepared import MARKER, Prepared, Tokens
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import InputError
@@ -54,7 +55,9 @@ def inspect(folder: Prepared, split: str, seq_len: int, packing: Packing | None,
   """
   tokens, tokenizer = folder.split(split), folder.tokenizer
   packing = packing or ('best_fit' if folder.summary.chat else 'concat')
-  rows = packings.rows(packing, tokens, seq_len, tokenizer)
+  paired = folder.summary.preference == 'pairs'
+  rows = PairRows(tokens, seq_len, tokenizer) if paired else packings.rows(packing, tokens, seq_len, tokenizer)
+  packing = 'best_fit' if paired else packing
   if not len(rows):
     raise InputError(f'{folder.path}: no row in {split!r}')
   wrong = faulty(folder, split)
@@ -132,7 +135,11 @@ def spelled(tokens: Sequence[Token], tokenizer: Tokenizer) -> list[Token]:
 
 
 def _figures(
-  folder: Prepared, split: str, rows: packings.Rows | packings.BestFitRows, packing: Packing, lengths: np.ndarray
+  folder: Prepared,
+  split: str,
+  rows: packings.Rows | packings.BestFitRows | PairRows,
+  packing: Packing,
+  lengths: np.ndarray,
 ) -> dict[str, str]:
   summary, seq_len = folder.summary, rows.seq_len
   count, chat = summary.splits[split], summary.chat
@@ -142,6 +149,8 @@ def _figures(
     'lengths': f'{lengths.min():,} to {lengths.max():,} tokens, half of them up to {int(np.median(lengths)):,}, '
     f'{int((lengths > seq_len + 1).sum()):,} longer than a row',
   }
+  if isinstance(rows, PairRows):
+    found['pairs'] = f'{rows.count:,}, of which {rows.dropped:,} are longer than a row and left out'
   learned = sum(chat['learned'][split].values()) if chat else count.tokens - count.documents
   found['loss'] = f'{learned:,} tokens, {learned / max(count.tokens, 1):.1%}'
   if chat:

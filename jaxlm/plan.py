@@ -17,7 +17,6 @@ from jaxlm.errors import InputError
 from jaxlm.models.dispatch import WORST_CASE
 from jaxlm.program import GIB
 from jaxlm.topology import Topology
-from jaxlm.train import metrics
 
 
 class Plan(NamedTuple):
@@ -93,7 +92,7 @@ def _read(
   overlapped = known * sum(c.total for c in found if c.overlapped)
   dcn = known * sum(c.total for c in found if c.dcn and c.kind != 'send')  # what one sends another receives
   tokens = data.global_batch * data.seq_len
-  model_flops = metrics.flops_per_token(config.model, data.seq_len) * tokens / mesh.size
+  model_flops = program.flops_per_token(config) * tokens / mesh.size
   seconds = lambda some: (
     known
     * sum(

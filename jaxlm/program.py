@@ -1,5 +1,6 @@
 """The program of a run: the very step that `jaxlm pretrain` executes, built from a config and a mesh, with no data."""
 
+import dataclasses
 import importlib.util
 import math
 import re
@@ -13,11 +14,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm import lora, models, objectives, sharding, tree
-from jaxlm.config import Pretrain
+from jaxlm.config import Preference, Pretrain
 from jaxlm.data.batches import parse_ramp
 from jaxlm.errors import InputError
 from jaxlm.models import Run
-from jaxlm.train import optim, state, step
+from jaxlm.train import metrics, optim, state, step
 
 GIB = 2.0**30
 ADAPTERS = 0x10AA  # what is folded into a run's key for them
@@ -29,6 +30,7 @@ BATCH_DTYPES = {
   'positions': jnp.int32,
   'target_bytes': jnp.int32,
 }
+PREFERENCE_DTYPES = BATCH_DTYPES | {'labels': jnp.int32, 'margins': jnp.float32}  # and ref_logps, where they are cached
 # Collectives beside work rather than waited for: on TPUs the compiler leaves gradients' sums out unless asked.
 TPU_OPTIONS: dict[str, bool | str] = {
   'xla_tpu_enable_async_collective_fusion': True,
@@ -61,6 +63,7 @@ class Program(NamedTuple):
   held_out: Any  # the same of a batch to evaluate on, whose targets have groups
   schedule: Callable[[Any], Any]
   run: Run
+  answers: Callable[[Any, Any], Any] | None = None  # of preferences: (params, batch without ref_logps) -> their sums
 
 
 def build(config: Pretrain, mesh: Mesh, rules: sharding.Rules = sharding.RULES, *, groups: int = 1) -> Program:
@@ -126,16 +129,16 @@ def build(config: Pretrain, mesh: Mesh, rules: sharding.Rules = sharding.RULES, 
   sharding.check_replicated(named, shardings, mesh)
   place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
   abstract = jax.tree.map(place, jax.eval_shape(create), shardings)
-  shape = (config.data.global_batch, config.data.seq_len)
-  held_out = {name: jax.ShapeDtypeStruct(shape, t) for name, t in (BATCH_DTYPES | {'group': jnp.int32}).items()}
+  shape, dtypes = (config.data.global_batch, config.data.seq_len), _dtypes(config)
+  held_out = {name: jax.ShapeDtypeStruct(shape, t) for name, t in (dtypes | {'group': jnp.int32}).items()}
   held_out = jax.tree.map(place, held_out, sharding.batch_shardings(held_out, mesh, rules))
-  batch = {name: held_out[name] for name in BATCH_DTYPES}
+  batch = {name: held_out[name] for name in dtypes}
+  held_out = held_out if config.preference.stage == 'none' else batch
   layout = lambda tree_: jax.tree.map(lambda x: x.sharding, tree_)
   whole = NamedSharding(mesh, PartitionSpec())
 
-  weights = {'z_loss': config.z_loss, 'balance': config.balance_loss, 'router_z': config.router_z_loss}
-  loss_fn = objectives.next_token(cfg, run, **weights, chunks=compute.loss_chunks)
-  evaluate = objectives.by_group(cfg, run, groups=groups, chunks=compute.loss_chunks)
+  loss_fn, evaluate, answers = _objectives(config, run, groups)
+  bare = {name: spec for name, spec in batch.items() if name != 'ref_logps'}
   return Program(
     jax.jit(create, out_shardings=shardings),
     jax.jit(around, out_shardings=shardings, donate_argnums=0),
@@ -152,12 +155,50 @@ def build(config: Pretrain, mesh: Mesh, rules: sharding.Rules = sharding.RULES, 
     held_out,
     lr,
     run,
+    answers and jax.jit(answers, in_shardings=(shardings.params, layout(bare)), out_shardings=whole),
   )
 
 
+def _dtypes(config: Pretrain) -> dict[str, Any]:
+  """What a batch of the run holds."""
+  if config.preference.stage == 'none':
+    return BATCH_DTYPES
+  return PREFERENCE_DTYPES | ({'ref_logps': jnp.float32} if config.reference == 'cached' else {})
+
+
+def _objectives(config: Pretrain, run: Run, groups: int) -> tuple[Any, Any, Any]:
+  """The stage's loss, its evaluation, and of preferences what answers are worth (see `objectives.answers`)."""
+  cfg, chunks, how = config.model, config.compute.loss_chunks, config.preference
+  quiet = dataclasses.replace(run, dropout=0.0, embed_noise=0.0)
+  if how.stage == 'none':
+    weights = {'z_loss': config.z_loss, 'balance': config.balance_loss, 'router_z': config.router_z_loss}
+    loss_fn = objectives.next_token(cfg, run, **weights, chunks=chunks)
+    return loss_fn, objectives.by_group(cfg, run, groups=groups, chunks=chunks), None
+  if how.stage == 'reward':
+    make = lambda run: objectives.reward(cfg, run, center=how.center, margin=how.margin)
+  else:
+    names = ('loss', 'beta', 'label_smoothing', 'gamma', 'sft', 'desirable_weight', 'undesirable_weight')
+    values: Any = {name: getattr(how, name) for name in names} | {'reference': config.reference, 'chunks': chunks}
+    make = lambda run: objectives.preference(cfg, run, **values)
+  scored = how.stage == 'reward'
+  return make(run), objectives.whole(make(quiet)), objectives.answers(cfg, run, scored=scored, chunks=chunks)
+
+
+def flops_per_token(config: Pretrain) -> float:
+  """`metrics.flops_per_token` of the run's step: with a reference's forward pass, and of rewards without the head."""
+  flops = metrics.flops_per_token(config.model, config.data.seq_len)
+  if config.preference.stage == 'reward':
+    return flops - 6.0 * config.model.d_model * config.model.vocab_size
+  return flops * (4 / 3 if config.reference == 'adapters' else 1)
+
+
 def adapt(config: Pretrain, params: Any) -> Any:
-  """A model's parameters as the run trains them: with its adapters, the frozen matrices in as few bits as it says."""
-  how = config.lora
+  """A model's parameters as the run trains them: with its adapters, the frozen matrices in as few bits as it says.
+
+  A reward model has a value head, and nothing else has.
+  """
+  how, scored = config.lora, config.preference.stage == 'reward'
+  params = models.with_value(config.model, params) if scored else {k: x for k, x in params.items() if k != 'value'}
   if not how.rank:
     return params
   if how.bits != 'none':
@@ -176,7 +217,10 @@ def adapt(config: Pretrain, params: Any) -> Any:
 
 
 def trainable(config: Pretrain) -> tree.Where:
-  """The filter of what learns in a run."""
+  """The filter of what learns in a run; a value head always does."""
+  if config.preference.stage == 'reward' and (config.lora.rank or config.trainable):
+    bare = dataclasses.replace(config, preference=Preference())
+    return lambda path, leaf: path == 'value' or trainable(bare)(path, leaf)
   if config.lora.rank:
     also = tree.matching(*config.lora.also.split(',')) if config.lora.also else lambda path, leaf: False
     return lambda path, leaf: lora.is_adapter(path, leaf) or also(path, leaf)
@@ -267,6 +311,7 @@ def make_optimizer(config: Pretrain) -> optax.GradientTransformation:
   o = config.optim
   faster = (f'*/b={config.lora.b_lr}',) if config.lora.rank and config.lora.b_lr != 1.0 else ()
   only = config.trainable.split(',') if config.trainable else ()
+  only = [*only, 'value'] if only and config.preference.stage == 'reward' else only
   return optim.make(
     o.name,
     schedule(config),

@@ -19,6 +19,10 @@ Rows = Sequence[Mapping[str, Any]]
 CURVES = (
   ('Loss', 'nats a token', ('train/loss', 'eval/loss'), False),
   ('Compression', 'bits per byte', ('train/bits_per_byte', 'eval/bits_per_byte'), False),
+  ('Rewards', 'of answers', ('*/rewards/chosen', '*/rewards/rejected'), False),
+  ('Margins', 'chosen - rejected', ('train/rewards/margins', 'eval/rewards/margins'), False),
+  ('Told right', 'share of pairs', ('train/rewards/accuracies', 'eval/rewards/accuracies'), False),
+  ('Chosen answers', 'nats a token', ('train/nll', 'eval/nll'), False),
   ('By kind of text', 'held-out bits per byte', ('eval/*/bits_per_byte',), False),
   ('Gradient norm', 'before clipping', ('train/grad_norm',), True),
   ('Learning rate', '', ('train/lr',), False),
@@ -109,7 +113,7 @@ def _curves(rows: Rows, baselines: Mapping[str, float]) -> list[str]:
     axes = figure.subplots()
     for name, (steps, values) in drawn.items():
       marker = 'o' if name.startswith('eval') else ''
-      label = name.split('/')[1] if name.count('/') == 2 else name  # a kind's own name
+      label = name if name.count('/') != 2 or '/rewards/' in name else name.split('/')[1]  # a kind's own name
       axes.plot(steps, values, label=label, linewidth=1.0, marker=marker, markersize=3)
     if title == 'Compression':
       for i, (name, value) in enumerate(baselines.items()):
@@ -130,13 +134,14 @@ def _curves(rows: Rows, baselines: Mapping[str, float]) -> list[str]:
 def gained(rows: Rows) -> list[tuple[str, float, float, float]]:
   """(kind, perplexity before, after, the share that it changed by) of a run that began with a model; else []."""
   found = []
-  for name in dict.fromkeys(name for row in rows for name in row if fnmatchcase(name, 'eval/*loss')):
+  there = list(dict.fromkeys(name for row in rows for name in row))
+  patterns = ('eval/nll',) if any(name.startswith('eval/rewards/') for name in there) else ('eval/*loss',)
+  for name in (name for name in there if any(fnmatchcase(name, pattern) for pattern in patterns)):
     steps, values = series(rows, name)
     if len(steps) > 1 and steps[0] == 0:
       before, after = math.exp(values[0]), math.exp(values[-1])
-      found.append(
-        (name.removeprefix('eval/').removesuffix('loss').rstrip('/') or 'all', before, after, after / before - 1)
-      )
+      kind = name.removeprefix('eval/').removesuffix('loss').rstrip('/') or 'all'
+      found.append(('chosen answers' if kind == 'nll' else kind, before, after, after / before - 1))
   return found
 
 

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / 'jaxlm'
 
 # from the top down; a module may import its own layer and those below it
 LAYERS = (
-  ('cli', '__main__'),
+  ('cli', 'stages', '__main__'),
   ('quickstart',),
   ('report', 'evals', 'console', 'arguments', 'plan', 'hlo', 'topology', 'inspector', 'lessons', 'serve'),
   ('loops',),

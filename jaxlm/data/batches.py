@@ -5,7 +5,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -36,6 +36,12 @@ class Joined:
   def __len__(self) -> int:
     return int(self.bounds[-1])
 
+  @property
+  def fill(self) -> float:
+    """Share of the rows' places that hold a token."""
+    parts: list[Any] = self.parts
+    return sum(part.fill * len(part) for part in parts) / max(1, len(self))
+
   def __getitem__(self, row: int) -> dict[str, np.ndarray]:
     part = int(np.searchsorted(self.bounds, row, 'right')) - 1
     return self.parts[part][row - int(self.bounds[part])]
@@ -62,13 +68,13 @@ class Batches:
   ):
     import grain
 
-    self._rows = rows if isinstance(rows, Joined) else Joined([rows])
-    if not all(map(len, self._rows.parts)):
+    self.rows = rows if isinstance(rows, Joined) else Joined([rows])
+    if not all(map(len, self.rows.parts)):
       raise InputError('batches: the data holds no row: give more text')
     self.global_batch, self.mixture, self._ramp = global_batch, mixture or Mixture([(0, [1])]), tuple(ramp)
     self._orders = [
       grain.MapDataset.range(len(part)).seed((seed + number * SEED_STEP) % 2**32).shuffle().repeat()
-      for number, part in enumerate(self._rows.parts)
+      for number, part in enumerate(self.rows.parts)
     ]
 
   def size(self, cursor: int) -> int:
@@ -86,17 +92,17 @@ class Batches:
   def epochs(self, cursor: int) -> list[float]:
     """How often each source was read through before a batch."""
     drawn = self.mixture.drawn(self.first(cursor))
-    return [float(count) / len(part) for count, part in zip(drawn, self._rows.parts, strict=True)]
+    return [float(count) / len(part) for count, part in zip(drawn, self.rows.parts, strict=True)]
 
   def row_ids(self, cursor: int) -> np.ndarray:
     """int64 [rows]: which rows make up that batch, counted through all sources, without reading them."""
     first = self.first(cursor)
     draws = [self.mixture.draw(position) for position in range(first, first + self.size(cursor))]
-    return np.array([self._rows.bounds[source] + self._orders[source][draw] for source, draw in draws], np.int64)
+    return np.array([self.rows.bounds[source] + self._orders[source][draw] for source, draw in draws], np.int64)
 
   def __call__(self, cursor: int, rows: slice = slice(None)) -> Batch:
     """That batch, or some of its rows: no other one is read then."""
-    return stack([self._rows[int(row)] for row in self.row_ids(cursor)[rows]])
+    return stack([self.rows[int(row)] for row in self.row_ids(cursor)[rows]])
 
 
 def parse_ramp(ramp: Sequence[str], global_batch: int) -> list[tuple[int, int]]:

@@ -44,17 +44,23 @@ class Format(NamedTuple):
   """A format, in words, and what makes a conversation of a row of it."""
 
   name: str
-  read: Callable[[Row], Conversation]
+  read: Callable[[Row], Any]
 
 
-def parse_columns(given: Sequence[str]) -> dict[str, str]:
-  """('prompt=q,response=a',) as {'prompt': 'q', 'response': 'a'}. Raises InputError for other parts than PARTS."""
+def named_columns(given: Sequence[str], parts: Sequence[str]) -> dict[str, str]:
+  """('prompt=q,response=a',) as {'prompt': 'q', 'response': 'a'}. Raises InputError for other parts than these."""
   found = {}
   for one in ','.join(given).split(',') if given else ():
     part, equals, column = one.strip().partition('=')
-    if part not in PARTS or not equals or not column:
-      raise InputError(f'--columns {one.strip()!r} is not PART=COLUMN, PART being one of {", ".join(PARTS)}')
+    if part not in parts or not equals or not column:
+      raise InputError(f'--columns {one.strip()!r} is not PART=COLUMN, PART being one of {", ".join(parts)}')
     found[part] = column
+  return found
+
+
+def parse_columns(given: Sequence[str]) -> dict[str, str]:
+  """The columns of a conversation. Raises InputError for other parts than PARTS, and for those that are none."""
+  found = named_columns(given, PARTS)
   pair = 'prompt' in found and 'response' in found
   if found and sum([pair, 'messages' in found, 'conversations' in found]) != 1:
     raise InputError('--columns: name either messages, or conversations, or both prompt and response')
@@ -68,7 +74,7 @@ def guess(there: Sequence[str], columns: Mapping[str, str] | None = None) -> For
   """
   named = dict(columns or {})
   if missing := [name for name in named.values() if name not in there and name != named.get('system')]:
-    raise InputError(f'no column "{missing[0]}"; the columns are {_listed(there)}')
+    raise InputError(f'no column "{missing[0]}"; the columns are {listed(there)}')
   if not named:
     if 'messages' in there:
       named = {'messages': 'messages'}
@@ -78,28 +84,33 @@ def guess(there: Sequence[str], columns: Mapping[str, str] | None = None) -> For
       return Format('Alpaca (instruction, input, output)', _alpaca)
     elif preference := PREFERENCE & set(there):
       raise InputError(
-        f'the column "{min(preference)}" makes these preference rows; to learn one of their columns all the same, '
-        f'name it with --columns prompt=...,response=...; the columns are {_listed(there)}'
+        f'the column "{min(preference)}" makes these preference rows: prepare them with --preference; to learn '
+        f'one of their columns all the same, name it with --columns prompt=...,response=...; the columns are '
+        f'{listed(there)}'
       )
     else:
-      pair = next((pair for pair in PAIRS if set(pair) <= set(there)), None)
-      if pair is None:
+      two = next((two for two in PAIRS if set(two) <= set(there)), None)
+      if two is None:
         raise InputError(
-          f'no known format has the columns {_listed(there)}: name two with --columns prompt=...,response=...'
+          f'no known format has the columns {listed(there)}: name two with --columns prompt=...,response=...'
         )
-      named = dict(zip(('prompt', 'response'), pair, strict=True))
+      named = dict(zip(('prompt', 'response'), two, strict=True))
   shown = ', '.join(name if part == name else f'{part}={name}' for part, name in named.items())
   named = {'system': 'system', 'tools': 'tools'} | named
   if 'messages' in named or 'conversations' in named:
-    return Format(f'messages ({shown})', lambda row: _messages(row, named))
-  return Format(f'prompt and response ({shown})', lambda row: _pair(row, named))
+    return Format(f'messages ({shown})', lambda row: whole(row, named))
+  return Format(f'prompt and response ({shown})', lambda row: pair(row, named))
 
 
 class Reader:
-  """Makes documents of rows: the text is the conversation's JSON. `formats` says what was guessed: {kind: format}."""
+  """Makes documents of rows: the text is the conversation's JSON. `formats` says what was guessed: {kind: format}.
 
-  def __init__(self, columns: Mapping[str, str] | None = None):
+  `guessing` and `checking` are `guess` and `checked`, or those of rows that hold more than a conversation.
+  """
+
+  def __init__(self, columns: Mapping[str, str] | None = None, guessing: Any = None, checking: Any = None):
     self.columns, self.formats = columns, dict[str, str]()
+    self._guess, self._check = guessing or guess, checking or checked
     self._of: dict[str, Format] = {}
 
   def __call__(self, row: Row, file: File, number: int) -> Document:
@@ -107,10 +118,10 @@ class Reader:
     try:
       path = str(file.path)
       if path not in self._of:
-        self._of[path] = guess(list(row), self.columns)
+        self._of[path] = self._guess(list(row), self.columns)
       form = self._of[path]
       self.formats.setdefault(file.kind, form.name)
-      text = checked(form.read(row)).to_json()
+      text = self._check(form.read(row)).to_json()
     except InputError as error:
       raise InputError(f'{where}: {error}') from error
     if re.search('[\ud800-\udfff]', text):
@@ -169,7 +180,8 @@ def _call(call: Any, where: str) -> dict[str, Any]:
   return {**call, 'function': made} if 'function' in call else {'type': 'function', 'function': made}
 
 
-def _messages(row: Row, named: Mapping[str, str]) -> Conversation:
+def whole(row: Row, named: Mapping[str, str]) -> Conversation:
+  """A conversation in one column, `named` as messages or conversations."""
   column = named.get('messages') or named['conversations']
   messages = [_share(one) for one in _list(row.get(column), f'"{column}"')]
   return _with_system(row, named, messages)
@@ -182,7 +194,8 @@ def _share(message: Any) -> Any:
   return message
 
 
-def _pair(row: Row, named: Mapping[str, str]) -> Conversation:
+def pair(row: Row, named: Mapping[str, str]) -> Conversation:
+  """One whose prompt and response are texts, or lists of messages, in two columns."""
   sides = []
   for part, role in (('prompt', 'user'), ('response', 'assistant')):
     value, column = row.get(named[part]), named[part]
@@ -234,5 +247,6 @@ def _short(value: Any) -> str:
   return json.dumps(value, default=str, ensure_ascii=False)[:60]
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+  """Columns, in words."""
   return ', '.join(names) or 'none'

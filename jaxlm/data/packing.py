@@ -36,12 +36,12 @@ def pack(
   index = np.arange(n)
   mask = ~begins[1:] if learned is None else ~begins[1:] & learned[1:]
   return {
-    'tokens': _padded(tokens[:n], seq_len, np.int32, pad_id),
-    'targets': _padded(tokens[1:], seq_len, np.int32, pad_id),
-    'loss_mask': _padded(mask, seq_len, np.float32),
-    'segment_ids': _padded(np.cumsum(starts), seq_len, np.int32),
-    'positions': _padded(index - np.maximum.accumulate(np.where(starts, index, 0)), seq_len, np.int32),
-    'target_bytes': _padded(token_bytes[tokens[1:]] * mask, seq_len, np.int32),
+    'tokens': padded(tokens[:n], seq_len, np.int32, pad_id),
+    'targets': padded(tokens[1:], seq_len, np.int32, pad_id),
+    'loss_mask': padded(mask, seq_len, np.float32),
+    'segment_ids': padded(np.cumsum(starts), seq_len, np.int32),
+    'positions': padded(index - np.maximum.accumulate(np.where(starts, index, 0)), seq_len, np.int32),
+    'target_bytes': padded(token_bytes[tokens[1:]] * mask, seq_len, np.int32),
   }
 
 
@@ -72,7 +72,7 @@ class Rows:
     learned = self.tokens.learned(start, stop)
     packed = pack(*self.tokens.read(start, stop), self.seq_len, self.pad_id, self._token_bytes, learned)
     if self._groups is not None:
-      packed['group'] = _padded(self._groups[self.tokens.groups(start + 1, stop)], self.seq_len, np.int32)
+      packed['group'] = padded(self._groups[self.tokens.groups(start + 1, stop)], self.seq_len, np.int32)
     return packed
 
 
@@ -104,13 +104,18 @@ class BestFitRows:
       tokens, _ = self.tokens.read(start, start + length + 1)
       learned = self.tokens.learned(start, start + length + 1)
       parts.append(pack(tokens, np.zeros(length + 1, np.bool_), length, self.pad_id, self._token_bytes, learned))
-    for number, part in enumerate(parts, 1):
-      part['segment_ids'][:] = number
-    fills = {'tokens': self.pad_id, 'targets': self.pad_id}
-    return {
-      name: _padded(np.concatenate([part[name] for part in parts]), self.seq_len, value.dtype.type, fills.get(name, 0))
-      for name, value in parts[0].items()
-    }
+    return joined(parts, self.seq_len, self.pad_id)
+
+
+def joined(parts: Sequence[Row], seq_len: int, pad_id: int) -> Row:
+  """Rows of one segment each as the segments 1, 2, ... of one row."""
+  for number, part in enumerate(parts, 1):
+    part['segment_ids'][:] = number
+  fills = {'tokens': pad_id, 'targets': pad_id}
+  return {
+    name: padded(np.concatenate([part[name] for part in parts]), seq_len, value.dtype.type, fills.get(name, 0))
+    for name, value in parts[0].items()
+  }
 
 
 def rows(packing: Packing, tokens: Tokens, seq_len: int, tokenizer: Tokenizer) -> Rows | BestFitRows:
@@ -125,6 +130,8 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
   that the cost is that of the distinct lengths and not of their pairs. The rows depend on the lengths alone.
   """
   row = np.zeros(len(lengths), np.int64)
+  if not len(row):
+    return row
   room: dict[int, list[int]] = {}  # free places -> the rows that have so many
   made = 0
   by_length = np.argsort(-lengths, kind='stable')
@@ -157,7 +164,8 @@ def _pieces(starts: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
   return np.repeat(starts[:-1], counts) + index * seq_len, lengths
 
 
-def _padded(values: np.ndarray, length: int, dtype: type, fill: int = 0) -> np.ndarray:
+def padded(values: np.ndarray, length: int, dtype: type, fill: int = 0) -> np.ndarray:
+  """`values` at the beginning of an array of that length."""
   out = np.full(length, fill, dtype)
   out[: len(values)] = values
   return out

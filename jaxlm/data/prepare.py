@@ -4,11 +4,10 @@ A prepared folder holds `records/` (the data set: at most 4096 tokens a record),
 `SPLIT.begins.npy` and `SPLIT.groups.npy` (each record's kind and source), `tokenizer.json`, `quarantine.jsonl` where
 bad records were left out, and `prepared.json`, written last: without it the folder does not count. `beam` makes the
 same folder, byte for byte, with many machines. Of conversations (`Chat`) it holds `SPLIT.learned.npy` (a bit a token)
-and `chat_template.jinja` too.
+and `chat_template.jinja` too, of preferences `SPLIT.labels.npy` and `SPLIT.margins.npy` (one a document) besides.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import tempfile
@@ -21,49 +20,22 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from jaxlm import files
-from jaxlm.data import choice, conversations, records, sources, turns
+from jaxlm.data import choice, records, sources
 from jaxlm.data.choice import SPLITS, Choice, Quarantine, Rules
-from jaxlm.data.prepared import LEARNED, MARKER, TEMPLATE, VERSION, Count, Summary, read_summary
+from jaxlm.data.prepared import ANSWERS, LEARNED, MARKER, TEMPLATE, VERSION, Count, Summary, read_summary
 from jaxlm.data.prepared import load as load
 from jaxlm.data.quality import Thresholds
 from jaxlm.data.sources import Document, File
+from jaxlm.data.talks import LONG, Talks
+from jaxlm.data.talks import Chat as Chat
+from jaxlm.data.talks import chat_of as chat_of
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import InputError, within
 from jaxlm.files import write_whole
 
 QUARANTINE = 'quarantine.jsonl'
-TALKS = 256  # conversations that are written together
-
-LONG = 'too long'  # conversations of which not even the first turn of the assistant fits
 
 Progress = Callable[[int, int], None]
-
-
-class Chat(NamedTuple):
-  """How conversations become tokens: the template's text, what is learned of them, the most tokens of one.
-
-  `columns` say which are the conversation's, where that is not to be guessed (see `conversations.parse_columns`).
-  """
-
-  template: str
-  learn: turns.Learn = 'assistant'
-  max_len: int | None = None
-  columns: Mapping[str, str] | None = None
-
-
-def chat_of(
-  asked: str | None,
-  own: str | None,
-  tokenizer: Tokenizer,
-  columns: Sequence[str] = (),
-  *,
-  learn: turns.Learn = 'assistant',
-  max_len: int | None = None,
-) -> tuple[str, Tokenizer, Chat]:
-  """The name of the template that was asked for (see `turns.choose`), the tokenizer with its control tokens, a Chat."""
-  name, template = turns.choose(asked, own)
-  named = conversations.parse_columns(columns) or None
-  return name, tokenizer.with_controls(turns.BUILT_IN.get(name, ())), Chat(template, learn, max_len, named)
 
 
 class Job(NamedTuple):
@@ -120,7 +92,7 @@ def job(
   if rules.quality:  # named where it is on, so that what was prepared before there was one stays as it is
     options['quality'] = dataclasses.asdict(rules.quality)
   if chat:
-    options['chat'] = chat._asdict()
+    options['chat'] = chat.asked()
   inputs = _inputs(found, options)
   return Job(specs, tokenizer, epath.Path(out), found, weights, val_fraction, max_bad, rules, inputs, chat)
 
@@ -147,7 +119,8 @@ def prepare(
   otherwise; nothing is left out for them. With `chat` the sources hold rows of conversations, each becomes what its
   template makes of it (see `turns.encode`), longer ones lose turns, and `Summary.chat` has the template's digest,
   'learn', the 'end' ids of a turn, 'formats' by kind, tokens 'learned' by split and kind, conversations 'truncated' by
-  kind. With few documents 'validation' may stay empty. A folder that was finished
+  kind; rows of preferences become a document an answer, all in one split, and 'preference' is 'pairs' or 'labels'.
+  With few documents 'validation' may stay empty. A folder that was finished
   with the same files (size and time), tokenizer and options is left as it is; anything else is started over.
   `on_progress(done, total)` gets bytes of the input files. Up to `max_bad` bad records are left out and listed in
   `quarantine.jsonl`, with file, line and reason. Raises InputError as `sources.documents` does, at one bad record too
@@ -163,16 +136,17 @@ def prepare(
     _look_through(this)
   with workplace(this.out) as folder:
     bad = Quarantine(folder / QUARANTINE, max_bad)
-    writer = records.Writer(folder / 'records', records.dtype_for(tokenizer), masked=chat is not None)
-    talks = _Talks(this, bad) if chat else None
+    has = {'masked': chat is not None, 'labelled': bool(chat and chat.preference)}
+    writer = records.Writer(folder / 'records', records.dtype_for(tokenizer), **has)
+    talks = Talks(chat, tokenizer, bad) if chat else None
     kept = chosen.kept(_reported(this.files, on_progress, bad, talks.make if talks else None))
     if talks:
-      for pieces, masks in talks.encoded(kept):
-        writer.add(pieces, masks)
+      for some in talks.encoded(kept):
+        writer.add(*some)
     else:
       for pieces in records.encoded(kept, tokenizer):
         writer.add(pieces)
-    groups, dropped = list(writer.groups.numbers), chosen.dropped | ({LONG: talks.too_long} if talks else {})
+    groups, dropped = list(writer.groups.numbers), chosen.dropped | (talks.dropped if talks else {})
     contents = writer.index.contents(writer.dtype, groups)
     said = talks.said(writer) if talks else None
     made = Made(groups, writer.by_group, dropped | {'bad': bad.counts}, contents, said)
@@ -181,57 +155,6 @@ def prepare(
     if chat:
       (folder / TEMPLATE).write_text(chat.template)
     return seal_up(this, folder, made)
-
-
-class _Talks:
-  """Conversations on their way to tokens, and what is counted of them."""
-
-  def __init__(self, this: Job, bad: Quarantine):
-    assert this.chat
-    self.chat, self.tokenizer, self.bad = this.chat, this.tokenizer, bad
-    self.make = conversations.Reader(this.chat.columns)
-    self.too_long, self.truncated = Counter[str](), Counter[str]()
-
-  def encoded(self, kept: Iterator[choice.Kept]) -> Iterator[tuple[list[tuple[records.Piece, Any]], list[Any]]]:
-    """The conversations' pieces with their ids, and their masks, some at a time."""
-    pieces, masks = [], []
-    for one in kept:
-      found = self._encoded(one.document)
-      if found:
-        text = self.tokenizer.decode(found.ids.tolist())
-        pieces.append((records.Piece(one, text, True, True), found.ids))
-        masks.append(found.learned)
-      if len(pieces) == TALKS:
-        yield pieces, masks
-        pieces, masks = [], []
-    yield pieces, masks
-
-  def _encoded(self, document: Document) -> turns.Encoded | None:
-    talk = conversations.Conversation.from_json(document.text)
-    try:
-      found = turns.encode(self.chat.template, talk, self.tokenizer, self.chat.learn, self.chat.max_len)
-    except InputError as error:
-      self.bad.of(document.kind)(InputError(f'{document.where}: {error}'))
-      return None
-    self.too_long[document.kind] += not found
-    self.truncated[document.kind] += bool(found and found.dropped)
-    return found
-
-  def said(self, writer: records.Writer) -> dict[str, Any]:
-    """`Summary.chat`."""
-    learned: dict[str, dict[str, int]] = {}
-    for split, counts in writer.learned.items():
-      of = learned.setdefault(split, {})
-      for (kind, _), number in writer.groups.numbers.items():
-        of[kind] = of.get(kind, 0) + counts[number]
-    return {
-      'template': hashlib.sha256(self.chat.template.encode()).hexdigest(),
-      'learn': self.chat.learn,
-      'end': turns.end_ids(self.chat.template, self.tokenizer),
-      'formats': self.make.formats,
-      'learned': learned,
-      'truncated': dict(self.truncated),
-    }
 
 
 def finished(this: Job) -> Summary | None:
@@ -316,7 +239,7 @@ def training_texts(
 def _look_through(this: Job) -> None:
   """Raises what preparing would raise for bad records and for splits, as far as near-duplicates do not matter."""
   looking = Choice(this.val_fraction, this.rules._replace(near=None))
-  make = conversations.Reader(this.chat.columns) if this.chat else None
+  make = this.chat.reader() if this.chat else None
   documents = _reported(this.files, None, Quarantine(None, this.max_bad), make)
   splits = Counter(kept.split for kept in looking.kept(documents))
   _need_training(this.specs, splits, looking.dropped)
@@ -353,7 +276,11 @@ def _inputs(found: list[File], options: dict[str, Any]) -> dict[str, Any]:
 
 def _ours(out: epath.Path) -> list[epath.Path]:
   """The files of a preparation that are there, marker and tokenizer left out."""
-  names = [QUARANTINE, TEMPLATE, *(f'{split}.{kind}.npy' for split in SPLITS for kind in (*records.INDEX, LEARNED))]
+  names = [
+    QUARANTINE,
+    TEMPLATE,
+    *(f'{split}.{kind}.npy' for split in SPLITS for kind in (*records.INDEX, LEARNED, *ANSWERS)),
+  ]
   found = [out / name for name in names if (out / name).exists()]
   if (out / 'records').exists():
     patterns = ('tokens-*', 'dataset_info.json', 'features.json')
@@ -371,6 +298,8 @@ def _need_training(specs: Sequence[str], counts: Mapping[str, int], dropped: Map
   if not sum(counts.values()):
     if poor := sum(dropped.get(choice.POOR, {}).values()):
       raise InputError(f'{" ".join(specs)}: no document is left, {poor} have a fault: prepare it without --quality')
+    if long := sum(dropped.get(LONG, {}).values()):
+      raise InputError(f'{" ".join(specs)}: no row is left, {long} are longer than max_len (a run: than data.seq_len)')
     raise sources.no_text(specs)
   if not counts['train']:
     raise InputError(

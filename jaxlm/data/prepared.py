@@ -19,6 +19,7 @@ from jaxlm.errors import InputError
 VERSION = 4  # of the layout; raise it when a folder prepared before can't be read any more
 MARKER = 'prepared.json'
 LEARNED = 'learned'  # SPLIT.learned.npy: np.packbits of one bit a token; where there is none, all are learned
+ANSWERS = {'labels': '?', 'margins': '<f4'}  # of preferences, SPLIT.NAME.npy: one a document
 TEMPLATE = 'chat_template.jinja'
 
 
@@ -57,6 +58,16 @@ class Summary:
     """The fields that are written."""
     return {name: value for name, value in dataclasses.asdict(self).items() if name != 'chat' or value}
 
+  @property
+  def preference(self) -> str | None:
+    """'pairs' (two documents a row, the better answer first) or 'labels' (one), where rows are preferences."""
+    return (self.chat or {}).get('preference')
+
+  @property
+  def answers(self) -> int:
+    """Documents that a row became."""
+    return 2 if self.preference == 'pairs' else 1
+
   def kinds(self, split: str) -> dict[str, Count]:
     """What a split holds of each kind, in the order in which the kinds were met."""
     found: dict[str, Count] = {}
@@ -67,13 +78,13 @@ class Summary:
     return found
 
   def read(self) -> dict[str, dict[str, int]]:
-    """Documents by kind: how many were 'read', how many left out for each reason, how many 'kept'."""
+    """Rows by kind: how many were 'read', how many left out for each reason, how many 'kept'."""
     kept = [{kind: count.documents for kind, count in self.kinds(split).items()} for split in self.splits]
     kinds = dict.fromkeys(kind for counts in (*kept, *self.dropped.values()) for kind in counts)
     found = {}
     for kind in kinds:
       left_out = {why: counts.get(kind, 0) for why, counts in self.dropped.items()}
-      stays = sum(counts.get(kind, 0) for counts in kept)
+      stays = sum(counts.get(kind, 0) for counts in kept) // self.answers
       found[kind] = {'read': stays + sum(left_out.values()), **left_out, 'kept': stays}
     return found
 
@@ -185,12 +196,15 @@ class Tokens:
     self._places = self._offsets[:-1]  # of the records among the bits
     learned = path / f'{split}.{LEARNED}.npy'
     there = f'{split}.{LEARNED}.npy' in summary.files
+    self._answers = {name: path / f'{split}.{name}.npy' for name in ANSWERS if f'{split}.{name}.npy' in summary.files}
+    self.numbers = np.arange(int(self._begins.sum()))  # of the documents among those of the split
     self._learned: np.ndarray | None = np.load(os.fspath(learned), mmap_mode='r') if there else None
     self._numbers: np.ndarray | None = None  # of the records, where they are not all
     self.bytes = summary.splits[split].bytes
     if kind is not None:
       wanted = [number for number, group in enumerate(summary.groups) if group[0] == kind]
-      self._numbers = np.flatnonzero(np.isin(self._groups, wanted))
+      picked = np.isin(self._groups, wanted)
+      self._numbers, self.numbers = np.flatnonzero(picked), np.flatnonzero(picked[self._begins])
       self._begins, self._groups = self._begins[self._numbers], self._groups[self._numbers]
       self._places = self._places[self._numbers]
       self._offsets = np.concatenate([[0], np.cumsum(np.diff(self._offsets)[self._numbers])])
@@ -222,6 +236,16 @@ class Tokens:
     places = np.asarray(self._places[first:last])
     bits = [_bits(self._learned, place, n) for place, n in zip(places, np.diff(offsets), strict=True)]
     return np.concatenate(bits)[start - offsets[0] : stop - offsets[0]]
+
+  def answers(self) -> tuple[np.ndarray, np.ndarray]:
+    """(labels bool, margins float32), one a document: which are the better or good ones, and by how much.
+
+    Raises InputError where rows were no preferences.
+    """
+    if not self._answers:
+      raise InputError(f'{self._path}: holds no preferences: prepare them with `jaxlm prepare --preference`')
+    labels, margins = (np.load(os.fspath(self._answers[name])) for name in ANSWERS)
+    return labels[self.numbers], margins[self.numbers]
 
   def groups(self, start: int, stop: int) -> np.ndarray:
     """int32: the group (kind and source, see `Summary.groups`) of each token at [start, stop), cut at the end."""

@@ -14,7 +14,7 @@ from etils import epath
 
 from jaxlm.data import datasets
 from jaxlm.data.choice import SPLITS, Kept
-from jaxlm.data.prepared import LEARNED, VERSION, Count
+from jaxlm.data.prepared import ANSWERS, LEARNED, VERSION, Count
 from jaxlm.data.sources import Document
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import InputError
@@ -253,6 +253,7 @@ class Index:
     self.groups = {split: array('H') for split in SPLITS}
     self.tokens = {split: hashlib.sha256() for split in SPLITS}
     self.learned: dict[str, Bits] | None = None  # which tokens are, where not all are
+    self.answers: dict[str, dict[str, array]] | None = None  # by split the arrays of ANSWERS, of preferences
 
   def add(self, split: str, length: int, begins: bool, group: int) -> None:
     self.lengths[split].append(length)
@@ -271,6 +272,9 @@ class Index:
       if self.learned:
         with (folder / f'{split}.{LEARNED}.npy').open('wb') as file:
           np.save(file, self.learned[split].packed(), allow_pickle=False)
+      for name, values in self.answers[split].items() if self.answers else ():
+        with (folder / f'{split}.{name}.npy').open('wb') as file:
+          np.save(file, np.asarray(values).astype(ANSWERS[name]), allow_pickle=False)
 
   def contents(self, dtype: np.dtype, groups: Sequence[Group]) -> str:
     """sha256 of the tokens (all of them were given to `tokens`), their type, the index and the groups' names."""
@@ -281,28 +285,42 @@ class Index:
         whole.update(bytes(values[split]))
       if self.learned:
         whole.update(self.learned[split].packed().tobytes())
+      for values in self.answers[split].values() if self.answers else ():
+        whole.update(bytes(values))
     return whole.hexdigest()
 
 
 class Writer:
   """Appends documents to the data set, and keeps what the index and the summary need.
 
-  With `masked`, pieces come with which of their tokens are learned; `learned` counts them by split and group.
+  With `masked`, pieces come with which of their tokens are learned; `learned` counts them by split and group. With
+  `labelled`, each is a document and comes with its label and its margin.
   """
 
-  def __init__(self, folder: epath.Path, dtype: np.dtype, masked: bool = False):
+  def __init__(self, folder: epath.Path, dtype: np.dtype, masked: bool = False, labelled: bool = False):
     self.dtype, self.groups, self.index = dtype, Groups(), Index()
     self.learned = {split: Counter[int]() for split in SPLITS}
     if masked:
       self.index.learned = {split: Bits() for split in SPLITS}
+    if labelled:
+      self.index.answers = {split: {'labels': array('b'), 'margins': array('f')} for split in SPLITS}
     self.by_group: dict[str, list[Count]] = {split: [] for split in SPLITS}
     self._data_set = DataSet(folder)
 
-  def add(self, pieces: Sequence[tuple[Piece, np.ndarray]], masks: Sequence[np.ndarray] = ()) -> None:
+  def add(
+    self,
+    pieces: Sequence[tuple[Piece, np.ndarray]],
+    masks: Sequence[np.ndarray] = (),
+    labels: Sequence[tuple[bool, float]] = (),
+  ) -> None:
     for (piece, _), mask in zip(pieces, masks, strict=False):
       self.learned[piece.kept.split][self.groups.of(piece.kept.document)] += int(mask.sum())
       if self.index.learned:
         self.index.learned[piece.kept.split].add(mask)
+    for (piece, _), label in zip(pieces, labels, strict=False):
+      if self.index.answers:
+        for value, values in zip(label, self.index.answers[piece.kept.split].values(), strict=True):
+          values.append(value)
     examples: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     for piece, ids in pieces:
       split, number, document = piece.kept

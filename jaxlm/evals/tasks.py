@@ -49,9 +49,9 @@ def examples(folder: Prepared, limit: int, *, longest: int | None = None) -> lis
   for kind in folder.summary.kinds('validation'):
     tokens = folder.split('validation', kind)
     starts = tokens.document_starts()
-    one = (
-      _example(kind, tokens, int(a), int(b), folder.tokenizer, chat) for a, b in zip(starts, starts[1:], strict=False)
-    )
+    wanted = tokens.answers()[0] if folder.summary.preference else np.ones(len(starts) - 1, np.bool_)
+    places = np.stack([starts[:-1], starts[1:]], 1)[wanted].tolist()  # of preferences the good answers
+    one = (_example(kind, tokens, a, b, folder.tokenizer, chat) for a, b in places)
     fitting = [e for e in one if e and (longest is None or len(e.prompt) <= longest)]
     picked = np.arange(min(limit, len(fitting))) * len(fitting) // max(1, min(limit, len(fitting)))
     found += [fitting[i] for i in picked]

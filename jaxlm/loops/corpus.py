@@ -12,6 +12,7 @@ from jaxlm.data import batches, mixture, packing, prepare
 from jaxlm.data.prepared import Prepared
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import InputError
+from jaxlm.loops import pairing
 
 Group = tuple[str, str]  # (kind, source)
 
@@ -77,15 +78,14 @@ class Training(NamedTuple):
 def training(corpus: Corpus, config: Pretrain) -> Training:
   """The batches of a run as a function of the cursor."""
   data = config.data
-  make = lambda tokens: packing.rows(data.packing, tokens, data.seq_len, corpus.tokenizer)
+  make = lambda folder, kind=None: _rows(config, folder, kind)
   first = next(iter(corpus.folders.values()))
   ramp = batches.parse_ramp(data.batch_warmup, data.global_batch)
   if not corpus.weights:
-    rows = make(first.split('train'))
+    rows = batches.Joined([make(first)])
     return Training(batches.Batches(rows, data.global_batch, config.seed, ramp=ramp), [''], len(rows), rows.fill)
   names = list(dict.fromkeys(name for weights in corpus.weights for name in weights))
-  of = lambda name: corpus.folders[name].split('train') if name in corpus.folders else first.split('train', name)
-  parts = [make(of(name)) for name in names]
+  parts = [make(corpus.folders[name]) if name in corpus.folders else make(first, name) for name in names]
   for name, part in zip(names, parts, strict=True):
     if not len(part):
       raise InputError(f'data.mix: {name!r} has no training row: give more of it, or leave it out')
@@ -96,11 +96,26 @@ def training(corpus: Corpus, config: Pretrain) -> Training:
   ]
   joined, mixed = batches.Joined(parts), mixture.Mixture(phases)
   stream, count = batches.Batches(joined, data.global_batch, config.seed, mixture=mixed, ramp=ramp), len(joined)
-  return Training(stream, names, count, sum(part.fill * len(part) for part in parts) / count)
+  return Training(stream, names, count, joined.fill)
+
+
+def _rows(config: Pretrain, folder: Prepared, kind: str | None) -> Any:
+  """What a run trains on of a folder. Raises InputError for preferences where the stage is none of theirs."""
+  if config.preference.stage != 'none':
+    return pairing.rows(config, folder, held_out=False, kind=kind)
+  _check_text(folder)
+  return packing.rows(config.data.packing, folder.split('train', kind), config.data.seq_len, folder.tokenizer)
+
+
+def _check_text(folder: Prepared) -> None:
+  if folder.summary.preference:
+    raise InputError(f'{folder.path}: holds preferences: `jaxlm preference` and `jaxlm reward` learn from them')
 
 
 def held_out(folders: Sequence[Prepared], seq_len: int) -> tuple[batches.Joined, list[Group]]:
   """All held-out rows, their targets counted by group, and what each group is."""
+  for one in folders:
+    _check_text(one)
   groups = list(dict.fromkeys(group for one in folders for group in one.summary.groups))
   number = {group: i for i, group in enumerate(groups)}
   rows = [
@@ -117,6 +132,17 @@ class Score(NamedTuple):
   bits_per_byte: float
   tokens: int
   bytes: int
+
+
+def evaluated(totals: dict[str, Any], groups: Sequence[Group]) -> tuple[dict[str, float], float, str]:
+  """A row of metrics from an evaluation's totals, the loss in it, and both in words."""
+  whole = scores(totals, [''] * len(groups))['']
+  kinds = scores(totals, [kind for kind, _ in groups])
+  row = {'eval/loss': whole.nll, 'eval/bits_per_byte': whole.bits_per_byte}
+  if len(kinds) > 1:
+    row |= {f'eval/{kind}/bits_per_byte': score.bits_per_byte for kind, score in kinds.items()}
+    row |= {f'eval/{kind}/loss': score.nll for kind, score in kinds.items()}
+  return row, whole.nll, f'held-out {whole.nll:.3f} nats a token, {whole.bits_per_byte:.3f} bits per byte'
 
 
 def scores(totals: dict[str, Any], names: Sequence[Any]) -> dict[Any, Score]:

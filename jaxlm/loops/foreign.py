@@ -55,6 +55,8 @@ def export_run(run: Any, directory: Any, *, dtype: str = 'float32', merge: bool 
   That is what transformers opens, or, of a run with adapters that are not to be folded in, what peft does.
   """
   model = as_model(run)
+  if 'value' in model.params:
+    raise InputError(f'{run}: is a reward model, which has a head of its own: it stays a run')
   if lora.adapted(model.params) and not merge:
     peft.export(model.cfg, model.params, directory, base=bases.newest(run).config.init)
     return 'a LoRA adapter of peft, float32'

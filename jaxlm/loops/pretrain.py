@@ -20,7 +20,7 @@ from jaxlm.data import batches as data_batches
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import InputError, Stopped
 from jaxlm.files import read_json, write_whole
-from jaxlm.loops import bases, corpus, rewind, train, writing
+from jaxlm.loops import bases, corpus, pairing, reference, rewind, train, writing
 from jaxlm.loops.corpus import Corpus
 from jaxlm.loops.trace import Trace
 from jaxlm.program import Program
@@ -65,17 +65,20 @@ def pretrain(
   run, watch = epath.Path(config.run), config.watch
   with _held(run), jax.set_mesh(mesh):
     _check_same(config, opened)
-    rows, groups = corpus.held_out(opened.watched, config.data.seq_len)
+    rows, groups = _held_out(opened, config)
     built = program.fitting(program.build(config, mesh, groups=len(groups)), program.memory_limit(mesh))
     keep = {'keep_last': watch.keep_last, 'keep_every': watch.keep_every, 'keep_best': watch.keep_best}
     checkpoints = Checkpoints(run / 'checkpoints', **keep, say=say)
     rewinds = rewind.Rewinds(run, watch.spike, watch.most_rewinds)
     wired = Wired(config, opened, built, groups, training, checkpoints, rewinds, say)
-    fixed = data_batches.in_order(rows, config.data.global_batch, watch.eval_batches * config.data.global_batch)
-    size = config.data.global_batch
-    held_out = [hosts.place(size, functools.partial(fixed.part, i), built.held_out) for i in range(len(fixed))]
     try:
       state = _start(wired)
+      read = {'train': training.batches.rows, 'held_out': rows}
+      hosts.mark('the reference', slow=True)
+      reference.attach(config, built, state, read, opened.contents, say)
+      size = config.data.global_batch
+      fixed = data_batches.in_order(rows, size, watch.eval_batches * size)
+      held_out = [hosts.place(size, functools.partial(fixed.part, i), built.held_out) for i in range(len(fixed))]
       learnt, all_ = (tree.size(x) for x in (tree.split(state.params, program.trainable(config))[0], state.params))
       if learnt < all_:
         say(f'{learnt:,} of {all_:,} parameters learn')
@@ -88,6 +91,13 @@ def pretrain(
           state = _rewound(wired, spike, spike.step + offset)
     finally:
       checkpoints.close()
+
+
+def _held_out(opened: Corpus, config: Pretrain) -> tuple[data_batches.Joined, list[corpus.Group]]:
+  """The rows that are evaluated, and the groups that text is counted in."""
+  if config.preference.stage == 'none':
+    return corpus.held_out(opened.watched, config.data.seq_len)
+  return data_batches.Joined([pairing.rows(config, one, held_out=True) for one in opened.watched]), [('', '')]
 
 
 @contextlib.contextmanager
@@ -198,7 +208,7 @@ def _start(wired: Wired) -> Any:
     raise InputError(f'{where}: was trained with another tokenizer than that of {config.data.path}; use another --run')
   if meta['data'] != wired.corpus.contents:
     raise InputError(f'{where}: was trained on other data than what is now in {config.data.path}; use another --run')
-  old = meta['config'] | {'run': config.run}
+  old = json.loads(configs.to_json(configs.from_json(Pretrain, json.dumps(meta['config'])))) | {'run': config.run}
   for name, was, now in _differences(old, json.loads(configs.to_json(config))):
     wired.say(f'{name} was {was} in the saved run and is {now} now')
   state = _restored(wired, step)
@@ -278,7 +288,7 @@ def _describe(wired: Wired, mesh: Any) -> None:
   facts = {
     'model': {
       'parameters': tree.size(built.abstract.params),
-      'training FLOPs a token': metrics.flops_per_token(config.model, config.data.seq_len),
+      'training FLOPs a token': program.flops_per_token(config),
       'tokens a step': config.data.global_batch * config.data.seq_len,
     },
     'data': {s: sum(summary.splits[s].tokens for summary in summaries) for s in ('train', 'validation')},
@@ -304,7 +314,9 @@ def add_facts(run: epath.Path, facts: dict[str, dict[str, Any]]) -> None:
 def _stream(wired: Wired, state: Any) -> Iterator[Any]:
   """Batches on the devices from the state's cursor on, made ahead in the background."""
   config, built, training = wired.config, wired.built, wired.training
-  wired.say(f'{config.data.packing}: {training.rows:,} rows, {training.fill:.1%} full')
+  text = config.preference.stage == 'none'
+  packed = config.data.packing if text else pairing.described(training.batches.rows)
+  wired.say(f'{packed}: {training.rows:,} rows, {training.fill:.1%} full')
   start = int(state.cursor)
   stop = start + max(0, config.steps - int(state.step))
 
@@ -331,16 +343,12 @@ def _hooks(wired: Wired, held_out: list[Any], writer: Writer, patience: Patience
   def evaluate(step: int, state: Any) -> None:
     params = program.evaluated(config, state.opt_state, state.params)
     totals = train.evaluate(built.evaluate, params, held_out)
-    whole = corpus.scores(totals, [''] * len(wired.groups))['']
-    kinds = corpus.scores(totals, [kind for kind, _ in wired.groups])
-    row = {'eval/loss': whole.nll, 'eval/bits_per_byte': whole.bits_per_byte}
-    if len(kinds) > 1:
-      row |= {f'eval/{kind}/bits_per_byte': score.bits_per_byte for kind, score in kinds.items()}
-      row |= {f'eval/{kind}/loss': score.nll for kind, score in kinds.items()}
+    text = config.preference.stage == 'none'
+    row, score, said = corpus.evaluated(totals, wired.groups) if text else pairing.evaluated(totals)
     writer.row(step, row)
-    saved['scores'] = {step: whole.nll}
-    patience.look(whole.nll)
-    say(f'step {step}: held-out {whole.nll:.3f} nats a token, {whole.bits_per_byte:.3f} bits per byte')
+    saved['scores'] = {step: score}
+    patience.look(score)
+    say(f'step {step}: {said}')
 
   def show(step: int, state: Any) -> None:
     key = jax.random.fold_in(jax.random.key(config.seed), step)
@@ -390,7 +398,7 @@ def _check_room(config: Pretrain, tokenizer: Tokenizer) -> None:
 def _logger(wired: Wired, mesh: Any, writer: Writer, on_step: OnStep, offset: int) -> OnStep:
   """Turns a step's metrics into a row: names of the ecosystem, throughput, utilisation, epochs; looks for spikes."""
   config, built, batches, names = wired.config, wired.built, wired.training.batches, wired.training.names
-  flops = metrics.flops_per_token(config.model, config.data.seq_len)
+  flops = program.flops_per_token(config)
   peak = metrics.peak_flops(mesh.devices.flat)
 
   def log(step: int, values: dict[str, float]) -> None:

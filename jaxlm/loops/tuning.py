@@ -1,4 +1,4 @@
-"""Instruction tuning: conversations in any format made ready for the model that a run begins with."""
+"""Tuning: conversations or preferences in any format made ready for the model that a run begins with."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,18 +17,21 @@ DATA = 'data'  # where in the run's folder the conversations go
 def prepared(
   config: Pretrain, say: Callable[[str], None], on_progress: prepare.Progress | None = None
 ) -> tuple[Pretrain, Summary | None]:
-  """The run on a prepared folder: `data.path` itself, or that of its conversations, made in the run's own folder.
+  """The run on a prepared folder: `data.path` itself, or that of its rows, made in the run's own folder.
 
   Raises InputError without `init` or data, and as `prepare.prepare` does.
   """
+  stage = config.preference.stage
+  verb, rows = ('sft', 'conversations') if stage == 'none' else (stage, 'preferences')
+  option = 'chat' if stage == 'none' else 'preference'
   if not config.init:
-    raise InputError('sft: begins with a model: set --init to a run, a Hugging Face folder or a .gguf file')
+    raise InputError(f'{verb}: begins with a model: set --init to a run, a Hugging Face folder or a .gguf file')
   if not config.data.path:
-    raise InputError('sft: needs --data.path: rows of conversations, or a folder of `jaxlm prepare --chat`')
+    raise InputError(f'{verb}: needs --data.path: rows of {rows}, or a folder of `jaxlm prepare --{option}`')
   if (epath.Path(config.data.path) / MARKER).exists():
     return config, None
   tokenizer, own = interop.vocabulary(config.init)
-  how = {'learn': config.chat.learn, 'max_len': config.data.seq_len}
+  how = {'learn': config.chat.learn, 'max_len': config.data.seq_len, 'preference': stage != 'none'}
   name, tokenizer, chat = prepare.chat_of(config.chat.template or None, own, tokenizer, config.chat.columns, **how)
   folder = epath.Path(config.run) / DATA
   given = [config.data.path], tokenizer, folder
@@ -39,7 +42,7 @@ def prepared(
 
   hosts.from_first(make)
   summary = prepare.load(folder).summary
-  say(f'template: {name}; learned: {config.chat.learn}')
+  say(f'template: {name}; learned: {chat.learn}')
   for kind, form in (summary.chat or {}).get('formats', {}).items():
     say(f'{kind}: {form}')
   return dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(folder))), summary

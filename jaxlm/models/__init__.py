@@ -16,4 +16,6 @@ from jaxlm.models.transformer import init as init
 from jaxlm.models.transformer import init_cache as init_cache
 from jaxlm.models.transformer import unembed as unembed
 from jaxlm.models.transformer import unstack as unstack
+from jaxlm.models.transformer import value as value
+from jaxlm.models.transformer import with_value as with_value
 from jaxlm.models.vocabulary import grow as grow

@@ -377,6 +377,20 @@ def unembed(cfg: ModelConfig, params: Params, x_BTD: Float[Array, 'B T D']) -> F
   return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)
 
 
+def with_value(cfg: ModelConfig, params: Params) -> Params:
+  """The tree with a value head, unless it has one.
+
+  It begins at 0: every value is then 0 whatever the seed, and a loss begins where it knows nothing (log 2 for pairs).
+  The head itself has a gradient at once, the trunk as soon as the head is another.
+  """
+  return params if 'value' in params else {**params, 'value': jnp.zeros((cfg.d_model,), jnp.float32)}
+
+
+def value(params: Params, x_BTD: Float[Array, 'B T D']) -> Float[Array, 'B T']:
+  """Float32: one number a token, of trees that `with_value` has made."""
+  return x_BTD.astype(jnp.float32) @ params['value']
+
+
 def forward(cfg: ModelConfig, params: Params, tokens_BT: Int[Array, 'B T'], **as_hidden: Any) -> tuple[Array, Any]:
   """`(logits_BTV, cache)`: `hidden` and `unembed` composed."""
   out = hidden(cfg, params, tokens_BT, **as_hidden)

@@ -1,0 +1,199 @@
+"""The verbs that train, one a stage, and what they share: a config, its flags, its rows made ready."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jaxlm.errors import InputError
+
+if TYPE_CHECKING:
+  from jaxlm import arguments
+  from jaxlm.config import Pretrain
+  from jaxlm.evals.rewards import Judged
+
+ACCELERATORS = {'/dev/nvidia0': 'cuda', '/dev/accel0': 'tpu', '/dev/vfio/0': 'tpu'}  # device file -> extra
+
+
+def devices_line(accelerators: Mapping[str, str] = ACCELERATORS) -> str:
+  """Which devices this process computes on.
+
+  Raises InputError, with the pip line that helps, if JAX lacks what was asked for with JAX_PLATFORMS, or if it would
+  compute on the CPU beside an idle accelerator without having been asked to.
+  """
+  import jax
+
+  asked = os.environ.get('JAX_PLATFORMS', '')
+  try:
+    devices = jax.devices()
+  except (RuntimeError, AssertionError) as e:  # JAX asserts where it knows the platform and no plugin brings it
+    extra = {'gpu': 'cuda', 'cuda': 'cuda', 'tpu': 'tpu'}.get(asked.split(',')[0])
+    remedy = f"pip install 'jaxlm[{extra}]', or " if extra else ''
+    raise InputError(f'JAX has no {asked!r} here: {remedy}unset JAX_PLATFORMS') from e
+  idle = next((path for path in accelerators if Path(path).exists()), None)
+  if devices[0].platform == 'cpu' and idle and not asked:
+    raise InputError(
+      f"this machine has an accelerator ({idle}) and JAX sees only the CPU: pip install 'jaxlm[{accelerators[idle]}]', "
+      'or set JAX_PLATFORMS=cpu to compute on the CPU all the same'
+    )
+  processes = f', in {jax.process_count()} processes' * (jax.process_count() > 1)
+  return f'devices: {len(devices)} x {devices[0].device_kind} ({devices[0].platform}){processes}, jax {jax.__version__}'
+
+
+def _config(args: Sequence[str], default: 'Pretrain') -> 'tuple[Pretrain, Sequence[str]]':
+  """The config file that the arguments begin with, or the default, and the other arguments."""
+  from jaxlm import config
+
+  if not args or args[0].startswith('-'):
+    return default, args
+  found = config.load(args[0])
+  if not isinstance(found, config.Pretrain):
+    raise InputError(f'this config is a {type(found).__name__}, not a Pretrain')
+  return found, args[1:]
+
+
+def pretraining(args: Sequence[str]) -> 'Pretrain':
+  """The run that `jaxlm pretrain` makes of its arguments; what the dial set, where it was turned, is printed."""
+  from jaxlm import arguments, config, scale
+
+  default, args = _config(args, config.Pretrain())
+  named = arguments.named(args)
+  start = scale.dialled(default, checked='depth' not in named)
+  options = arguments.parse(scale.Dialled, args, 'pretrain', start)
+  if 'depth' in named:
+    chosen, base = scale.turned(options, default, named)
+    print(scale.describe(chosen, base), flush=True)
+    return chosen
+  if options.tokens_per_parameter is not None:
+    raise InputError('--tokens-per-parameter needs --depth')
+  return scale.undialled(options)
+
+
+def pretrain(args: Sequence[str]) -> None:
+  """`jaxlm pretrain`."""
+  _trained(pretraining(args))
+
+
+def _trained(options: 'Pretrain', rows: bool = False) -> None:
+  """Runs it, its rows of conversations or preferences made ready first."""
+  from jaxlm import hosts
+
+  with hosts.joined(options.watch.step_timeout):
+    _run(_begun(options, rows))
+
+
+def _begun(options: 'Pretrain', rows: bool) -> 'Pretrain':
+  """Says which devices there are; with `rows`, the run on the folder that they were made ready in."""
+  from jaxlm import hosts
+  from jaxlm.console import reading, summary_shown
+  from jaxlm.loops import tuning
+
+  line, first = devices_line(), hosts.first()
+  if first:
+    print(line, flush=True)
+  if not rows:
+    return options
+  with reading() as on_progress:
+    options, summary = tuning.prepared(options, lambda line: print(line) if first else None, on_progress)
+  if summary and first:
+    summary_shown(summary)
+  _check(options.data.path, show=first)
+  return options
+
+
+def _check(path: str, *, show: bool) -> None:
+  """Raises InputError for a prepared folder with a document that cannot be learnt as it is, which is shown."""
+  from jaxlm import inspector
+  from jaxlm.console import rows_shown
+  from jaxlm.data import prepared
+
+  if found := inspector.faulty(prepared.load(path)):
+    if show:
+      rows_shown(dict([found]))
+    raise InputError(f'{path}: {found[0]}')
+
+
+def _run(options: 'Pretrain') -> None:
+  import signal
+
+  from jaxlm import hosts
+  from jaxlm.console import Training, terminable
+  from jaxlm.loops import pretrain as runs
+
+  options = runs.counted(options)
+  signals = (signal.SIGINT,) if hosts.count() > 1 else ()  # a process that left alone would leave the others waiting
+  with terminable(*signals) as asked, Training(options.steps, quiet=not hosts.first()) as shown:
+    runs.pretrain(options, say=shown.say, on_step=shown.step, stop=hosts.agreed(asked))
+
+
+def sft(args: Sequence[str]) -> None:
+  """`jaxlm sft`."""
+  from jaxlm import arguments, config
+
+  default, args = _config(args, config.SFT)
+  _trained(arguments.parse(config.Pretrain, args, 'sft', default), rows=True)
+
+
+def preference(args: Sequence[str]) -> None:
+  """`jaxlm preference`."""
+  _trained(_staged(args, 'preference', ('loss', 'beta')), rows=True)
+
+
+def reward(args: Sequence[str]) -> None:
+  """`jaxlm reward`: the run, before it those of the folds, and after each what held-out pairs say of it."""
+  import dataclasses
+
+  options = _staged(args, 'reward', ('folds',))
+  from jaxlm import hosts
+  from jaxlm.evals import rewards
+
+  with hosts.joined(options.watch.step_timeout):
+    options, parts = _begun(options, rows=True), []
+    for fold in range(options.preference.folds):
+      part = rewards.of_fold(options, fold)
+      _run(part)
+      parts.append(rewards.judge(part.run))
+    options = dataclasses.replace(options, preference=dataclasses.replace(options.preference, folds=0))
+    _run(options)
+    if parts:
+      _judged(options.run, rewards.pooled(parts), f'{len(parts)} folds', 'folds')
+    _judged(options.run, rewards.judge(options.run), 'held-out pairs', 'held_out')
+
+
+def _staged(args: Sequence[str], stage: str, short: Sequence[str]) -> 'Pretrain':
+  """The run of a stage of preferences, some of whose flags have `short` names."""
+  import dataclasses
+
+  from jaxlm import arguments, config
+
+  default, args = _config(args, config.REWARD if stage == 'reward' else config.PREFERENCE)
+  default = dataclasses.replace(default, preference=dataclasses.replace(default.preference, stage=stage))
+  for name in short:
+    args = [f'--preference.{arg[2:]}' if arg.partition('=')[0] == f'--{name}' else arg for arg in args]
+  return arguments.parse(config.Pretrain, args, stage, default)
+
+
+def judged(options: 'arguments.Eval') -> bool:
+  """`jaxlm eval` of a reward model: its table, if it is one."""
+  from jaxlm.evals import rewards
+
+  if not rewards.is_reward(options.run):
+    return False
+  found = rewards.judge(options.run, options.data, batch=options.batch, seq_len=options.seq_len)
+  _judged(options.run, found, ', '.join(options.data) or 'held-out pairs', 'held_out', options.out)
+  return True
+
+
+def _judged(run: str, found: 'Judged | None', title: str, name: str, out: str | None = None) -> None:
+  """Prints what a reward model gets right, and puts it into its report and a file."""
+  from jaxlm import hosts
+  from jaxlm.console import table
+  from jaxlm.evals import rewards
+
+  if not hosts.first():
+    return
+  if found is None:
+    print('no held-out pair: nothing is said of the reward model')
+    return
+  print(f'\n{title}:\n{table(*rewards.rows(found))}\n' + '\n'.join(rewards.lines(found)))
+  print(rewards.write(run, found, name, out))
