@@ -210,6 +210,41 @@ class Preference:
 
 
 @dataclasses.dataclass(frozen=True)
+class Rl:
+  """Learning from rewards, where an algorithm is named; data.path is then rows of prompts, or 'gym:TASK'."""
+
+  algo: str = ''  # ppo, grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce_pp (see `jaxlm.rl.algorithms`); '': none
+  reward: str = ''  # 'math:answer*0.8 + regex:^<think>*0.2', 'run:runs/reward', 'python:FILE.py:NAME', 'gym:TASK'
+  reward_timeout: float = 60.0  # seconds that a part of it may take for one batch of answers
+  prompts: int = 8  # of a rollout,
+  samples: int = 8  # and answers to each
+  held_out: int = 32  # prompts that are kept for evaluation
+  decode_rows: int = 64  # answers that are written at the same time
+  max_new_tokens: int = 128
+  temperature: float = 1.0
+  top_k: int | None = None
+  top_p: float | None = None
+  min_p: float | None = None
+  epochs: int = 1  # times that a rollout is learnt from
+  kl_coef: float = 0.0  # how near the policy is held to its reference
+  clip_low: float | None = None  # None: the algorithm's own
+  clip_high: float | None = None
+  entropy_coef: float = 0.0
+  value_coef: float = 0.1
+  value_clip: float = 0.2
+  gamma: float = 1.0
+  lam: float = 0.95
+
+  def __post_init__(self):
+    at_least(1, 'rl', prompts=self.prompts, samples=self.samples, max_new_tokens=self.max_new_tokens)
+    at_least(1, 'rl', epochs=self.epochs, decode_rows=self.decode_rows)
+    at_least(0, 'rl', held_out=self.held_out)
+    within('(0, inf)', 'rl', temperature=self.temperature, reward_timeout=self.reward_timeout)
+    within('[0, inf)', 'rl', kl_coef=self.kl_coef, value_coef=self.value_coef, entropy_coef=self.entropy_coef)
+    within('[0, 1]', 'rl', gamma=self.gamma, lam=self.lam)
+
+
+@dataclasses.dataclass(frozen=True)
 class Pretrain:
   """A pre-training run."""
 
@@ -232,6 +267,7 @@ class Pretrain:
   seed: int = 0
   profile: str = ''  # 'A:B': a trace of these steps into the run's folder, for TensorBoard or Perfetto
   preference: Preference = Preference()
+  rl: Rl = Rl()
 
   def __post_init__(self):
     at_least(1, steps=self.steps)

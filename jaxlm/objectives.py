@@ -47,10 +47,10 @@ def by_group(cfg: ModelConfig, run: Run, *, groups: int, chunks: int = 1) -> Cal
 
   `batch['group']` says which of them a target counts for. No dropout.
   """
-  quiet = _quiet(run)
+  still = quiet(run)
 
   def fn(params: Any, batch: Any) -> dict[str, Sum]:
-    logp_BT, _, _ = _of_targets(cfg, quiet, params, batch, chunks, None)
+    logp_BT, _, _ = _of_targets(cfg, still, params, batch, chunks, None)
     mask_BT = batch['loss_mask']
     add = lambda x_BT: jax.ops.segment_sum(x_BT.reshape(-1), batch['group'].reshape(-1), groups)
     nats_G = add(jnp.where(mask_BT > 0, -logp_BT * mask_BT, 0.0))
@@ -84,18 +84,19 @@ def _in_two(x_BS: Array) -> Answers:
 
 def answers(cfg: ModelConfig, run: Run, *, scored: bool, chunks: int = 1) -> Callable[[Any, Any], Answers]:
   """`fn(params, batch)`: each answer's log-probability, or with `scored` its score by the value head. No dropout."""
-  quiet = _quiet(run)
-  return lambda params, batch: _answers(cfg, quiet, params, batch, None, scored, chunks)
+  still = quiet(run)
+  return lambda params, batch: _answers(cfg, still, params, batch, None, scored, chunks)
 
 
 def _answers(cfg: ModelConfig, run: Run, params: Any, batch: Any, key: Any, scored: bool, chunks: int) -> Answers:
   if scored:
-    params, out = _hidden(cfg, run, params, batch, key)
+    params, out = hidden(cfg, run, params, batch, key)
     return of_answers(models.value(params, out.x_BTD), batch)
   return of_answers(_of_targets(cfg, run, params, batch, chunks, key)[0], batch)
 
 
-def _quiet(run: Run) -> Run:
+def quiet(run: Run) -> Run:
+  """Without dropout and noise."""
   return dataclasses.replace(run, dropout=0.0, embed_noise=0.0)
 
 
@@ -140,7 +141,7 @@ def preference(
     if reference == 'cached':
       return _in_two(batch['ref_logps'])
     if reference == 'adapters':
-      return _answers(cfg, _quiet(run), jax.lax.stop_gradient(lora.base(params)), batch, None, False, chunks)
+      return _answers(cfg, quiet(run), jax.lax.stop_gradient(lora.base(params)), batch, None, False, chunks)
     zeros_P = jnp.zeros_like(_in_two(batch['margins']).first)
     return Answers(zeros_P, zeros_P)
 
@@ -217,7 +218,7 @@ def whole(loss_fn: LossFn) -> Callable[[Any, Any], dict[str, Any]]:
   return fn
 
 
-def _hidden(cfg: ModelConfig, run: Run, params: Any, batch: Any, key: Any) -> tuple[Any, models.Hidden]:
+def hidden(cfg: ModelConfig, run: Run, params: Any, batch: Any, key: Any) -> tuple[Any, models.Hidden]:
   """The parameters, whose adapters drop inputs if there is a key, and what the trunk makes of the batch."""
   params = params if key is None else lora.with_keys(params, key)
   segments = {'positions_BT': batch['positions'], 'segment_ids_BT': batch['segment_ids']}
@@ -227,13 +228,19 @@ def _hidden(cfg: ModelConfig, run: Run, params: Any, batch: Any, key: Any) -> tu
 
 def _of_targets(cfg: ModelConfig, run: Run, params: Any, batch: Any, chunks: int, key: Any) -> tuple[Array, Array, Any]:
   """(logp_BT, lse_BT) of the batch's targets, and what the layers add to the loss."""
-  params, out = _hidden(cfg, run, params, batch, key)
-  laid = sharded.layout(batch['targets'].shape, run.rules)
-  if chunks == 1 and laid is None:
+  params, out = hidden(cfg, run, params, batch, key)
+  if chunks == 1 and sharded.layout(batch['targets'].shape, run.rules) is None:
     return *lm.from_logits(models.unembed(cfg, params, out.x_BTD), batch['targets']), out.aux
-  rows = out.x_BTD, models.head(cfg, params), batch['targets']
-  scale, cap = cfg.logits_scaling, cfg.logits_softcap
-  how: dict[str, Any] = {'temperature': scale, 'softcap': None if cap is None else cap * scale, 'vocab': cfg.vocab_size}
-  logprobs = lm.logprobs if laid is None else partial(sharded.logprobs, laid=laid)
-  logp_BT, lse_BT, _ = logprobs(*rows, chunks=chunks, **how)
+  logp_BT, lse_BT, _ = logprobs(cfg, run, params, out.x_BTD, batch['targets'], chunks)
   return logp_BT, lse_BT, out.aux
+
+
+def logprobs(
+  cfg: ModelConfig, run: Run, params: Any, x_BTD: Array, targets_BT: Array, chunks: int, temperature: float = 1.0
+) -> tuple[Array, Array, Array]:
+  """(logp_BT, lse_BT, entropy_BT), see `lm.logprobs`, of the logits over the temperature."""
+  laid = sharded.layout(targets_BT.shape, run.rules)
+  scale, cap = cfg.logits_scaling, cfg.logits_softcap
+  how: dict[str, Any] = {'softcap': None if cap is None else cap * scale, 'vocab': cfg.vocab_size}
+  fn = lm.logprobs if laid is None else partial(sharded.logprobs, laid=laid)
+  return fn(x_BTD, models.head(cfg, params), targets_BT, chunks=chunks, temperature=scale * temperature, **how)
