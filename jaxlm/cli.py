@@ -29,6 +29,7 @@ usage: jaxlm VERB ...          `jaxlm VERB --help` explains a verb
   sft          instruction-tune a model on conversations: jaxlm sft --init MODEL --data.path rows.jsonl
   reward       learn scores from preferences: jaxlm reward --init MODEL --data.path rows.jsonl [--folds 5]
   preference   learn what is preferred, by dpo, ipo, kto, orpo, simpo or cpo: jaxlm preference --loss dpo --init ...
+  rl           learn from rewards, by ppo, grpo, rloo and others: jaxlm rl --algo grpo --init MODEL --reward ...
   eval         perplexity and bits per byte on held-out text, or what a reward model gets right
   generate     let a model continue a text
   chat         talk to a model in the terminal
@@ -76,7 +77,7 @@ def _main(argv: Sequence[str] | None) -> int:
     _fail(str(e))
     return e.code
   except KeyboardInterrupt:
-    resumable = args[0] in ('pretrain', 'quickstart', 'sft', 'reward', 'preference')
+    resumable = args[0] in ('pretrain', 'quickstart', 'sft', 'reward', 'preference', 'rl')
     print('\nstopped' + '; the same command goes on from the last saved step' * resumable, file=sys.stderr)
     return 130
 
@@ -401,6 +402,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int | None]] = {
   'sft': stages.sft,
   'reward': stages.reward,
   'preference': stages.preference,
+  'rl': stages.rl,
   'eval': _eval,
   'generate': _generate,
   'chat': _chat,

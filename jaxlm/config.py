@@ -321,6 +321,16 @@ REWARD = dataclasses.replace(
   optim=Optim(lr=1e-4, warmup_steps=10, weight_decay=0.0, final_ratio=0.0),
   preference=Preference(stage='reward'),
 )  # and `jaxlm reward`
+RL = dataclasses.replace(
+  SFT,
+  run='runs/rl',
+  data=Data(seq_len=512, global_batch=64),
+  optim=Optim(lr=1e-5, schedule='constant', warmup_steps=5, weight_decay=0.0, b2=0.99),
+  watch=dataclasses.replace(SFT.watch, log_every=1, eval_every=20, save_every=20),
+  epochs=0.0,
+  steps=100,
+  rl=Rl(algo='grpo'),
+)  # and `jaxlm rl`
 
 
 def load(path: str) -> Any:

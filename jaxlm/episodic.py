@@ -1,4 +1,4 @@
-"""The objectives of reinforcement learning: what sampled answers and their advantages teach, and what is read off them."""
+"""The objectives of reinforcement learning: what sampled answers and their advantages teach."""
 
 from collections.abc import Callable
 from typing import Any
@@ -53,7 +53,7 @@ def learn(
   where kl_coef is in the loss, and `values` and `returns` where there is a value function. Metrics: `policy/...`.
   """
   per: Any = longest if how.per == 'longest' else how.per
-  clips = {'clip_low': how.clip_low, 'clip_high': how.clip_high, 'ratio': how.ratio}
+  clips: dict[str, Any] = {'clip_low': how.clip_low, 'clip_high': how.clip_high, 'ratio': how.ratio}
 
   def loss_fn(params: Any, batch: Any, key: Any) -> tuple[Sum, dict[str, Metric]]:
     logp_BT, entropy_BT, x_BTD, params = _of(cfg, run, params, batch, key, chunks, temperature)

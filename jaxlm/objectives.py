@@ -239,7 +239,8 @@ def logprobs(
   cfg: ModelConfig, run: Run, params: Any, x_BTD: Array, targets_BT: Array, chunks: int, temperature: float = 1.0
 ) -> tuple[Array, Array, Array]:
   """(logp_BT, lse_BT, entropy_BT), see `lm.logprobs`, of the logits over the temperature."""
-  laid = sharded.layout(targets_BT.shape, run.rules)
+  B, T = targets_BT.shape
+  laid = sharded.layout((B, T), run.rules)
   scale, cap = cfg.logits_scaling, cfg.logits_softcap
   how: dict[str, Any] = {'softcap': None if cap is None else cap * scale, 'vocab': cfg.vocab_size}
   fn = lm.logprobs if laid is None else partial(sharded.logprobs, laid=laid)

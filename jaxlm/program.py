@@ -13,11 +13,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlm import lora, models, objectives, sharding, tree
-from jaxlm.config import Preference, Pretrain
+from jaxlm import episodic, lora, models, objectives, sharding, tree
+from jaxlm.config import Preference, Pretrain, Rl
 from jaxlm.data.batches import parse_ramp
 from jaxlm.errors import InputError
 from jaxlm.models import Run
+from jaxlm.rl.algorithms import ALGORITHMS, Algorithm
 from jaxlm.train import metrics, optim, state, step
 
 GIB = 2.0**30
@@ -64,6 +65,7 @@ class Program(NamedTuple):
   schedule: Callable[[Any], Any]
   run: Run
   answers: Callable[[Any, Any], Any] | None = None  # of preferences: (params, batch without ref_logps) -> their sums
+  read: Callable[..., Any] | None = None  # of rollouts: (params, batch, reference or None) -> `episodic.read`
 
 
 def build(config: Pretrain, mesh: Mesh, rules: sharding.Rules = sharding.RULES, *, groups: int = 1) -> Program:
@@ -133,7 +135,8 @@ def build(config: Pretrain, mesh: Mesh, rules: sharding.Rules = sharding.RULES, 
   held_out = {name: jax.ShapeDtypeStruct(shape, t) for name, t in (dtypes | {'group': jnp.int32}).items()}
   held_out = jax.tree.map(place, held_out, sharding.batch_shardings(held_out, mesh, rules))
   batch = {name: held_out[name] for name in dtypes}
-  held_out = held_out if config.preference.stage == 'none' else batch
+  text = config.preference.stage == 'none' and not config.rl.algo
+  held_out = held_out if text else batch
   layout = lambda tree_: jax.tree.map(lambda x: x.sharding, tree_)
   whole = NamedSharding(mesh, PartitionSpec())
 
@@ -156,11 +159,50 @@ def build(config: Pretrain, mesh: Mesh, rules: sharding.Rules = sharding.RULES, 
     lr,
     run,
     answers and jax.jit(answers, in_shardings=(shardings.params, layout(bare)), out_shardings=whole),
+    _reader(config, run),
   )
+
+
+def _reader(config: Pretrain, run: Run) -> Any:
+  """What a rollout is read with before it is learnt from; nothing where that is not needed."""
+  how, rl = algorithm(config), config.rl
+  if how is None:
+    return None
+  wants = {'valued': how.valued, 'compared': rl.kl_coef > 0}
+  return jax.jit(
+    episodic.read(config.model, run, temperature=rl.temperature, chunks=config.compute.loss_chunks, **wants)
+  )
+
+
+def algorithm(config: Pretrain) -> Algorithm | None:
+  """The algorithm of a run that learns from rewards, with its own clips where the run says them.
+
+  Raises InputError for a name that is none.
+  """
+  rl = config.rl
+  if not rl.algo:
+    return None
+  if rl.algo not in ALGORITHMS:
+    raise InputError(f'rl.algo={rl.algo}: there are {", ".join(ALGORITHMS)}')
+  found = ALGORITHMS[rl.algo]
+  low, high = rl.clip_low, rl.clip_high
+  return found._replace(
+    clip_low=found.clip_low if low is None else low, clip_high=found.clip_high if high is None else high
+  )
+
+
+def updates(config: Pretrain) -> int:
+  """Optimizer steps that learn from one rollout."""
+  return config.rl.epochs * config.rl.prompts * config.rl.samples // config.data.global_batch
 
 
 def _dtypes(config: Pretrain) -> dict[str, Any]:
   """What a batch of the run holds."""
+  if how := algorithm(config):
+    kept = {name: BATCH_DTYPES[name] for name in ('tokens', 'targets', 'loss_mask', 'segment_ids', 'positions')}
+    more = ['sampled_logp', 'advantages', *['old_logp'] * (updates(config) > 1), *['values', 'returns'] * how.valued]
+    more += ['ref_logp'] * (config.rl.kl_coef > 0 and how.kl == 'loss')
+    return kept | dict.fromkeys(more, jnp.float32)
   if config.preference.stage == 'none':
     return BATCH_DTYPES
   return PREFERENCE_DTYPES | ({'ref_logps': jnp.float32} if config.reference == 'cached' else {})
@@ -169,7 +211,12 @@ def _dtypes(config: Pretrain) -> dict[str, Any]:
 def _objectives(config: Pretrain, run: Run, groups: int) -> tuple[Any, Any, Any]:
   """The stage's loss, its evaluation, and of preferences what answers are worth (see `objectives.answers`)."""
   cfg, chunks, how = config.model, config.compute.loss_chunks, config.preference
-  quiet = dataclasses.replace(run, dropout=0.0, embed_noise=0.0)
+  values: dict[str, Any]
+  quiet = objectives.quiet(run)
+  if algo := algorithm(config):
+    names = ('temperature', 'kl_coef', 'value_coef', 'value_clip', 'entropy_coef')
+    values = {name: getattr(config.rl, name) for name in names} | {'longest': config.rl.max_new_tokens}
+    return episodic.learn(cfg, run, algo, chunks=chunks, **values), objectives.by_group(cfg, run, groups=1), None
   if how.stage == 'none':
     weights = {'z_loss': config.z_loss, 'balance': config.balance_loss, 'router_z': config.router_z_loss}
     loss_fn = objectives.next_token(cfg, run, **weights, chunks=chunks)
@@ -178,7 +225,7 @@ def _objectives(config: Pretrain, run: Run, groups: int) -> tuple[Any, Any, Any]
     make = lambda run: objectives.reward(cfg, run, center=how.center, margin=how.margin)
   else:
     names = ('loss', 'beta', 'label_smoothing', 'gamma', 'sft', 'desirable_weight', 'undesirable_weight')
-    values: Any = {name: getattr(how, name) for name in names} | {'reference': config.reference, 'chunks': chunks}
+    values = {name: getattr(how, name) for name in names} | {'reference': config.reference, 'chunks': chunks}
     make = lambda run: objectives.preference(cfg, run, **values)
   scored = how.stage == 'reward'
   return make(run), objectives.whole(make(quiet)), objectives.answers(cfg, run, scored=scored, chunks=chunks)
@@ -192,12 +239,18 @@ def flops_per_token(config: Pretrain) -> float:
   return flops * (4 / 3 if config.reference == 'adapters' else 1)
 
 
+def valued(config: Pretrain) -> bool:
+  """Whether the run's model has a value head: a reward model's, or a value function's."""
+  how = algorithm(config)
+  return config.preference.stage == 'reward' or (how is not None and how.valued)
+
+
 def adapt(config: Pretrain, params: Any) -> Any:
   """A model's parameters as the run trains them: with its adapters, the frozen matrices in as few bits as it says.
 
   A reward model has a value head, and nothing else has.
   """
-  how, scored = config.lora, config.preference.stage == 'reward'
+  how, scored = config.lora, valued(config)
   params = models.with_value(config.model, params) if scored else {k: x for k, x in params.items() if k != 'value'}
   if not how.rank:
     return params
@@ -218,8 +271,8 @@ def adapt(config: Pretrain, params: Any) -> Any:
 
 def trainable(config: Pretrain) -> tree.Where:
   """The filter of what learns in a run; a value head always does."""
-  if config.preference.stage == 'reward' and (config.lora.rank or config.trainable):
-    bare = dataclasses.replace(config, preference=Preference())
+  if valued(config) and (config.lora.rank or config.trainable):
+    bare = dataclasses.replace(config, preference=Preference(), rl=Rl())
     return lambda path, leaf: path == 'value' or trainable(bare)(path, leaf)
   if config.lora.rank:
     also = tree.matching(*config.lora.also.split(',')) if config.lora.also else lambda path, leaf: False
@@ -311,7 +364,7 @@ def make_optimizer(config: Pretrain) -> optax.GradientTransformation:
   o = config.optim
   faster = (f'*/b={config.lora.b_lr}',) if config.lora.rank and config.lora.b_lr != 1.0 else ()
   only = config.trainable.split(',') if config.trainable else ()
-  only = [*only, 'value'] if only and config.preference.stage == 'reward' else only
+  only = [*only, 'value'] if only and valued(config) else only
   return optim.make(
     o.name,
     schedule(config),

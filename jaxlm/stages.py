@@ -118,9 +118,10 @@ def _run(options: 'Pretrain') -> None:
 
   from jaxlm import hosts
   from jaxlm.console import Training, terminable
+  from jaxlm.loops import feeds
   from jaxlm.loops import pretrain as runs
 
-  options = runs.counted(options)
+  options = feeds.counted(options)
   signals = (signal.SIGINT,) if hosts.count() > 1 else ()  # a process that left alone would leave the others waiting
   with terminable(*signals) as asked, Training(options.steps, quiet=not hosts.first()) as shown:
     runs.pretrain(options, say=shown.say, on_step=shown.step, stop=hosts.agreed(asked))
@@ -137,6 +138,18 @@ def sft(args: Sequence[str]) -> None:
 def preference(args: Sequence[str]) -> None:
   """`jaxlm preference`."""
   _trained(_staged(args, 'preference', ('loss', 'beta')), rows=True)
+
+
+def rl(args: Sequence[str]) -> None:
+  """`jaxlm rl`; its own flags have short names."""
+  import dataclasses
+
+  from jaxlm import arguments, config
+
+  default, args = _config(args, config.RL)
+  names = {field.name.replace('_', '-') for field in dataclasses.fields(config.Rl)}
+  args = [f'--rl.{arg[2:]}' if arg.startswith('--') and arg[2:].partition('=')[0] in names else arg for arg in args]
+  _trained(arguments.parse(config.Pretrain, args, 'rl', default))
 
 
 def reward(args: Sequence[str]) -> None:

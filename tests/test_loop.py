@@ -39,9 +39,20 @@ def run(steps, log_every, hooks=(), slow=0.0):
       yield jnp.ones((3,))
 
   state = fit(
-    step, state, batches(), steps=steps, log=lambda n, row: rows.append((n, row)), log_every=log_every, hooks=hooks
+    step,
+    state,
+    ahead(batches()),
+    steps=steps,
+    log=lambda n, row: rows.append((n, row)),
+    log_every=log_every,
+    hooks=hooks,
   )
   return state, rows
+
+
+def ahead(batches):
+  """Batches that know of no state."""
+  return lambda state: next(batches)
 
 
 def test_logs_its_steps_in_order_and_the_last_one():
@@ -56,7 +67,7 @@ def test_hooks_come_at_their_multiples_after_the_rows_and_at_the_end():
   hooks = ((2, lambda n, s: events.append(('two', n, int(s.step)))), (0, lambda n, s: events.append(('end', n, 0))))
   state, step = quadratic()
   log = lambda n, row: events.append(('row', n, 0))
-  fit(step, state, itertools.repeat(jnp.ones((3,))), steps=5, log=log, hooks=hooks)
+  fit(step, state, ahead(itertools.repeat(jnp.ones((3,)))), steps=5, log=log, hooks=hooks)
   assert events == [
     ('row', 1, 0), ('row', 2, 0), ('two', 2, 2), ('row', 3, 0), ('row', 4, 0), ('two', 4, 4), ('row', 5, 0),
     ('two', 5, 5), ('end', 5, 0),

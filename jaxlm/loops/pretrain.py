@@ -2,11 +2,9 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
-import math
 import platform
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 import jax
@@ -16,12 +14,11 @@ from etils import epath
 from jaxlm import config as configs
 from jaxlm import hosts, program, sharding, tree
 from jaxlm.config import Pretrain
-from jaxlm.data import batches as data_batches
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import InputError, Stopped
 from jaxlm.files import read_json, write_whole
-from jaxlm.loops import bases, corpus, pairing, reference, rewind, train, writing
-from jaxlm.loops.corpus import Corpus
+from jaxlm.loops import bases, feeds, rewind, train, writing
+from jaxlm.loops.feeds import Feed
 from jaxlm.loops.trace import Trace
 from jaxlm.program import Program
 from jaxlm.train import lock, metrics
@@ -36,10 +33,8 @@ class Wired(NamedTuple):
   """A run's parts, put together."""
 
   config: Pretrain
-  corpus: Corpus
+  feed: Feed
   built: Program
-  groups: list[corpus.Group]
-  training: corpus.Training
   checkpoints: Checkpoints
   rewinds: rewind.Rewinds
   say: Say
@@ -57,28 +52,19 @@ def pretrain(
   Once `stop()` is true the step that is running is saved and Stopped raised. Raises InputError when data, config and
   what the folder already holds do not belong together, or when another process writes to it.
   """
-  opened = corpus.load(config.data.path, config.data.mix, config.data.phases, config.data.held_out)
-  config = resolve(config, opened.tokenizer)
-  config = counted(config, opened)
-  training = corpus.training(opened, config)
+  config, feed = feeds.open_feed(config)
   mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
   run, watch = epath.Path(config.run), config.watch
   with _held(run), jax.set_mesh(mesh):
-    _check_same(config, opened)
-    rows, groups = _held_out(opened, config)
-    built = program.fitting(program.build(config, mesh, groups=len(groups)), program.memory_limit(mesh))
+    _check_same(config, feed)
+    built = program.fitting(program.build(config, mesh, groups=feed.groups), program.memory_limit(mesh))
     keep = {'keep_last': watch.keep_last, 'keep_every': watch.keep_every, 'keep_best': watch.keep_best}
     checkpoints = Checkpoints(run / 'checkpoints', **keep, say=say)
     rewinds = rewind.Rewinds(run, watch.spike, watch.most_rewinds)
-    wired = Wired(config, opened, built, groups, training, checkpoints, rewinds, say)
+    wired = Wired(config, feed, built, checkpoints, rewinds, say)
     try:
       state = _start(wired)
-      read = {'train': training.batches.rows, 'held_out': rows}
-      hosts.mark('the reference', slow=True)
-      reference.attach(config, built, state, read, opened.contents, say)
-      size = config.data.global_batch
-      fixed = data_batches.in_order(rows, size, watch.eval_batches * size)
-      held_out = [hosts.place(size, functools.partial(fixed.part, i), built.held_out) for i in range(len(fixed))]
+      feed.attach(built, state, say)
       learnt, all_ = (tree.size(x) for x in (tree.split(state.params, program.trainable(config))[0], state.params))
       if learnt < all_:
         say(f'{learnt:,} of {all_:,} parameters learn')
@@ -86,18 +72,11 @@ def pretrain(
       while True:
         offset = int(state.cursor) - int(state.step)
         try:
-          return _train(wired, state, held_out, mesh, on_step, stop)
+          return _train(wired, state, mesh, on_step, stop)
         except rewind.Spike as spike:
           state = _rewound(wired, spike, spike.step + offset)
     finally:
       checkpoints.close()
-
-
-def _held_out(opened: Corpus, config: Pretrain) -> tuple[data_batches.Joined, list[corpus.Group]]:
-  """The rows that are evaluated, and the groups that text is counted in."""
-  if config.preference.stage == 'none':
-    return corpus.held_out(opened.watched, config.data.seq_len)
-  return data_batches.Joined([pairing.rows(config, one, held_out=True) for one in opened.watched]), [('', '')]
 
 
 @contextlib.contextmanager
@@ -108,54 +87,31 @@ def _held(run: epath.Path) -> Generator[None]:
     yield
 
 
-def _check_same(config: Pretrain, opened: Corpus) -> None:
+def _check_same(config: Pretrain, feed: Feed) -> None:
   """Raises InputError if this process was given another config, or other data, than process 0."""
-  mine = {'config': json.loads(configs.to_json(config)), 'contents of the data': opened.contents}
+  mine = {'config': json.loads(configs.to_json(config)), 'contents of the data': feed.contents}
   theirs = hosts.from_first(lambda: mine)
   if lines := _differences(theirs, mine):
     raise InputError('not what process 0 was given: ' + '; '.join(f'{n} is {b}, not {a}' for n, a, b in lines))
 
 
-def counted(config: Pretrain, opened: Corpus | None = None) -> Pretrain:
-  """The config with the steps that its epochs are, if it counts in epochs."""
-  if not config.epochs:
-    return config
-  data = config.data
-  opened = opened or corpus.load(data.path, data.mix, data.phases, data.held_out)
-  rows = corpus.training(opened, config).rows
-  return dataclasses.replace(config, steps=max(1, math.ceil(config.epochs * rows / data.global_batch)))
-
-
-def resolve(config: Pretrain, tokenizer: Tokenizer) -> Pretrain:
-  """The config with the model of `init`, where it names none, and the tokenizer's vocabulary.
-
-  Raises InputError if it names fewer tokens, or asks for adapters of no base.
-  """
-  if config.lora.rank and not config.init:
-    raise InputError(f'lora.rank={config.lora.rank}: adapters need a base: set init to a run or a foreign model')
-  config, size = bases.with_model(config), tokenizer.vocab_size
-  named = config.model.vocab_size
-  if 0 < named < size and not config.init:
-    raise InputError(f"model.vocab_size={named} is less than the {size} of the data's tokenizer; leave it 0")
-  return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=max(named, size)))
-
-
-def _train(wired: Wired, state: Any, held_out: list[Any], mesh: Any, on_step: OnStep, stop: Any) -> Any:
+def _train(wired: Wired, state: Any, mesh: Any, on_step: OnStep, stop: Any) -> Any:
   """From `state` to the end of the run, or to the SIGTERM or the spike that ends it before."""
   config, checkpoints = wired.config, wired.checkpoints
   profile = Trace(config.run, config.profiled if hosts.first() else None)
   writer = metrics.Writer(config.run, int(state.step), wired.say) if hosts.first() else metrics.Unwritten()
   try:
     patience = Patience(config.watch.patience, **_past(checkpoints, int(state.step)))
-    hooks = _hooks(wired, held_out, writer, patience)
+    hooks = _hooks(wired, writer, patience)
     log = _logger(wired, mesh, writer, on_step, int(state.cursor) - int(state.step))
     timing = {'steps': config.steps, 'log_every': config.watch.log_every, 'stop': lambda: stop() or patience.over}
     watched: Any = {'profile': profile, 'check': wired.rewinds.check if config.watch.spike else None}
     before = patience.over
-    if int(state.step) == 0 and config.init and held_out:
+    if int(state.step) == 0 and config.init and wired.feed.watches:
       hooks[0][1](0, state)  # what is gained and forgotten is seen from here
     if not before:
-      state = train.fit(wired.built.step, state, _stream(wired, state), log=log, hooks=hooks, **watched, **timing)
+      after = wired.feed.stream(state, config.steps, writer.row)
+      state = train.fit(wired.built.step, state, after, log=log, hooks=hooks, **watched, **timing)
     if patience.over:
       wired.say(f'step {int(state.step)}: no better held-out loss for {patience.limit} evaluations: the run ends here')
     if int(state.step) < config.steps and not before:
@@ -204,9 +160,9 @@ def _start(wired: Wired) -> Any:
     checkpoints.tidy()
     return _initial(wired)
   meta, where = checkpoints.meta(step), checkpoints.path(step)
-  if meta['tokenizer'] != wired.corpus.tokenizer.digest:
+  if meta['tokenizer'] != wired.feed.tokenizer.digest:
     raise InputError(f'{where}: was trained with another tokenizer than that of {config.data.path}; use another --run')
-  if meta['data'] != wired.corpus.contents:
+  if meta['data'] != wired.feed.contents:
     raise InputError(f'{where}: was trained on other data than what is now in {config.data.path}; use another --run')
   old = json.loads(configs.to_json(configs.from_json(Pretrain, json.dumps(meta['config'])))) | {'run': config.run}
   for name, was, now in _differences(old, json.loads(configs.to_json(config))):
@@ -230,7 +186,7 @@ def _initial(wired: Wired) -> Any:
 def _base(wired: Wired) -> bases.Base:
   config, mesh = wired.config, jax.tree.leaves(wired.built.abstract)[0].sharding.mesh
   base = bases.open_base(config.init, mesh)
-  bases.check_tokenizer(config, base, wired.corpus.tokenizer)
+  bases.check_tokenizer(config, base, wired.feed.tokenizer)
   return bases.fitted(config, base)
 
 
@@ -280,18 +236,17 @@ def _describe(wired: Wired, mesh: Any) -> None:
   config, built, run = wired.config, wired.built, epath.Path(wired.config.run)
   run.mkdir(parents=True, exist_ok=True)
   write_whole(run / 'config.json', configs.to_json(config))
-  wired.corpus.tokenizer.save(run / 'tokenizer.json')
-  for name, text in bases.talk(config, wired.corpus).items():
+  wired.feed.tokenizer.save(run / 'tokenizer.json')
+  for name, text in wired.feed.files(config).items():
     write_whole(run / name, text)
   devices = mesh.devices.flat
-  summaries = [one.summary for one in wired.corpus.folders.values()]
   facts = {
     'model': {
       'parameters': tree.size(built.abstract.params),
       'training FLOPs a token': program.flops_per_token(config),
       'tokens a step': config.data.global_batch * config.data.seq_len,
     },
-    'data': {s: sum(summary.splits[s].tokens for summary in summaries) for s in ('train', 'validation')},
+    'data': wired.feed.facts(),
     'environment': {
       'devices': f'{len(devices)} x {devices[0].device_kind}',
       'mesh': ', '.join(f'{k}={v}' for k, v in mesh.shape.items()),
@@ -311,40 +266,18 @@ def add_facts(run: epath.Path, facts: dict[str, dict[str, Any]]) -> None:
   write_whole(path, json.dumps(old | facts, indent=1, ensure_ascii=False))
 
 
-def _stream(wired: Wired, state: Any) -> Iterator[Any]:
-  """Batches on the devices from the state's cursor on, made ahead in the background."""
-  config, built, training = wired.config, wired.built, wired.training
-  text = config.preference.stage == 'none'
-  packed = config.data.packing if text else pairing.described(training.batches.rows)
-  wired.say(f'{packed}: {training.rows:,} rows, {training.fill:.1%} full')
-  start = int(state.cursor)
-  stop = start + max(0, config.steps - int(state.step))
-
-  def make(cursor: int) -> Any:
-    batches = training.batches
-    return hosts.place(batches.size(cursor), functools.partial(batches, cursor), built.batch)
-
-  def marked(cursor: int, batch: Any) -> Any:
-    hosts.mark(f'batch {cursor}', slow=cursor < start + 2)  # the first step compiles, its row too
-    return batch
-
-  return (marked(cursor, batch) for cursor, batch in data_batches.prefetch(make, start, stop))
-
-
-def _hooks(wired: Wired, held_out: list[Any], writer: Writer, patience: Patience) -> tuple:
+def _hooks(wired: Wired, writer: Writer, patience: Patience) -> tuple:
   """Evaluation, samples and saving, in this order: what a save acknowledges was written before it began."""
-  config, built, say, tokenizer = wired.config, wired.built, wired.say, wired.corpus.tokenizer
+  config, built, say, tokenizer = wired.config, wired.built, wired.say, wired.feed.tokenizer
   watch = config.watch
-  meta = {'config': json.loads(configs.to_json(config)), 'tokenizer': tokenizer.digest, 'data': wired.corpus.contents}
+  meta = {'config': json.loads(configs.to_json(config)), 'tokenizer': tokenizer.digest, 'data': wired.feed.contents}
   if config.lora.rank:
     meta['base'] = hosts.from_first(lambda: bases.digest_of(config.init))
   saved: dict[str, Any] = {'step': None, 'scores': {}}
 
   def evaluate(step: int, state: Any) -> None:
     params = program.evaluated(config, state.opt_state, state.params)
-    totals = train.evaluate(built.evaluate, params, held_out)
-    text = config.preference.stage == 'none'
-    row, score, said = corpus.evaluated(totals, wired.groups) if text else pairing.evaluated(totals)
+    row, score, said = wired.feed.evaluate(params)
     writer.row(step, row)
     saved['scores'] = {step: score}
     patience.look(score)
@@ -367,9 +300,7 @@ def _hooks(wired: Wired, held_out: list[Any], writer: Writer, patience: Patience
       wired.checkpoints.save(step, kept, meta | score, first=writer.flush)  # it stands on rows that are down
       saved['step'] = step
 
-  if not held_out:
-    say(f'{config.data.path} has no held-out documents: nothing is evaluated')
-  hooks = [(watch.eval_every, _marked('evaluation', evaluate))] if held_out else []
+  hooks = [(watch.eval_every, _marked('evaluation', evaluate))] if wired.feed.watches else []
   if watch.prompts:
     _check_room(config, tokenizer)
     hooks.append((watch.sample_every, _marked('samples', show)))
@@ -397,7 +328,7 @@ def _check_room(config: Pretrain, tokenizer: Tokenizer) -> None:
 
 def _logger(wired: Wired, mesh: Any, writer: Writer, on_step: OnStep, offset: int) -> OnStep:
   """Turns a step's metrics into a row: names of the ecosystem, throughput, utilisation, epochs; looks for spikes."""
-  config, built, batches, names = wired.config, wired.built, wired.training.batches, wired.training.names
+  config, built, feed = wired.config, wired.built, wired.feed
   flops = program.flops_per_token(config)
   peak = metrics.peak_flops(mesh.devices.flat)
 
@@ -405,15 +336,17 @@ def _logger(wired: Wired, mesh: Any, writer: Writer, on_step: OnStep, offset: in
     seconds = values.pop('step_time')
     wait = values.pop('data_wait')
     wired.rewinds.row(values['loss'])
-    tokens = batches.size(step - 1 + offset) * config.data.seq_len
+    tokens = feed.size(step - 1 + offset) * config.data.seq_len
     row = {f'train/{k}': v for k, v in values.items()}
     row['train/lr'] = float(built.schedule(max(0, step - 1 - values['skipped'])))
-    epochs = batches.epochs(step + offset)
+    epochs = feed.epochs(step + offset)
     row |= (
-      {f'data/{name}/epochs': n for name, n in zip(names, epochs, strict=True)} if names else {'data/epochs': epochs[0]}
+      {f'data/{name}/epochs': n for name, n in zip(feed.names, epochs, strict=True)}
+      if feed.names
+      else {'data/epochs': epochs[0]}
     )
     if config.data.batch_warmup:
-      row['train/global_batch'] = batches.size(step - 1 + offset)
+      row['train/global_batch'] = feed.size(step - 1 + offset)
     if wired.checkpoints.failed:
       row['train/failed_saves'] = wired.checkpoints.failed
     if wired.rewinds.entries:

@@ -1,7 +1,7 @@
 """The host loop: batches through the step, and what happens between steps (log, evaluate, sample, save)."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ Hook = tuple[int, Callable[[int, Any], None]]  # (every how many steps, what to 
 def fit(
   step: Callable[[Any, Any], tuple[Any, dict[str, Any]]],
   state: Any,
-  batches: Iterator[Any],
+  batch_after: Callable[[Any], Any],
   *,
   steps: int,
   log: Callable[[int, dict[str, float]], None],
@@ -24,7 +24,7 @@ def fit(
   profile: Callable[[int, Any], None] = lambda done, state: None,
   check: Callable[[int, float], None] | None = None,
 ) -> Any:
-  """Runs `step` until `state.step` is `steps` and returns the last state.
+  """Runs `step` until `state.step` is `steps` and returns the last state; `batch_after(state)` is its next batch.
 
   `log(step, metrics)` gets the metrics of every `log_every`-th step and of the last, read one step late so that the
   device never waits for the host, with `step_time` and `data_wait`: seconds a step took, and of these waited for its
@@ -53,7 +53,7 @@ def fit(
     profile(done, state)
     with jax.profiler.StepTraceAnnotation('train', step_num=done):
       asked = time.perf_counter()
-      batch = next(batches)
+      batch = batch_after(state)
       waited += time.perf_counter() - asked
       state, metrics = step(state, batch)
     read()

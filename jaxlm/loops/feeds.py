@@ -1,0 +1,162 @@
+"""What a run learns from: the next batch of a state, and what is held out. Prepared folders; rollouts elsewhere."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from jaxlm import hosts
+from jaxlm.config import Pretrain
+from jaxlm.data import batches as data_batches
+from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.errors import InputError
+from jaxlm.loops import bases, corpus, pairing, reference, train
+from jaxlm.program import Program
+
+Say = Callable[[str], None]
+Evaluated = tuple[dict[str, float], float, str]  # metrics, the loss in them (less is better), both in words
+
+
+class Feed(Protocol):
+  """The data of a run, of whatever stage."""
+
+  tokenizer: Tokenizer
+  contents: str  # what a saved run must find again
+  groups: int  # that held-out text is counted in
+  names: list[str]  # of the sources that are mixed
+  watches: bool  # whether something is held out
+
+  def attach(self, built: Program, state: Any, say: Say) -> None:
+    """Once, before the first step."""
+    ...
+
+  def stream(self, state: Any, steps: int, note: Callable[[int, dict[str, float]], None]) -> Callable[[Any], Any]:
+    """`next(state)`: the batches from the state's cursor on; `note(step, metrics)` writes down what they tell."""
+    ...
+
+  def evaluate(self, params: Any) -> Evaluated:
+    """What a model makes of what is held out."""
+    ...
+
+  def size(self, cursor: int) -> int:
+    """Rows of a batch."""
+    ...
+
+  def epochs(self, cursor: int) -> list[float]:
+    """How often each source was read before a batch."""
+    ...
+
+  def files(self, config: Pretrain) -> dict[str, str]:
+    """Further files of the run's folder, by which it can be talked with."""
+    ...
+
+  def facts(self) -> dict[str, Any]:
+    """What the report says of the data."""
+    ...
+
+
+class Prepared(Feed):
+  """Rows of prepared folders, text or preferences, made ahead in the background."""
+
+  def __init__(self, config: Pretrain, opened: corpus.Corpus):
+    """`config.steps` has to be counted already. Raises InputError as `corpus.training` does."""
+    self.config, self.corpus = config, opened
+    self.tokenizer, self.contents = opened.tokenizer, opened.contents
+    self.text = config.preference.stage == 'none'
+    self.training = corpus.training(opened, config)
+    self.names = self.training.names
+    self._rows, self._groups = self._held_out()
+    self.groups, self.watches = len(self._groups), len(self._rows) > 0
+
+  def _held_out(self) -> tuple[data_batches.Joined, list[corpus.Group]]:
+    if self.text:
+      return corpus.held_out(self.corpus.watched, self.config.data.seq_len)
+    rows = [pairing.rows(self.config, one, held_out=True) for one in self.corpus.watched]
+    return data_batches.Joined(rows), [('', '')]
+
+  def attach(self, built: Program, state: Any, say: Say) -> None:
+    """The reference's figures, where a loss wants them; what is held out goes to the devices."""
+    self._built, self._say = built, say
+    read = {'train': self.training.batches.rows, 'held_out': self._rows}
+    hosts.mark('the reference', slow=True)
+    reference.attach(self.config, built, state, read, self.contents, say)
+    size = self.config.data.global_batch
+    fixed = data_batches.in_order(self._rows, size, self.config.watch.eval_batches * size)
+    self._fixed = [hosts.place(size, functools.partial(fixed.part, i), built.held_out) for i in range(len(fixed))]
+    if not self.watches:
+      say(f'{self.config.data.path} has no held-out documents: nothing is evaluated')
+
+  def stream(self, state: Any, steps: int, note: Any) -> Callable[[Any], Any]:
+    """Batches on the devices; they know of no state but where it begins."""
+    batches = self.training.batches
+    packed = self.config.data.packing if self.text else pairing.described(batches.rows)
+    self._say(f'{packed}: {self.training.rows:,} rows, {self.training.fill:.1%} full')
+    start = int(state.cursor)
+
+    def make(cursor: int) -> Any:
+      return hosts.place(batches.size(cursor), functools.partial(batches, cursor), self._built.batch)
+
+    ahead = data_batches.prefetch(make, start, start + max(0, steps - int(state.step)))
+
+    def after(state: Any) -> Any:
+      cursor, batch = next(ahead)
+      hosts.mark(f'batch {cursor}', slow=cursor < start + 2)  # the first step compiles, its row too
+      return batch
+
+    return after
+
+  def evaluate(self, params: Any) -> Evaluated:
+    totals = train.evaluate(self._built.evaluate, params, self._fixed)
+    return corpus.evaluated(totals, self._groups) if self.text else pairing.evaluated(totals)
+
+  def size(self, cursor: int) -> int:
+    return self.training.batches.size(cursor)
+
+  def epochs(self, cursor: int) -> list[float]:
+    return self.training.batches.epochs(cursor)
+
+  def files(self, config: Pretrain) -> dict[str, str]:
+    return bases.talk(config, self.corpus)
+
+  def facts(self) -> dict[str, Any]:
+    summaries = [one.summary for one in self.corpus.folders.values()]
+    return {s: sum(summary.splits[s].tokens for summary in summaries) for s in ('train', 'validation')}
+
+
+def open_feed(config: Pretrain) -> tuple[Pretrain, Feed]:
+  """The run with its steps counted and its model known, and what it learns from."""
+  if config.rl.algo:
+    from jaxlm.loops import rollouts
+
+    feed = rollouts.Rollouts(config)
+    feed.config = resolved(config, feed.tokenizer)
+    return feed.config, feed
+  data = config.data
+  opened = corpus.load(data.path, data.mix, data.phases, data.held_out)
+  config = counted(resolved(config, opened.tokenizer), opened)
+  return config, Prepared(config, opened)
+
+
+def counted(config: Pretrain, opened: corpus.Corpus | None = None) -> Pretrain:
+  """The config with the steps that its epochs are, if it counts in epochs."""
+  if not config.epochs:
+    return config
+  data = config.data
+  opened = opened or corpus.load(data.path, data.mix, data.phases, data.held_out)
+  rows = corpus.training(opened, config).rows
+  return dataclasses.replace(config, steps=max(1, math.ceil(config.epochs * rows / data.global_batch)))
+
+
+def resolved(config: Pretrain, tokenizer: Tokenizer) -> Pretrain:
+  """The config with the model of `init`, where it names none, and the tokenizer's vocabulary.
+
+  Raises InputError if it names fewer tokens, or asks for adapters of no base.
+  """
+  if config.lora.rank and not config.init:
+    raise InputError(f'lora.rank={config.lora.rank}: adapters need a base: set init to a run or a foreign model')
+  config, size = bases.with_model(config), tokenizer.vocab_size
+  named = config.model.vocab_size
+  if 0 < named < size and not config.init:
+    raise InputError(f"model.vocab_size={named} is less than the {size} of the data's tokenizer; leave it 0")
+  return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=max(named, size)))
