@@ -64,7 +64,7 @@ def learn(
     metrics = {f'policy/{name}': one for name, one in stats.items()}
     metrics['policy/entropy'] = masked.total(entropy_BT, mask_BT)
     # how far the sampler is from this program, with weights that are the same in a first step: near 0, or a bug
-    gap_BT = jnp.abs(masked.kept(old_BT, mask_BT) - batch['sampled_logp'])
+    gap_BT = jnp.abs(masked.kept(old_BT - batch['sampled_logp'], mask_BT))
     metrics |= {'policy/sampler_gap': masked.total(gap_BT, mask_BT), 'policy/sampler_gap_max': masked.Max(gap_BT.max())}
     total = loss.total
     if kl_coef and how.kl == 'loss':

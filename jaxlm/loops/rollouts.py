@@ -73,7 +73,7 @@ class Rollouts(Feed):
       part = cursor % self.updates
       if part == 0 or not self._buffer:
         hosts.mark(f'rollout before batch {cursor}', slow=True)
-        note(int(state.step), self._roll(state, cursor // self.updates))
+        note(int(state.step) + 1, self._roll(state, cursor // self.updates))
       hosts.mark(f'batch {cursor}', slow=part == 0)
       return self._part(cursor // self.updates, part)
 
