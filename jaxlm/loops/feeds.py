@@ -21,6 +21,7 @@ Evaluated = tuple[dict[str, float], float, str]  # metrics, the loss in them (le
 class Feed(Protocol):
   """The data of a run, of whatever stage."""
 
+  config: Pretrain
   tokenizer: Tokenizer
   contents: str  # what a saved run must find again
   groups: int  # that held-out text is counted in
@@ -42,6 +43,10 @@ class Feed(Protocol):
   def size(self, cursor: int) -> int:
     """Rows of a batch."""
     ...
+
+  def tokens(self, cursor: int) -> int:
+    """Places of a batch."""
+    return self.size(cursor) * self.config.data.seq_len
 
   def epochs(self, cursor: int) -> list[float]:
     """How often each source was read before a batch."""

@@ -336,7 +336,7 @@ def _logger(wired: Wired, mesh: Any, writer: Writer, on_step: OnStep, offset: in
     seconds = values.pop('step_time')
     wait = values.pop('data_wait')
     wired.rewinds.row(values['loss'])
-    tokens = feed.size(step - 1 + offset) * config.data.seq_len
+    tokens = feed.tokens(step - 1 + offset)
     row = {f'train/{k}': v for k, v in values.items()}
     row['train/lr'] = float(built.schedule(max(0, step - 1 - values['skipped'])))
     epochs = feed.epochs(step + offset)

@@ -167,6 +167,9 @@ class Rollouts(Feed):
   def size(self, cursor: int) -> int:
     return self.config.data.global_batch
 
+  def tokens(self, cursor: int) -> int:
+    return self.size(cursor) * self._buffer['tokens'].shape[1]
+
   def epochs(self, cursor: int) -> list[float]:
     return self.prompts.epochs(cursor // self.updates)
 
