@@ -73,7 +73,7 @@ def _main(argv: Sequence[str] | None) -> int:
     _fail(str(e))
     return e.code
   except KeyboardInterrupt:
-    resumable = args[0] in ('pretrain', 'quickstart')
+    resumable = args[0] in ('pretrain', 'sft', 'quickstart')
     print('\nstopped' + '; the same command goes on from the last saved step' * resumable, file=sys.stderr)
     return 130
 
