@@ -105,7 +105,7 @@ class Inspect:
 class Eval:
   """Perplexity and bits per byte of a run on held-out text, by kind and by source."""
 
-  run: Positional[str]  # the run's folder
+  run: Positional[str]  # a run's folder, or any model that generate takes
   data: tuple[str, ...] = ()  # prepared folders; by default what the run was trained on
   batch: int = 16  # rows at a time
   seq_len: int | None = None  # tokens in a row; by default the run's
@@ -124,7 +124,7 @@ class Eval:
 class Generate:
   """Let a model continue a text."""
 
-  model: Positional[str]  # a run's folder, a Hugging Face folder, hf://ORG/NAME or a .gguf file
+  model: Positional[str]  # a run's folder, a Hugging Face or a peft folder, hf://ORG/NAME or a .gguf file
   prompt: tuple[str, ...] = ('The ',)
   max_new_tokens: int = 128
   temperature: float = 0.8  # 0: always the likeliest token
@@ -152,7 +152,7 @@ class Generate:
 class Chat:
   """Talk to a model in the terminal. /reset forgets the conversation, /exit ends it; ctrl-c stops an answer."""
 
-  model: Positional[str]  # a run's folder, a Hugging Face folder, hf://ORG/NAME or a .gguf file
+  model: Positional[str]  # a run's folder, a Hugging Face or a peft folder, hf://ORG/NAME or a .gguf file
   system: str | None = None  # the system message
   max_new_tokens: int = 512  # of an answer
   temperature: float | None = None  # 0: always the likeliest token; where not given, as the model's own config says

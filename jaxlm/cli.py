@@ -204,7 +204,7 @@ def _eval(args: Sequence[str]) -> None:
     options.run, options.data, batch=options.batch, seq_len=options.seq_len, baselines=options.baselines
   )
   print(table(*perplexity.rows(found)))
-  print(perplexity.write(found, options.out or f'{options.run}/eval.json'))
+  print(perplexity.write(found, options.out or _beside(options.run, 'eval.json')))
 
 
 def _tasks(options: 'arguments.Eval') -> None:
@@ -213,6 +213,8 @@ def _tasks(options: 'arguments.Eval') -> None:
   from jaxlm.evals import tasks
   from jaxlm.loops import bases
 
+  if not options.data and not bases.is_run(options.run):
+    raise InputError(f'{options.run}: is no run, which would know its rows: name a prepared folder with --data')
   where = options.data or (bases.newest(options.run).config.data.path,)
   if len(where) > 1:
     raise InputError(f'--tasks takes one folder of --data, not {len(where)}')
@@ -227,7 +229,12 @@ def _tasks(options: 'arguments.Eval') -> None:
       on_progress=on_progress,
     )
   print(table(*tasks.rows(found)))
-  print(tasks.write(found, folder, options.out or f'{options.run}/answers.jsonl'))
+  print(tasks.write(found, folder, options.out or _beside(options.run, 'answers.jsonl')))
+
+
+def _beside(model: str, name: str) -> str:
+  """A file in the folder of a run or an adapter; of what is no folder, in this one."""
+  return f'{model}/{name}' if Path(model).is_dir() or '://' in model.removeprefix('hf://') else name
 
 
 def _generate(args: Sequence[str]) -> None:

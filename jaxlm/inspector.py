@@ -114,23 +114,30 @@ def spelled(tokens: Sequence[Token], tokenizer: Tokenizer) -> list[Token]:
   Of a character that is spread over several tokens the last has all of it, and the others none. What is never
   whole stays as it is stored.
   """
-  said = lambda some: tokenizer.inner.decode([token.id for token in some], skip_special_tokens=False)
+  decode = lambda some: tokenizer.inner.decode([token.id for token in some], skip_special_tokens=False)
   found: list[Token] = []
   parts: list[Token] = []
+  before: list[Token] = []  # the last whole character: some decoders leave the space out that a text begins with
+
+  def said(some: list[Token]) -> str:
+    if not before or before[0].segment != some[0].segment:
+      return decode(some)
+    return decode([*before, *some]).removeprefix(decode(before))
+
   for token in tokens:
     if parts and (parts[0].segment != token.segment or len(parts) == PARTS):
       found += parts
-      parts = []
+      parts, before = [], []
     alone = said([token])
     if token.id in tokenizer.control_ids or (alone and '\ufffd' not in alone):
       text = token.text if token.id in tokenizer.control_ids else alone
       found += [*parts, token._replace(text=text)]
-      parts = []
+      parts, before = [], [token]
       continue
     parts.append(token)
     if (text := said(parts)) and '\ufffd' not in text:
       found += [part._replace(text='') for part in parts[:-1]] + [token._replace(text=text)]
-      parts = []
+      parts, before = [], parts
   return found + parts
 
 

@@ -44,9 +44,12 @@ def settings(run: str, *, short: bool = False) -> Pretrain:
 
 
 def tuning(run: str, *, short: bool = False) -> Pretrain:
-  """The run that follows it: all weights learn to answer the instructions of `lessons`."""
+  """The run that follows it: all weights learn to answer the instructions of `lessons`.
+
+  The short form has a folder of its own: its base is another.
+  """
   return Pretrain(
-    run=f'{run}/sft',
+    run=f'{run}/sft-short' if short else f'{run}/sft',
     init=run,
     data=Data(path=f'{run}/instructions', seq_len=256, packing='best_fit', global_batch=8),
     optim=Optim(lr=1e-3, warmup_steps=10, weight_decay=0.0, final_ratio=0.0),
@@ -67,8 +70,9 @@ def quickstart(run: str, *, short: bool = False) -> epath.Path:
   baselines = _data(config, vocabulary)
   _pretrained(config, baselines)
   _writes(run)
-  _tuned(tuning(run, short=short), vocabulary, 5 if short else 60)
-  pages = [report.write(run), report.write(f'{run}/sft')]
+  tuned = tuning(run, short=short)
+  _tuned(tuned, vocabulary, 5 if short else 60)
+  pages = [report.write(run), report.write(tuned.run)]
   print(f'reports: {", ".join(map(str, pages))}  ({clock(time.monotonic() - began)})')
   return pages[0]
 
@@ -154,8 +158,9 @@ def _tuned(config: Pretrain, vocabulary: 'Tokenizer', most: int) -> None:
   folder = epath.Path(config.init) / 'lessons'
   folder.mkdir(exist_ok=True)
   for task, rows in lessons.lessons(sources.documents(TEXT)).items():
-    lines = '\n'.join(json.dumps(row, ensure_ascii=False) for row in rows)
-    write_whole(folder / f'{task}.jsonl', lines + '\n')
+    text, path = '\n'.join(json.dumps(row, ensure_ascii=False) for row in rows) + '\n', folder / f'{task}.jsonl'
+    if not path.exists() or path.read_text() != text:  # what was prepared of it goes by its time
+      write_whole(path, text)
   _, known, chat = prepare.chat_of('plain', None, vocabulary, max_len=config.data.seq_len)
   _counted(prepare.prepare((f'{folder}/*.jsonl',), known, config.data.path, chat=chat, val_fraction=0.1))
   _trained(config)

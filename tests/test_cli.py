@@ -78,6 +78,16 @@ def test_a_missing_plugin_names_its_pip_line(tmp_path):
   assert "pip install 'jaxlm[cuda]'" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize('verb, goes_on', [('sft', True), ('pretrain', True), ('quickstart', True), ('eval', False)])
+def test_interrupted_runs_say_that_they_go_on(verb, goes_on, monkeypatch, capsys):
+  def interrupted(args):
+    raise KeyboardInterrupt
+
+  monkeypatch.setitem(cli.VERBS, verb, interrupted)
+  assert cli.main([verb]) == 130
+  assert ('goes on from the last saved step' in capsys.readouterr().err) == goes_on
+
+
 @pytest.fixture(scope='module')
 def prepared(tmp_path_factory):
   """A tokenizer and prepared data made by the verbs, from one JSONL and one text file."""

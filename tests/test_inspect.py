@@ -8,6 +8,8 @@ import time
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import decoders
 
 from jaxlm import cli, inspector
 from jaxlm.data import chat, faults, packing, prepare, prepared, records, turns
@@ -105,6 +107,19 @@ def test_a_row_is_shown_as_it_is(tmp_path, t, how):
   for part in by_segment.values():
     assert [token.position for token in part] == list(range(len(part)))
   assert ''.join(token.text for token in by_segment[2]).startswith('<|bos|><|im_start|>user\n')
+
+
+def test_words_keep_the_space_that_their_decoder_strips():
+  """As Llama 2's and Mistral's do of whatever a text begins with."""
+  pieces = ['<unk>', '<s>', '</s>', *(f'<0x{i:02X}>' for i in range(256)), '▁call', '▁me', '▁']
+  inner = tokenizers.Tokenizer(tokenizers.models.Unigram([(piece, -1.0) for piece in pieces], 0, True))
+  inner.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+  parts = [decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(' ', 1, 0)]
+  inner.decoder = decoders.Sequence(parts)
+  llama = tok.Tokenizer(inner, {'bos': '<s>', 'eos': '</s>', 'unk': '<unk>'})
+  ids = [*llama.encode('call me é'), llama.eos_id]
+  tokens = [inspector.Token(llama.inner.id_to_token(i), i, True, 1, n) for n, i in enumerate(ids)]
+  assert ''.join(one.text for one in inspector.spelled(tokens, llama)) == 'call me é</s>'
 
 
 def test_characters_of_several_tokens_are_shown_once(t):

@@ -8,7 +8,7 @@ from jaxlm.config import Compute, Data, Lora, Pretrain
 from jaxlm.models import ModelConfig, presets
 
 MODEL = ModelConfig(vocab_size=640, d_model=48, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=56, tie_embeddings=False)
-KERNELS = {(48, 48), (48, 24), (24, 48), (48, 56), (56, 48)}  # either way round
+KERNELS = {(48, 48), (24, 48), (48, 56)}
 
 
 def traced(model, devices, seq_len=24, **how):
@@ -22,10 +22,11 @@ def traced(model, devices, seq_len=24, **how):
 
 
 def products(jaxpr):
-  """The shapes of all that is multiplied out, at any depth."""
+  """The shapes of all that is multiplied out, at any depth; of matrices whichever way round."""
   for eqn in jaxpr.eqns:
     if eqn.primitive.name == 'dot_general':
-      yield eqn.outvars[0].aval.shape
+      shape = eqn.outvars[0].aval.shape
+      yield tuple(sorted(shape)) if len(shape) == 2 else shape
     for value in eqn.params.values():
       for inner in value if isinstance(value, (tuple, list)) else (value,):
         inner = getattr(inner, 'jaxpr', inner)
@@ -34,13 +35,13 @@ def products(jaxpr):
 
 
 def test_no_frozen_kernel_has_a_gradient():
-  assert len(KERNELS & set(products(traced(MODEL, 1).jaxpr.jaxpr))) >= 4  # without adapters they have
+  assert set(products(traced(MODEL, 1).jaxpr.jaxpr)) >= KERNELS  # without adapters they have
   assert not KERNELS & set(products(traced(MODEL, 1, lora=Lora(rank=3)).jaxpr.jaxpr))
 
 
 def test_a_filter_leaves_out_the_gradient_of_the_rest():
   made = KERNELS & set(products(traced(MODEL, 1, trainable='layers/attn/*').jaxpr.jaxpr))
-  assert made <= {(48, 48), (48, 24), (24, 48)} and made
+  assert made == {(48, 48), (24, 48)}
 
 
 @pytest.mark.slow

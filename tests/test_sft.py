@@ -100,6 +100,8 @@ def test_new_tokens_that_could_not_be_learnt_are_refused(home, capsys):
   assert sft(home, 'frozen', *adapters) == 1
   assert 'would never be learnt: add --lora.also embed,head' in capsys.readouterr().err
   assert sft(home, 'also', *adapters, '--lora.also', 'embed') == 0
+  assert cli.main(['export', str(home / 'also'), str(home / 'for_peft')]) == 1  # it has no place for the embedding
+  assert 'embed learned too' in capsys.readouterr().err and not (home / 'for_peft').exists()
   new, old = (dict(tree.items(writing.load(home / name)[1])) for name in ('also', 'base'))
   assert np.abs(new['embed'][:307] - old['embed'][:307]).max() > 0
   np.testing.assert_array_equal(new['layers/attn/q/w'], old['layers/attn/q'])

@@ -11,6 +11,7 @@ from tiny_run import furnish
 
 from jaxlm import cli, interop, lora, models, report, tree
 from jaxlm.data import prepare, tokenizer
+from jaxlm.evals import perplexity
 from jaxlm.interop import peft
 from jaxlm.loops import bases, foreign, writing
 from jaxlm.quickstart import SAMPLE
@@ -115,6 +116,10 @@ def test_export_of_adapters_and_of_what_they_make(home, capsys):
   opened = foreign.open_model(str(home / 'adapter'))  # on the base that it names, which is a run
   np.testing.assert_allclose(logits(opened.cfg, opened.params), want, atol=1e-5)
   assert cli.main(['generate', str(home / 'adapter'), '--prompt', 'The ', '--max-new-tokens', '3']) == 0
+  assert cli.main(['eval', str(home / 'adapter')]) == 1
+  assert 'name prepared folders with --data' in capsys.readouterr().err
+  figures = [perplexity.evaluate(str(home / name), [str(home / 'data')], seq_len=29) for name in ('adapter', 'out')]
+  assert figures[0].whole.nll == pytest.approx(figures[1].whole.nll, rel=1e-5) and figures[0].step == 0
   there.write_text(json.dumps(json.loads(there.read_text()) | {'base_model_name_or_path': None}))
   assert cli.main(['generate', str(home / 'adapter'), '--prompt', 'The ']) == 1
   assert 'names no base_model_name_or_path' in capsys.readouterr().err

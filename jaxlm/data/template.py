@@ -12,13 +12,14 @@ from typing import Any
 from jaxlm.errors import InputError
 
 SECONDS = 5.0  # for one conversation
+START = 60.0  # until the child is there, which says nothing of a template
 CHARS = 1 << 22  # of one conversation
 MEMORY = 1 << 30  # bytes of address space
 MARKS = 'generation_begins', 'generation_ends'
 
 
 def worker() -> None:
-  """The child: lines of JSON in ({template, variables, chars}), a line out for each ({text} or {error})."""
+  """The child: 'ready', then for each line of JSON ({template, variables, chars}) one out ({text} or {error})."""
   import datetime
   import resource
 
@@ -53,6 +54,7 @@ def worker() -> None:
   environment.globals['raise_exception'] = refuse
   environment.globals['strftime_now'] = lambda format: datetime.datetime.now().strftime(format)
   compiled: dict[str, jinja2.Template] = {}
+  print('ready', flush=True)
   for line in sys.stdin:
     asked = json.loads(line)
     try:
@@ -84,11 +86,11 @@ class Renderer:
     """The text. Raises InputError for a template that fails, takes too long, or writes too much."""
     asked = json.dumps({'template': template, 'variables': dict(variables), 'chars': self.chars})
     with self._lock:
-      child = self._running()
       try:
+        child = self._running()
         child.stdin.write(f'{asked}\n'.encode())  # ty: ignore
         child.stdin.flush()  # ty: ignore
-        line = child.stdout.readline() if select.select([child.stdout], [], [], self.seconds)[0] else None  # ty: ignore
+        line = _line(child, self.seconds)
       except OSError:
         line = b''
       except BaseException:  # interrupted: what the child still says would be taken for its next answer
@@ -108,6 +110,8 @@ class Renderer:
       code = 'from jaxlm.data import template; template.worker()'
       command, pipe = [sys.executable, '-c', code], subprocess.PIPE
       self._child = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)  # out of ctrl-c's reach
+      if not _line(self._child, START):
+        raise InputError(f'chat template: the process that renders it did not start within {START:g} seconds')
     return self._child
 
   def close(self) -> None:
@@ -118,6 +122,11 @@ class Renderer:
       for pipe in (child.stdin, child.stdout):
         pipe.close()  # ty: ignore
       child.wait()
+
+
+def _line(child: subprocess.Popen, seconds: float) -> bytes | None:
+  """What the child says next: b'' if it is gone, None if nothing comes in that time."""
+  return child.stdout.readline() if select.select([child.stdout], [], [], seconds)[0] else None  # ty: ignore
 
 
 render = Renderer()

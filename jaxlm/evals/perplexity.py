@@ -10,12 +10,14 @@ import numpy as np
 from etils import epath
 
 from jaxlm import models, objectives
+from jaxlm.config import Pretrain
 from jaxlm.data import batches, prepare
 from jaxlm.data.prepared import Prepared
+from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import InputError
 from jaxlm.evals import compression
 from jaxlm.files import write_whole
-from jaxlm.loops import corpus, train, writing
+from jaxlm.loops import bases, corpus, foreign, train, writing
 from jaxlm.loops.corpus import Score
 
 ORDER = 5  # of the byte n-gram
@@ -37,9 +39,10 @@ def evaluate(
 ) -> Evaluation:
   """Scores every held-out token of `data` (default: what the run was trained on) once, on one device, in float32.
 
-  Raises InputError for a run without a checkpoint, data of another tokenizer, and data without held-out documents.
+  `run` may be any model that `foreign.open_model` opens, with `data` then. Raises InputError for a run without a
+  checkpoint, data of another tokenizer, and data without held-out documents.
   """
-  config, params, tokenizer, step = writing.load(run)
+  config, params, tokenizer, step = _opened(run, data)
   folders = _folders(config, data)
   for path, one in folders.items():
     if one.tokenizer.digest != tokenizer.digest:
@@ -81,6 +84,16 @@ def write(found: Evaluation, path: str) -> epath.Path:
   values = {'run': found.run, 'step': found.step, 'all': found.whole._asdict(), 'kinds': named(found.kinds)}
   write_whole(path, json.dumps(values | {'sources': sources, 'baselines': found.baselines}, indent=1))
   return epath.Path(path)
+
+
+def _opened(source: str, data: Sequence[str]) -> tuple[Pretrain, Any, Tokenizer, int]:
+  """(config, parameters, tokenizer, step) of a run, or of a model that is none: then of step 0."""
+  if bases.is_run(source):
+    return writing.load(source)
+  if not data:
+    raise InputError(f'{source}: is no run, which would know its text: name prepared folders with --data')
+  model = foreign.open_model(source)
+  return Pretrain(model=model.cfg), model.params, model.tokenizer, 0  # ty: ignore
 
 
 def _folders(config: Any, data: Sequence[str]) -> dict[str, Prepared]:

@@ -20,6 +20,7 @@ from jaxlm.models.linear import is_weight, shape
 
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
 PREFIX = 'base_model.model.'
+HUB_NAME = re.compile(r'\w[\w.-]*(/\w[\w.-]*)?')
 KINDS = {'lora_A.weight': 'a', 'lora_B.weight': 'b', 'lora_magnitude_vector': 'm', 'lora_magnitude_vector.weight': 'm'}
 READ = {'r', 'lora_alpha', 'use_rslora', 'use_dora', 'rank_pattern', 'alpha_pattern', 'lora_dropout'}
 # What a file may say beside: where it came from, how it was begun, which modules (the tensors say it).
@@ -46,12 +47,18 @@ def is_adapter(source: epath.PathLike) -> bool:
 def base_of(directory: epath.PathLike) -> str:
   """The model that an adapter says it was trained on: a folder or file that is there, else a name on the hub.
 
-  Raises InputError if it says none.
+  Raises InputError if it says none, one that is neither, or an adapter.
   """
   named = read_json(epath.Path(directory).expanduser() / CONFIG).get('base_model_name_or_path')
   if not isinstance(named, str) or not named:
     raise InputError(f'{directory}: names no base_model_name_or_path: load the base with adapter={str(directory)!r}')
-  return named if '://' in named or epath.Path(named).expanduser().exists() else f'hf://{named}'
+  if is_adapter(named):
+    raise InputError(f'{directory}: names {named} as its base, which is an adapter itself')
+  if '://' in named or epath.Path(named).expanduser().exists():
+    return named
+  if not HUB_NAME.fullmatch(named) or named.endswith('.gguf'):
+    raise InputError(f'{directory}: names {named} as its base, which is not here: set base_model_name_or_path anew')
+  return f'hf://{named}'
 
 
 def load(directory: epath.PathLike, cfg: ModelConfig, params: Any, *, family: str | None = None) -> Any:
@@ -79,7 +86,8 @@ def load(directory: epath.PathLike, cfg: ModelConfig, params: Any, *, family: st
 def export(cfg: ModelConfig, params: Any, directory: epath.PathLike, *, base: str = '') -> None:
   """Writes the adapters of a tree as peft opens them, on a base model that is called `base`.
 
-  Raises InputError if the tree has none, or one on a matrix that the family stores with others (GPT-2's attention).
+  Raises InputError if the tree has none, or one on a matrix that the family stores with others (GPT-2's attention) or
+  that is of experts or in no layer.
   """
   from safetensors.numpy import save
 
@@ -88,9 +96,12 @@ def export(cfg: ModelConfig, params: Any, directory: epath.PathLike, *, base: st
     raise InputError(f'{folder}: this model has no adapter to write')
   if (folder / CONFIG).exists():
     raise InputError(f'{folder}: holds an adapter already: give a new folder')
+  modules = list(_modules(cfg, hf_config.family_of(cfg)))
+  if left := sorted(found.keys() - {place.path for _, places in modules for place in places}):
+    raise InputError(f'{folder}: {left[0]} has an adapter, which none of peft takes here: merge')
   tensors: dict[str, np.ndarray] = {}
   alphas: dict[str, float] = {}
-  for module, places in _modules(cfg, hf_config.family_of(cfg)):
+  for module, places in modules:
     for place in places:
       if place.path not in found:
         continue
@@ -158,10 +169,25 @@ def _check(config: Mapping[str, Any], folder: epath.Path) -> None:
   where = folder / CONFIG
   if config.get('peft_type') != 'LORA':
     raise InputError(f'{where}: peft_type={config.get("peft_type")!r} is not LORA')
+  for key, table, least in (('r', 'rank_pattern', 1), ('lora_alpha', 'alpha_pattern', 0)):  # 0: a layer without one
+    fits = lambda x, least=least: isinstance(x, (int, float)) and x >= least
+    if not fits(config.get(key)):
+      raise InputError(f'{where}: {key}={config.get(key)!r} is no number of {least} or more')
+    patterns = config.get(table) or {}
+    if not isinstance(patterns, dict) or not all(_is_regex(p) and fits(x) for p, x in patterns.items()):
+      raise InputError(f'{where}: {table}={patterns!r} is no table of patterns with numbers of {least} or more')
   unset = (None, False, 'none', [], {}, 0)
   for key, value in config.items():
     if key not in READ | HARMLESS and value not in unset:
       raise InputError(f'{where}: {key}={value!r} is not understood here')
+
+
+def _is_regex(pattern: str) -> bool:
+  try:
+    re.compile(pattern)
+  except re.error:
+    return False
+  return True
 
 
 def _parsed(name: str, folder: epath.Path) -> tuple[str, str]:

@@ -58,7 +58,10 @@ def export_run(run: Any, directory: Any, *, dtype: str = 'float32', merge: bool 
   if 'value' in model.params:
     raise InputError(f'{run}: is a reward model, which has a head of its own: it stays a run')
   if lora.adapted(model.params) and not merge:
-    peft.export(model.cfg, model.params, directory, base=bases.newest(run).config.init)
+    config = bases.newest(run).config
+    if config.lora.also:
+      raise InputError(f'{run}: {config.lora.also} learned too (lora.also), which peft would lack: add --merge')
+    peft.export(model.cfg, model.params, directory, base=config.init)
     return 'a LoRA adapter of peft, float32'
   model = model._replace(params=lora.merge(model.params))
   return f'{interop.export(model, directory, dtype=jnp.dtype(dtype))}, {dtype}'
@@ -70,12 +73,18 @@ def open_model(source: str) -> interop.Model:
   Raises InputError if it is none of these, or has no tokenizer.
   """
   folder = epath.Path(source)
-  if peft.is_adapter(folder):
-    model = open_model(peft.base_of(folder))
+  if peft.is_adapter(source):
+    model = open_model(peft.base_of(source))
     return model._replace(params=peft.load(folder, model.cfg, lora.merge(model.params)))
+  if str(source).startswith(interop.HUB):
+    return _with_tokenizer(interop.load(source), source)
   if folder.is_dir() and not (folder / 'checkpoints').exists() and not (folder / 'config.json').exists():
     raise InputError(f'{source}: no finished checkpoint of a run, and no config.json of a Hugging Face model')
   model = as_model(source) if (folder / 'checkpoints').exists() else interop.load(source)
+  return _with_tokenizer(model, source)
+
+
+def _with_tokenizer(model: interop.Model, source: str) -> interop.Model:
   if model.tokenizer is None:
     raise InputError(f'{source}: has no tokenizer')
   return model

@@ -76,6 +76,7 @@ def matmul(x: Float[Array, '*batch i'], w: Float[Array, 'i o']) -> Float[Array, 
 
   CPUs turn the first: derived by itself that is the gradient of the output, which they work out once more while they
   walk across memory, at a third of the time of a whole step. A frozen `w` has no gradient, and none is computed.
+  There is no forward mode (`jax.jvp`) through it.
   """
   return x @ w
 
