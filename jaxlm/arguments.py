@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import tyro
@@ -118,6 +119,11 @@ class Eval:
   def __post_init__(self):
     at_least(1, batch=self.batch, seq_len=self.seq_len, max_new_tokens=self.max_new_tokens)
     at_least(0, tasks=self.tasks)
+
+  def file(self, name: str) -> str:
+    """Where the figures go: `out`, else a file in the folder of the run or the adapter; of what is no folder, here."""
+    inside = Path(self.run).is_dir() or '://' in self.run.removeprefix('hf://')
+    return self.out or (f'{self.run}/{name}' if inside else name)
 
 
 @dataclasses.dataclass(frozen=True)

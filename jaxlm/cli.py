@@ -204,7 +204,7 @@ def _eval(args: Sequence[str]) -> None:
     options.run, options.data, batch=options.batch, seq_len=options.seq_len, baselines=options.baselines
   )
   print(table(*perplexity.rows(found)))
-  print(perplexity.write(found, options.out or _beside(options.run, 'eval.json')))
+  print(perplexity.write(found, options.file('eval.json')))
 
 
 def _tasks(options: 'arguments.Eval') -> None:
@@ -219,22 +219,11 @@ def _tasks(options: 'arguments.Eval') -> None:
   if len(where) > 1:
     raise InputError(f'--tasks takes one folder of --data, not {len(where)}')
   folder = prepared.load(where[0])
-  with counting('answers') as on_progress:
-    found = tasks.compare(
-      [*options.against, options.run],
-      folder,
-      options.tasks,
-      new=options.max_new_tokens,
-      batch=options.batch,
-      on_progress=on_progress,
-    )
+  models, new = [*options.against, options.run], options.max_new_tokens
+  with counting('answers') as told:
+    found = tasks.compare(models, folder, options.tasks, new=new, batch=options.batch, on_progress=told)
   print(table(*tasks.rows(found)))
-  print(tasks.write(found, folder, options.out or _beside(options.run, 'answers.jsonl')))
-
-
-def _beside(model: str, name: str) -> str:
-  """A file in the folder of a run or an adapter; of what is no folder, in this one."""
-  return f'{model}/{name}' if Path(model).is_dir() or '://' in model.removeprefix('hf://') else name
+  print(tasks.write(found, folder, options.file('answers.jsonl')))
 
 
 def _generate(args: Sequence[str]) -> None:

@@ -49,17 +49,21 @@ def _kind(document: Document) -> Iterable[tuple[str, str]]:
       passage = ''
 
 
-def _lines(document: Document) -> list[str]:
-  lines = [' '.join(line.split()) for line in re.split(r'\n+|(?<=[.;:?!]) ', document.text)]
-  return [line for line in lines if WORDS[0] <= len(line.split()) <= WORDS[1]]
+def _split(document: Document) -> list[str]:
+  return [' '.join(line.split()) for line in re.split(r'\n+|(?<=[.;:?!]) ', document.text)]
+
+
+def _fits(line: str) -> bool:
+  return WORDS[0] <= len(line.split()) <= WORDS[1]
 
 
 def _write(document: Document) -> Iterable[tuple[str, str]]:
-  return [(f'Write a line of {document.kind}.', line) for line in _lines(document)[1::3]]
+  lines = [line for line in _split(document) if _fits(line)]
+  return [(f'Write a line of {document.kind}.', line) for line in lines[1::3]]
 
 
 def _continue(document: Document) -> Iterable[tuple[str, str]]:
-  lines = [' '.join(line.split()) for line in re.split(r'\n+|(?<=[.;:?!]) ', document.text)]
+  lines = _split(document)
   for one, two in zip(lines[::2], lines[1::2], strict=False):
-    if all(WORDS[0] <= len(line.split()) <= WORDS[1] for line in (one, two)):
+    if _fits(one) and _fits(two):
       yield f'Continue.\n{one}', two

@@ -198,16 +198,21 @@ class Watch:
   def _aborted(self) -> None:
     """Where the abort was for the loss of process 0, that is the last line; else it takes its course.
 
-    Its port may answer for a moment still: a process that is killed gives its sockets back one after the other.
+    Its port may take connections for a while still (a process that is killed gives its sockets back one after the
+    other), but only one that lives speaks there.
     """
-    host, port = self._address.rsplit(':', 1)
-    until = time.monotonic() + 3 * BEAT
-    while time.monotonic() < until and not self._ended.is_set():
-      try:
-        socket.create_connection((host, int(port)), 1.0).close()
-      except OSError:
-        last_line(f'{self._named([0])}, the coordinator, is gone; the same command goes on from the last save')
-      time.sleep(BEAT / 10)
+    if not self._ended.is_set() and not any(_speaks(self._address) for _ in range(3)):
+      last_line(f'{self._named([0])}, the coordinator, is gone; the same command goes on from the last save')
+
+
+def _speaks(address: str) -> bool:
+  """Whether who listens there says something within a beat; a gRPC server greets first."""
+  host, port = address.rsplit(':', 1)
+  try:
+    with socket.create_connection((host, int(port)), BEAT) as connection:
+      return bool(connection.recv(1))
+  except OSError:
+    return False
 
 
 _handlers: list[Any] = []  # what C calls has to stay
