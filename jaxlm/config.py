@@ -234,8 +234,12 @@ class Rl:
   value_clip: float = 0.2
   gamma: float = 1.0
   lam: float = 0.95
+  rounds: int = 4  # dapo: rollouts at most for a batch of groups whose scores differ
+  kl_target: float = 0.0  # nats a token from the reference above which a run warns; 0: 1
 
   def __post_init__(self):
+    at_least(1, 'rl', rounds=self.rounds)
+    within('[0, inf)', 'rl', kl_target=self.kl_target)
     at_least(1, 'rl', prompts=self.prompts, samples=self.samples, max_new_tokens=self.max_new_tokens)
     at_least(1, 'rl', epochs=self.epochs, decode_rows=self.decode_rows)
     at_least(0, 'rl', held_out=self.held_out)

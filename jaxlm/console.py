@@ -31,6 +31,10 @@ PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal to draw a
 
 SHOWN = {  # of metrics that some stages have: what they are called in a line
   'train/bits_per_byte': ('bpb', '.3f'),
+  'reward/mean': ('reward', '.3f'),
+  'policy/kl': ('kl', '.3f'),
+  'train/policy/entropy': ('entropy', '.2f'),
+  'answers/length': ('length', '.0f'),
   'train/rewards/accuracies': ('right', '.0%'),
   'train/rewards/margins': ('margin', '.3f'),
 }

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from jaxlm import hosts
@@ -13,8 +13,10 @@ from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import InputError
 from jaxlm.loops import bases, corpus, pairing, reference, train
 from jaxlm.program import Program
+from jaxlm.train import metrics
 
 Say = Callable[[str], None]
+Writer = metrics.Writer | metrics.Unwritten
 Evaluated = tuple[dict[str, float], float, str]  # metrics, the loss in them (less is better), both in words
 
 
@@ -32,11 +34,19 @@ class Feed(Protocol):
     """Once, before the first step."""
     ...
 
-  def stream(self, state: Any, steps: int, note: Callable[[int, dict[str, float]], None]) -> Callable[[Any], Any]:
-    """`next(state)`: the batches from the state's cursor on; `note(step, metrics)` writes down what they tell."""
+  def stream(self, state: Any, steps: int, writer: Writer) -> Callable[[Any], Any]:
+    """`next(state)`: the batches from the state's cursor on; `writer` takes down what is told of them."""
     ...
 
-  def evaluate(self, params: Any) -> Evaluated:
+  def told(self) -> dict[str, float]:
+    """Metrics of the newest batches, for who looks on."""
+    return {}
+
+  def warnings(self, step: int, row: Mapping[str, float]) -> list[str]:
+    """What is wrong by a step's metrics, each thing once."""
+    return []
+
+  def evaluate(self, params: Any, step: int, writer: Writer) -> Evaluated:
     """What a model makes of what is held out."""
     ...
 
@@ -92,7 +102,7 @@ class Prepared(Feed):
     if not self.watches:
       say(f'{self.config.data.path} has no held-out documents: nothing is evaluated')
 
-  def stream(self, state: Any, steps: int, note: Any) -> Callable[[Any], Any]:
+  def stream(self, state: Any, steps: int, writer: Writer) -> Callable[[Any], Any]:
     """Batches on the devices; they know of no state but where it begins."""
     batches = self.training.batches
     packed = self.config.data.packing if self.text else pairing.described(batches.rows)
@@ -111,7 +121,7 @@ class Prepared(Feed):
 
     return after
 
-  def evaluate(self, params: Any) -> Evaluated:
+  def evaluate(self, params: Any, step: int, writer: Writer) -> Evaluated:
     totals = train.evaluate(self._built.evaluate, params, self._fixed)
     return corpus.evaluated(totals, self._groups) if self.text else pairing.evaluated(totals)
 

@@ -18,7 +18,7 @@ from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import InputError, Stopped
 from jaxlm.files import read_json, write_whole
 from jaxlm.loops import bases, feeds, rewind, train, writing
-from jaxlm.loops.feeds import Feed
+from jaxlm.loops.feeds import Feed, Writer
 from jaxlm.loops.trace import Trace
 from jaxlm.program import Program
 from jaxlm.train import lock, metrics
@@ -26,7 +26,6 @@ from jaxlm.train.checkpoint import Checkpoints
 
 Say = Callable[[str], None]
 OnStep = Callable[[int, dict[str, float]], None]
-Writer = metrics.Writer | metrics.Unwritten
 
 
 class Wired(NamedTuple):
@@ -110,7 +109,7 @@ def _train(wired: Wired, state: Any, mesh: Any, on_step: OnStep, stop: Any) -> A
     if int(state.step) == 0 and config.init and wired.feed.watches:
       hooks[0][1](0, state)  # what is gained and forgotten is seen from here
     if not before:
-      after = wired.feed.stream(state, config.steps, writer.row)
+      after = wired.feed.stream(state, config.steps, writer)
       state = train.fit(wired.built.step, state, after, log=log, hooks=hooks, **watched, **timing)
     if patience.over:
       wired.say(f'step {int(state.step)}: no better held-out loss for {patience.limit} evaluations: the run ends here')
@@ -277,7 +276,7 @@ def _hooks(wired: Wired, writer: Writer, patience: Patience) -> tuple:
 
   def evaluate(step: int, state: Any) -> None:
     params = program.evaluated(config, state.opt_state, state.params)
-    row, score, said = wired.feed.evaluate(params)
+    row, score, said = wired.feed.evaluate(params, step, writer)
     writer.row(step, row)
     saved['scores'] = {step: score}
     patience.look(score)
@@ -355,6 +354,8 @@ def _logger(wired: Wired, mesh: Any, writer: Writer, on_step: OnStep, offset: in
     if peak:
       row['perf/mfu'] = tokens * flops / seconds / peak
     writer.row(step, row)
-    on_step(step, row)
+    for line in feed.warnings(step, row):
+      wired.say(f'step {step}: {line}')
+    on_step(step, feed.told() | row)
 
   return log

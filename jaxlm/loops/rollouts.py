@@ -2,27 +2,25 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
-from jaxlm import hosts, interop, lora, program
+from jaxlm import hosts, interop, program
 from jaxlm.config import Pretrain
 from jaxlm.data import batches as data_batches
-from jaxlm.data import chat, sources, turns
+from jaxlm.data import turns
 from jaxlm.errors import InputError
 from jaxlm.loops import bases, scoring
-from jaxlm.loops.feeds import Evaluated, Feed, Say
+from jaxlm.loops.answers import Answers, Asker, Clock, Told, answer_ends, joined
+from jaxlm.loops.feeds import Evaluated, Feed, Say, Writer
 from jaxlm.program import Program
-from jaxlm.rl import advantages, algorithms, episodes, rewards, rollout
-from jaxlm.sample import Sampling
+from jaxlm.rl import advantages, algorithms, collapse, episodes, prompts, rewards
 
-GYM, GYM_ROWS = 'gym:', 2048
-OVERLONG = 0.25  # of the tokens an answer may have, the last ones cost score
+SHOWN = 4  # answers that are written down with their scores
 
 
 class Rollouts(Feed):
@@ -41,89 +39,108 @@ class Rollouts(Feed):
     _check(config, self.updates)
     self.tokenizer, own = interop.vocabulary(config.init)
     _, self.template = turns.choose(config.chat.template or None, own)
-    rows = _rows(config)
-    order = sorted(range(len(rows)), key=lambda i: _digest(rows[i]))
+    rows = prompts.rows(config.data.path, config.seed)
+    order = sorted(range(len(rows)), key=lambda i: prompts.digest(rows[i]))
     self.held_out, self.rows = [rows[i] for i in order[: rl.held_out]], [rows[i] for i in order[rl.held_out :]]
     if len(self.rows) < 1:
       raise InputError(f'{config.data.path}: {len(rows)} prompts, of which rl.held_out={rl.held_out} are kept')
     self.watches = bool(self.held_out)
-    self.contents = hashlib.sha256(''.join(map(_digest, rows)).encode()).hexdigest()
-    self.prompts = data_batches.Batches(_Numbers(len(self.rows)), rl.prompts, config.seed)
+    self.contents = hashlib.sha256(''.join(map(prompts.digest, rows)).encode()).hexdigest()
+    numbers = _Numbers(len(self.rows))
+    self._orders = [data_batches.Batches(numbers, rl.prompts, config.seed + turn) for turn in range(rl.rounds)]
     makers = dict(rewards.MAKERS) | {'run': self._by_model}
-    self.reward = rewards.parse(rl.reward, makers, timeout=rl.reward_timeout)
+    self._reward = rewards.parse(rl.reward, makers, timeout=rl.reward_timeout)
     self._buffer: dict[str, np.ndarray] = {}
+    self._told: Told = {}
+    self._seen: list[Mapping[str, float]] = []
+    self._warned: set[str] = set()
 
   def attach(self, built: Program, state: Any, say: Say) -> None:
     rl = self.config.rl
     self._built, self._say = built, say
-    self._mesh = jax.tree.leaves(built.abstract)[0].sharding.mesh
+    mesh = jax.tree.leaves(built.abstract)[0].sharding.mesh
     self._reference = None
     if rl.kl_coef and not self.config.lora.rank:
-      self._reference = bases.fitted(self.config, bases.open_base(self.config.init, self._mesh)).params
-    ends = sorted({*turns.end_ids(self.template, self.tokenizer), self.tokenizer.eos_id})
-    how: dict[str, Any] = {'max_new_tokens': rl.max_new_tokens, 'stop_ids': ends, 'rows': rl.decode_rows}
-    how |= {'run': built.run, 'mesh': self._mesh if self._mesh.size > 1 else None}
-    sampling = Sampling(rl.temperature, rl.top_k, rl.top_p, rl.min_p)
-    self._engine = rollout.engine(self.config.model, sampling=sampling, **how)
-    self._greedy = rollout.engine(self.config.model, sampling=Sampling(temperature_B=0.0), **how)
+      self._reference = bases.fitted(self.config, bases.open_base(self.config.init, mesh)).params
+    self.asker = Asker(self.config, self.tokenizer, self.template, self._reward)
+    self.asker.attach(built.run, mesh)
 
-  def stream(self, state: Any, steps: int, note: Callable[[int, dict[str, float]], None]) -> Callable[[Any], Any]:
+  def stream(self, state: Any, steps: int, writer: Writer) -> Callable[[Any], Any]:
     def after(state: Any) -> Any:
-      cursor = int(state.cursor)
+      cursor, step = int(state.cursor), int(state.step) + 1
       part = cursor % self.updates
       if part == 0 or not self._buffer:
         hosts.mark(f'rollout before batch {cursor}', slow=True)
-        note(int(state.step) + 1, self._roll(state, cursor // self.updates))
+        answers, self._told = self._roll(state, cursor // self.updates)
+        writer.row(step, self._told)
+        if step == 1 or step % self.config.watch.sample_every == 0:
+          _show(answers, step, writer)
       hosts.mark(f'batch {cursor}', slow=part == 0)
       return self._part(cursor // self.updates, part)
 
     return after
 
-  def _roll(self, state: Any, number: int) -> dict[str, float]:
-    """Fills the buffer with answers to the prompts of a number; what is told of them."""
+  def told(self) -> Told:
+    return self._told
+
+  def warnings(self, step: int, row: Mapping[str, float]) -> list[str]:
+    self._seen.append({**self._told, **row})
+    found = collapse.warnings(self._seen, kl_target=self.config.rl.kl_target)
+    new = [line for name, line in found.items() if name not in self._warned]
+    self._warned |= found.keys()
+    return new
+
+  def _roll(self, state: Any, number: int) -> tuple[Answers, Told]:
+    """Fills the buffer with answers to the prompts of a number; these, and what is told of them."""
     config, rl, how = self.config, self.config.rl, self.how
     assert how is not None
-    rows = [self.rows[i] for i in self.prompts.row_ids(number) for _ in range(rl.samples)]
-    prompts = [self._encode(row) for row in rows]
-    seeds = np.asarray(jax.random.bits(_key(config.seed, number), (len(rows),), jnp.uint32) >> 1).astype(np.int32)
-    made = self._engine(self._decoding(state.params), prompts, seeds)
-    scores, told = self._scored(rows, made)
-    if how.overlong:
-      buffer = max(1, int(OVERLONG * rl.max_new_tokens))
-      scores = scores + np.asarray(
-        advantages.overlong(jnp.asarray(made.lengths_M), limit=rl.max_new_tokens, buffer=buffer)
-      )
-    batch = episodes.batch_of(prompts, made, limit=config.data.seq_len, pad_id=self.tokenizer.pad_id)
+    clock = self.asker.clock = Clock()
+    answers, told = self._answers(self.asker.decoding(state.params), number)
+    batch = episodes.batch_of(answers.asked, answers.made, limit=config.data.seq_len, pad_id=self.tokenizer.pad_id)
     if how.valued or rl.kl_coef or self.updates > 1:
-      batch |= self._read(state.params, batch)
-    scores_PG = jnp.asarray(scores.reshape(rl.prompts, rl.samples), jnp.float32)
+      with clock('perf/reading_s'):
+        batch |= self._read(state.params, batch)
+    scores_PG = jnp.asarray(answers.scores_M.reshape(rl.prompts, rl.samples), jnp.float32)
     mask_MT = jnp.asarray(batch['loss_mask'])
     kl_MT = jnp.asarray(batch['old_logp'] - batch['ref_logp']) if rl.kl_coef else jnp.zeros_like(mask_MT)
     values_MT = jnp.asarray(batch['values']) if how.valued else None
     weights = {'kl_coef': rl.kl_coef, 'gamma': rl.gamma, 'lam': rl.lam}
-    found = algorithms.estimate(how, scores_PG, mask_MT, kl_MT, values_MT, jnp.asarray(made.stopped_M), **weights)
+    stopped_M = jnp.asarray(answers.made.stopped_M)
+    found = algorithms.estimate(how, scores_PG, mask_MT, kl_MT, values_MT, stopped_M, **weights)
     batch |= {name: np.asarray(x) for name, x in found.items()}
-    mixed_P = np.asarray(advantages.mixed_groups(scores_PG))
     if how.mixed:
-      batch['loss_mask'] = batch['loss_mask'] * np.repeat(mixed_P, rl.samples)[:, None]
+      batch['loss_mask'] = batch['loss_mask'] * np.repeat(_mixed(answers, rl.samples), rl.samples)[:, None]
     self._buffer = {name: batch[name] for name in self._built.batch}
     if rl.kl_coef:
       told['policy/kl'] = float(jnp.sum(kl_MT * mask_MT) / jnp.sum(mask_MT))
-    return told | {'reward/std': float(scores_PG.std()), 'reward/equal_groups': float(1 - mixed_P.mean())}
+    return answers, told | {'reward/std': float(scores_PG.std())} | clock.seconds
 
-  def _scored(
-    self, rows: Sequence[Mapping[str, Any]], made: rollout.Completions
-  ) -> tuple[np.ndarray, dict[str, float]]:
-    """The scores of answers, the same for all processes, and what is told of both."""
-    texts = self._texts(made)
-    scores = np.asarray(hosts.from_first(lambda: list(self.reward([_asked(row) for row in rows], texts, rows))))
-    told = {'reward/mean': scores.mean(), 'answers/length': made.lengths_M.mean()}
-    told |= {'answers/truncated': 1.0 - made.stopped_M.mean()}
-    return scores, {name: float(x) for name, x in told.items()}
+  def _answers(self, decoding: Any, number: int) -> tuple[Answers, Told]:
+    """Answers to the prompts of a number, and what is told of all that were written.
 
-  def _texts(self, made: rollout.Completions) -> list[str]:
-    kept = made.lengths_M - made.stopped_M
-    return [self.tokenizer.decode(ids[:n].tolist()) for ids, n in zip(made.tokens_MN, kept, strict=True)]
+    Where an algorithm learns only from groups whose scores differ, other prompts take the place of those whose answers
+    are all worth the same, in up to `rl.rounds` rounds (DAPO's dynamic sampling).
+    """
+    rl, how = self.config.rl, self.how
+    assert how is not None
+    kept, told, wanted = [], [], rl.prompts
+    for turn in range(rl.rounds if how.mixed else 1):
+      rows = [self.rows[i] for i in self._orders[turn].row_ids(number) for _ in range(rl.samples)]
+      answers = self.asker.answer(decoding, rows, jax.random.fold_in(_key(self.config.seed, number), turn))
+      mixed_P = _mixed(answers, rl.samples)
+      told.append(self.asker.told(answers) | {'reward/equal_groups': float(1 - mixed_P.mean())})
+      if how.overlong:
+        answers = answers._replace(scores_M=answers.scores_M + self.asker.shaped(answers.made))
+      # those that differ first: what is left over in the last round fills the batch, and is masked
+      order = np.argsort(~mixed_P, kind='stable')
+      last = not how.mixed or turn == rl.rounds - 1
+      taken = order[: min(wanted, rl.prompts if last else int(mixed_P.sum()))]
+      kept.append(answers.groups(np.sort(taken), rl.samples))
+      wanted -= len(taken)
+      if not wanted:
+        break
+    means = {name: float(np.mean([one[name] for one in told])) for name in told[0]}
+    return joined(kept), means | {'reward/rounds': float(len(told))}
 
   def _read(self, params: Any, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """`episodic.read` of all rows, as many at once as a step has."""
@@ -150,19 +167,13 @@ class Rollouts(Feed):
     like = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=specs[n].sharding) for n, x in arrays.items()}
     return hosts.place(len(next(iter(arrays.values()))), lambda rows: {n: x[rows] for n, x in arrays.items()}, like)
 
-  def _decoding(self, params: Any) -> Any:
-    """What decodes: adapters folded in, laid out once for the whole phase."""
-    merged = jax.jit(lora.merge)({name: x for name, x in params.items() if name != 'value'})
-    return rollout.resharded(self.config.model, merged, self._mesh) if self._mesh.size > 1 else merged
-
-  def evaluate(self, params: Any) -> Evaluated:
+  def evaluate(self, params: Any, step: int, writer: Writer) -> Evaluated:
     """The mean reward of the likeliest answers to held-out prompts."""
-    rows = self.held_out
-    made = self._greedy(self._decoding(params), [self._encode(row) for row in rows], np.zeros(len(rows), np.int32))
-    _, told = self._scored(rows, made)
-    row = {f'eval/{name}': value for name, value in told.items()}
+    answers = self.asker.answer(self.asker.decoding(params), self.held_out)
+    _show(answers, step, writer)
+    told = self.asker.told(answers)
     said = f'held-out reward {told["reward/mean"]:.3f}, {told["answers/length"]:.0f} tokens an answer'
-    return row, -told['reward/mean'], said
+    return {f'eval/{name}': value for name, value in told.items()}, -told['reward/mean'], said
 
   def size(self, cursor: int) -> int:
     return self.config.data.global_batch
@@ -171,22 +182,19 @@ class Rollouts(Feed):
     return self.size(cursor) * self._buffer['tokens'].shape[1]
 
   def epochs(self, cursor: int) -> list[float]:
-    return self.prompts.epochs(cursor // self.updates)
+    return self._orders[0].epochs(cursor // self.updates)
 
   def files(self, config: Pretrain) -> dict[str, str]:
-    ends = sorted({*turns.end_ids(self.template, self.tokenizer), self.tokenizer.eos_id})
+    ends = answer_ends(self.template, self.tokenizer)
     return {bases.TEMPLATE: self.template, bases.GENERATION: json.dumps({'eos_token_id': ends})}
 
   def facts(self) -> dict[str, Any]:
     return {'prompts': len(self.rows), 'held-out prompts': len(self.held_out), 'reward': self.config.rl.reward}
 
-  def _encode(self, row: Mapping[str, Any]) -> list[int]:
-    return chat.encode(self.template, _messages(row), self.tokenizer, generation=True)
-
   def _by_model(self, run: str) -> rewards.Reward:
     model = scoring.open_model(run)
     answered = lambda row, said: scoring.conversations.Conversation(
-      [*_messages(row), {'role': 'assistant', 'content': said}]
+      [*prompts.messages(row), {'role': 'assistant', 'content': said}]
     )
     return lambda prompts, said, rows: scoring.score(model, list(map(answered, rows, said))).tolist()
 
@@ -204,30 +212,17 @@ class _Numbers:
     return {'number': np.asarray(row)}
 
 
-def _rows(config: Pretrain) -> list[dict[str, Any]]:
-  path = config.data.path
-  if path.startswith(GYM):
-    return [dict(row) for row in rewards.gym_rows(path.removeprefix(GYM), GYM_ROWS, config.seed)]
-  found = []
-  for line_number, line in enumerate(epath.Path(path).read_text().splitlines(), 1):
-    row = sources.row_of(line, f'{path}:{line_number}') if hasattr(sources, 'row_of') else json.loads(line)
-    if 'prompt' not in row:
-      raise InputError(f'{path}:{line_number}: no column "prompt"; the columns are {", ".join(row)}')
-    found.append(row)
-  return found
+def _mixed(answers: Answers, size: int) -> np.ndarray:
+  """Of groups of so many answers, those whose scores differ."""
+  return np.asarray(advantages.mixed_groups(jnp.asarray(answers.scores_M.reshape(-1, size), jnp.float32))) > 0
 
 
-def _messages(row: Mapping[str, Any]) -> list[dict[str, str]]:
-  prompt = row['prompt']
-  return [{'role': 'user', 'content': prompt}] if isinstance(prompt, str) else list(prompt)
-
-
-def _asked(row: Mapping[str, Any]) -> str:
-  return _messages(row)[-1]['content']
-
-
-def _digest(row: Mapping[str, Any]) -> str:
-  return hashlib.sha256(json.dumps(row['prompt'], ensure_ascii=False).encode()).hexdigest()
+def _show(answers: Answers, step: int, writer: Writer) -> None:
+  """Writes down a few answers with their scores: the best, the worst, and some between."""
+  order = np.argsort(-answers.scores_M, kind='stable')
+  for i in order[np.unique(np.linspace(0, len(order) - 1, SHOWN).round().astype(int))]:
+    asked = prompts.messages(answers.rows[i])[-1]['content']
+    writer.sample(step, f'{asked} ', answers.texts[i], reward=float(answers.scores_M[i]))
 
 
 def _key(seed: int, number: int) -> Any:

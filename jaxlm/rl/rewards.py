@@ -98,7 +98,10 @@ def _gym(name: str, size: int, seed: int, **how: Any) -> Any:
     raise InputError("tasks of reasoning-gym need it: pip install 'jaxlm[rl]'") from error
   if name not in GYM:
     raise InputError(f'reward gym:{name}: its checker was not tried here; there are {", ".join(GYM)}')
-  return reasoning_gym.create_dataset(name, size=size, seed=seed, **how)
+  try:
+    return reasoning_gym.create_dataset(name, size=size, seed=seed, **how)
+  except (TypeError, AssertionError) as error:
+    raise InputError(f'gym:{name}: {error}') from error
 
 
 MAKERS: Makers = {'exact': exact, 'regex': pattern, 'math': mathematics, 'python': function, 'gym': gym}

@@ -102,9 +102,9 @@ class Writer:
     scalars = [summary.scalar(name, value).value[0] for name, value in clean.items() if value is not None]
     self._board.add(_event(step=step, summary=_summaries.Summary(value=scalars)))
 
-  def sample(self, step: int, prompt: str, text: str) -> None:
-    """One generated text."""
-    self._samples.add(_line({'step': step, 'prompt': prompt, 'text': text}))
+  def sample(self, step: int, prompt: str, text: str, **scores: float) -> None:
+    """One generated text, and what it is worth by name."""
+    self._samples.add(_line({'step': step, 'prompt': prompt, 'text': text, **scores}))
     self._board.add(_event(step=step, summary=summary.text('sample', f'**{prompt}** {text}')))
 
   def flush(self) -> None:
@@ -124,7 +124,7 @@ class Unwritten:
   def row(self, step: int, values: dict[str, float]) -> None:
     """Nothing."""
 
-  def sample(self, step: int, prompt: str, text: str) -> None:
+  def sample(self, step: int, prompt: str, text: str, **scores: float) -> None:
     """Nothing."""
 
   def flush(self) -> None:

@@ -1,0 +1,121 @@
+"""Answers of the model of the moment to rows with prompts: written by an engine, read as text, scored."""
+
+import contextlib
+import itertools
+import time
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxlm import hosts, lora
+from jaxlm.config import Pretrain
+from jaxlm.data import chat, turns
+from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.models import Run
+from jaxlm.rl import advantages, prompts, rewards, rollout
+from jaxlm.rl.rollout import Completions
+from jaxlm.sample import Sampling
+
+OVERLONG = 0.25  # of the tokens an answer may have, the last ones cost score
+
+Told = dict[str, float]
+
+
+class Clock:
+  """Seconds spent on things by name."""
+
+  def __init__(self) -> None:
+    self.seconds: dict[str, float] = {}
+
+  @contextlib.contextmanager
+  def __call__(self, name: str) -> Generator[None]:
+    began = time.perf_counter()
+    yield
+    self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+
+class Answers(NamedTuple):
+  """M answers: the rows that were asked, their prompts as tokens, what was written, as text, and its scores."""
+
+  rows: list[Mapping[str, Any]]
+  asked: list[list[int]]
+  made: Completions
+  texts: list[str]
+  scores_M: np.ndarray
+
+  def groups(self, which: np.ndarray, size: int) -> 'Answers':
+    """Those of some groups of so many answers each."""
+    at = (which[:, None] * size + np.arange(size)).reshape(-1)
+    few = lambda values: [values[i] for i in at]
+    made = Completions(*(x[at] for x in self.made))
+    return Answers(few(self.rows), few(self.asked), made, few(self.texts), self.scores_M[at])
+
+
+def joined(parts: Sequence[Answers]) -> Answers:
+  """All answers of some, one after the other."""
+  rows, asked, made, texts, scores = zip(*parts, strict=True)
+  whole = Completions(*map(np.concatenate, zip(*made, strict=True)))
+  flat = itertools.chain.from_iterable
+  return Answers(list(flat(rows)), list(flat(asked)), whole, list(flat(texts)), np.concatenate(scores))
+
+
+def answer_ends(template: str, tokenizer: Tokenizer) -> list[int]:
+  """The ids that end an answer."""
+  return sorted({*turns.end_ids(template, tokenizer), tokenizer.eos_id})
+
+
+class Asker:
+  """Asks a model, by the template and with the settings of a run."""
+
+  def __init__(self, config: Pretrain, tokenizer: Tokenizer, template: str, reward: rewards.Reward):
+    self.config, self.tokenizer, self.template, self.reward = config, tokenizer, template, reward
+    self.clock = Clock()
+
+  def attach(self, run: Run, mesh: Mesh) -> None:
+    """Makes the engines, on the devices that train."""
+    rl = self.config.rl
+    self._mesh, ends = mesh, answer_ends(self.template, self.tokenizer)
+    how: dict[str, Any] = {'max_new_tokens': rl.max_new_tokens, 'stop_ids': ends, 'rows': rl.decode_rows}
+    how |= {'run': run, 'mesh': mesh if mesh.size > 1 else None}
+    sampling = Sampling(rl.temperature, rl.top_k, rl.top_p, rl.min_p)
+    self._sampled = rollout.engine(self.config.model, sampling=sampling, **how)
+    self._greedy = rollout.engine(self.config.model, sampling=Sampling(temperature_B=0.0), **how)
+
+  def decoding(self, params: Any) -> Any:
+    """What decodes: adapters folded in, laid out once for a whole phase."""
+    with self.clock('perf/rollout_s'):
+      merged = jax.jit(lora.merge)({name: x for name, x in params.items() if name != 'value'})
+      return rollout.resharded(self.config.model, merged, self._mesh) if self._mesh.size > 1 else merged
+
+  def answer(self, decoding: Any, rows: Sequence[Mapping[str, Any]], key: Any = None) -> Answers:
+    """One answer to each row, drawn with a key, or the likeliest. Raises InputError where a reward fails."""
+    asked = [chat.encode(self.template, prompts.messages(row), self.tokenizer, generation=True) for row in rows]
+    with self.clock('perf/rollout_s'):
+      if key is None:
+        made = self._greedy(decoding, asked, np.zeros(len(rows), np.int32))
+      else:
+        seeds = np.asarray(jax.random.bits(key, (len(rows),), jnp.uint32) >> 1).astype(np.int32)
+        made = self._sampled(decoding, asked, seeds)
+    kept = made.lengths_M - made.stopped_M
+    texts = [self.tokenizer.decode(ids[:n].tolist()) for ids, n in zip(made.tokens_MN, kept, strict=True)]
+    with self.clock('perf/scoring_s'):
+      last = [prompts.messages(row)[-1]['content'] for row in rows]
+      scores = hosts.from_first(lambda: list(self.reward(last, texts, rows)))  # the same for all processes
+    return Answers(list(rows), asked, made, texts, np.asarray(scores, np.float64))
+
+  def told(self, answers: Answers) -> Told:
+    """What is told of answers."""
+    made = answers.made
+    told = {'reward/mean': answers.scores_M.mean(), 'answers/length': made.lengths_M.mean()}
+    told |= {'answers/truncated': 1.0 - made.stopped_M.mean()}
+    return {name: float(x) for name, x in told.items()}
+
+  def shaped(self, made: Completions) -> np.ndarray:
+    """What answers near the limit lose of their scores (DAPO's soft overlong punishment)."""
+    limit = self.config.rl.max_new_tokens
+    lengths_M = jnp.asarray(made.lengths_M)
+    return np.asarray(advantages.overlong(lengths_M, limit=limit, buffer=max(1, int(OVERLONG * limit))))
