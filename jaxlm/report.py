@@ -11,6 +11,7 @@ from etils import epath
 
 from jaxlm.errors import InputError
 from jaxlm.files import read_json
+from jaxlm.rl import collapse
 from jaxlm.train.metrics import read_rows
 
 Rows = Sequence[Mapping[str, Any]]
@@ -23,6 +24,16 @@ CURVES = (
   ('Margins', 'chosen - rejected', ('train/rewards/margins', 'eval/rewards/margins'), False),
   ('Told right', 'share of pairs', ('train/rewards/accuracies', 'eval/rewards/accuracies'), False),
   ('Chosen answers', 'nats a token', ('train/nll', 'eval/nll'), False),
+  ('Reward', 'mean of answers', ('reward/mean', 'eval/reward/mean'), False),
+  ('Distance to the reference', 'KL, nats a token', ('policy/kl', 'train/policy/kl'), False),
+  ('Entropy', 'nats a token', ('train/policy/entropy',), False),
+  ('New over old policy', 'ratio', ('train/policy/ratio_min', 'train/policy/ratio_max'), False),
+  ('Clipped', 'share of tokens', ('train/policy/clip_*',), False),
+  ('Length of answers', 'tokens', ('answers/length', 'eval/answers/length'), False),
+  ('Cut answers, groups alike', 'share', ('answers/truncated', 'reward/equal_groups'), False),
+  ('Value function', 'explained variance', ('train/value/explained_variance',), False),
+  ('Sampler and training program', 'apart, nats a token', ('train/policy/sampler_gap*',), True),
+  ('Where the time goes', 'seconds', ('perf/rollout_s', 'perf/scoring_s', 'perf/reading_s', 'perf/step_s'), False),
   ('By kind of text', 'held-out bits per byte', ('eval/*/bits_per_byte',), False),
   ('Gradient norm', 'before clipping', ('train/grad_norm',), True),
   ('Learning rate', '', ('train/lr',), False),
@@ -60,6 +71,7 @@ def write(run: Any) -> epath.Path:
     f'<h1>{html.escape(run.name)}</h1>',
     _figures(rows, facts),
     '<h2>Curves</h2><div class="curves">' + ''.join(_curves(rows, facts.get('held-out bits per byte', {}))) + '</div>',
+    _warned(rows, run / 'config.json'),
     _gained(rows),
     _rewinds(run / 'rewinds.json'),
     _samples(read_rows(run / 'samples.jsonl')),
@@ -158,11 +170,19 @@ def _gained(rows: Rows) -> str:
   return f'<h2>Gained and forgotten</h2><table>{head}{"".join(line(*one) for one in table)}</table>'
 
 
+def _warned(rows: Rows, config: epath.Path) -> str:
+  """What the last steps of reinforcement learning warn of."""
+  target = (read_json(config).get('rl') or {}).get('kl_target', 0.0) if config.exists() else 0.0
+  lines = ''.join(f'<li>{html.escape(line)}</li>' for line in collapse.warnings(rows, kl_target=target).values())
+  return f'<h2>Warnings</h2><ul>{lines}</ul>' if lines else ''
+
+
 def _samples(rows: Rows) -> str:
   boxes = []
   for row in reversed(rows):
     text = f'<b>{html.escape(row["prompt"])}</b>{html.escape(row["text"])}'
-    boxes.append(f'<div class="sample"><small>step {row["step"]}</small>{text}</div>')
+    worth = f', reward {_number(row["reward"])}' if 'reward' in row else ''
+    boxes.append(f'<div class="sample"><small>step {row["step"]}{worth}</small>{text}</div>')
   older = f'<details><summary>{len(boxes) - 6} earlier ones</summary>{"".join(boxes[6:])}</details>'
   shown = ''.join(boxes[:6]) + (older if len(boxes) > 6 else '')
   return f'<h2>Samples</h2>{shown}' if boxes else ''

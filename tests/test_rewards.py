@@ -41,6 +41,14 @@ def test_mathematics():
   assert two(['', ''], ['the answer is $\\frac{1}{2}$', ''], [ROWS[1], ROWS[1]]) == [1, 0]
 
 
+def test_the_last_number():
+  score = rewards.parse('number:answer')
+  said = ['The answer is 1,234.', '1234.0', 'from 1234 to 5', '', 'none', '-1234', '1300 - 66']
+  rows = [{'answer': '1234'}] * len(said)
+  assert score([''] * len(said), said, rows) == [1, 1, 0, 0, 0, 0, 0]
+  assert score([''], ['so it is -7'], [{'answer': '#### -7'}]) == [1]
+
+
 @pytest.mark.parametrize(
   'name, why',
   [

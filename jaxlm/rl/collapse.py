@@ -31,7 +31,8 @@ def warnings(rows: Rows, *, kl_target: float = 0.0) -> dict[str, str]:
   grown = last('answers/length') / first('answers/length')
   if grown > GROWTH and last('answers/truncated') > TRUNCATED:
     found['length'] = f'answers are {grown:.1f} times as long as at first, most are cut: does the reward pay length?'
-  if (gap := rows[-1].get('train/policy/sampler_gap') or 0.0) > GAP:
+  gaps = [gap for row in rows if (gap := row.get('train/policy/sampler_gap')) is not None]
+  if gaps and (gap := gaps[-1]) > GAP:
     found['gap'] = f'the sampler is {gap:.3f} nats a token from the training program: one of them computes otherwise'
   return found
 

@@ -1,6 +1,7 @@
 """What an answer is worth: functions `reward(prompts, completions, rows) -> scores`, found by name and added up."""
 
 import importlib.util
+import logging
 import math
 import re
 import threading
@@ -33,16 +34,41 @@ def pattern(regex: str) -> Reward:
 
 
 def mathematics(column: str) -> Reward:
-  """1 where the completion says the same number or formula as the row's `column`, by math-verify, else 0."""
+  """1 where the completion says the same number or formula as the row's `column`, by math-verify, else 0.
+
+  To it an expression is its value: where a prompt asks for the value of one, to say the prompt again is right. A policy
+  finds that within ten steps; `number` does not fall for it.
+  """
   try:
     import math_verify
   except ImportError as error:
     raise InputError("reward math: needs math-verify: pip install 'jaxlm[rl]'") from error
   quiet: dict[str, Any] = {'parsing_timeout': None}  # its own is a signal, for main threads alone; ours holds
+  logging.getLogger('math_verify').setLevel(logging.ERROR)  # it warns of that
 
   def one(said: str, row: Row) -> float:
     right, given = (math_verify.parse(text, **quiet) for text in (str(_field(row, column)), said))
     return float(bool(right and given and math_verify.verify(right, given, timeout_seconds=None)))
+
+  return lambda prompts, completions, rows: list(map(one, completions, rows))
+
+
+NUMBER = re.compile(r'-?\d+(?:,\d{3})*(?:\.\d+)?')
+
+
+def number(column: str) -> Reward:
+  """1 where the last number of the completion is that of the row's `column`, else 0.
+
+  As answers to GSM8K are judged. Unlike `mathematics` it takes no expression for its value: '4 - 1' is no 3.
+  """
+
+  def last(text: str) -> float | None:
+    found = NUMBER.findall(text)
+    return float(found[-1].replace(',', '')) if found else None
+
+  def one(said: str, row: Row) -> float:
+    right = last(str(_field(row, column)))
+    return float(right is not None and last(said) == right)
 
   return lambda prompts, completions, rows: list(map(one, completions, rows))
 
@@ -104,7 +130,14 @@ def _gym(name: str, size: int, seed: int, **how: Any) -> Any:
     raise InputError(f'gym:{name}: {error}') from error
 
 
-MAKERS: Makers = {'exact': exact, 'regex': pattern, 'math': mathematics, 'python': function, 'gym': gym}
+MAKERS: Makers = {
+  'exact': exact,
+  'regex': pattern,
+  'number': number,
+  'math': mathematics,
+  'python': function,
+  'gym': gym,
+}
 
 
 def parse(spec: str, makers: Makers = MAKERS, *, timeout: float = 60.0) -> Reward:
