@@ -23,6 +23,7 @@ CURVES = (
   ('Margins', 'chosen - rejected', ('train/rewards/margins', 'eval/rewards/margins'), False),
   ('Told right', 'share of pairs', ('train/rewards/accuracies', 'eval/rewards/accuracies'), False),
   ('Chosen answers', 'nats a token', ('train/nll', 'eval/nll'), False),
+  ('From the teacher', 'nats a token', ('train/distill/divergence', 'eval/distill/divergence'), False),
   ('By kind of text', 'held-out bits per byte', ('eval/*/bits_per_byte',), False),
   ('Gradient norm', 'before clipping', ('train/grad_norm',), True),
   ('Learning rate', '', ('train/lr',), False),
