@@ -9,7 +9,7 @@ from jaxlm.errors import InputError
 
 if TYPE_CHECKING:
   from jaxlm import arguments
-  from jaxlm.config import Pretrain
+  from jaxlm.config import Distill, Pretrain, Rl
   from jaxlm.evals.rewards import Judged
 
 ACCELERATORS = {'/dev/nvidia0': 'cuda', '/dev/accel0': 'tpu', '/dev/vfio/0': 'tpu'}  # device file -> extra
@@ -159,7 +159,7 @@ def distill(args: Sequence[str]) -> None:
   _trained(options, rows=True)
 
 
-def _short(args: Sequence[str], part: str, fields: type) -> list[str]:
+def _short(args: Sequence[str], part: str, fields: 'type[Rl | Distill]') -> list[str]:
   """The arguments with the flags of a part of the config by their whole names."""
   import dataclasses
 
