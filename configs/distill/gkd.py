@@ -1,4 +1,4 @@
-"""On-policy distillation (GKD, arXiv:2306.13649): a small chat model writes answers, a larger one says what it would say.
+"""On-policy distillation (GKD, arXiv:2306.13649): a small chat model answers, a larger one says what it would say.
 
 jaxlm import hf://HuggingFaceTB/SmolLM2-360M-Instruct --run runs/teacher
 jaxlm import hf://HuggingFaceTB/SmolLM2-135M-Instruct --run runs/smol
