@@ -206,14 +206,25 @@ def test_adapters_learn_alone():
 
 SMALL = ('--model.d-model', '48', '--model.n-layers', '2', '--model.n-heads', '2', '--model.d-ff', '65')
 QUICK = ('--data.seq-len', '61', '--data.global-batch', '8', '--optim.warmup-steps', '0', '--optim.lr', '3e-3')
-QUICK += ('--watch.eval-every', '4', '--watch.save-every', '4', '--watch.log-every', '1', '--watch.sample-every', '0')
+QUICK += (
+  '--epochs',
+  '0',
+  '--watch.eval-every',
+  '4',
+  '--watch.save-every',
+  '4',
+  '--watch.log-every',
+  '1',
+  '--watch.sample-every',
+  '0',
+)
 OWN = ('--on-policy', '1', '--rl.max-new-tokens', '9', '--rl.decode-rows', '5')
 
 
 @pytest.fixture(scope='module')
 def home(tmp_path_factory):
   home = furnish(tmp_path_factory.mktemp('distill'))
-  given = ('--run', str(home / 'base'), '--steps', '8', '--data.global-batch', '8')
+  given = ('--run', str(home / 'base'), '--steps', '40', '--data.global-batch', '8')
   assert cli.main(['pretrain', str(home / 'tiny.py'), *given]) == 0
   found = [{'prompt': f'What is {a} and {b}?', 'response': f'{a} {b}.'} for a in ('red', 'blue') for b in range(17)]
   (home / 'rows.jsonl').write_text('\n'.join(map(json.dumps, found)))
