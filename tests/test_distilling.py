@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -300,7 +301,7 @@ def test_answers_are_those_of_the_student_of_the_moment(home):
     built = program.build(config, mesh, groups=feed.groups)
     now, told = built.create(), []
     feed.attach(built, now, lambda line: None)
-    after = feed.stream(now, 8, lambda step, row: told.append((step, row)))
+    after = feed.stream(now, 8, SimpleNamespace(row=lambda step, row: told.append((step, row))))
     batch, other = after(now), after(dataclasses.replace(now, params=jax.tree.map(lambda x: 2.0 * x, now.params)))
     again = after(now)
     rows_ = lambda batch: {name: np.asarray(x) for name, x in batch.items() if name != 'teacher'}
