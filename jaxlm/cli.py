@@ -30,6 +30,7 @@ usage: jaxlm VERB ...          `jaxlm VERB --help` explains a verb
   reward       learn scores from preferences: jaxlm reward --init MODEL --data.path rows.jsonl [--folds 5]
   preference   learn what is preferred, by dpo, ipo, kto, orpo, simpo or cpo: jaxlm preference --loss dpo --init ...
   rl           learn from rewards, by ppo, grpo, rloo and others: jaxlm rl --algo grpo --init MODEL --reward ...
+  distill      learn what another model would say: jaxlm distill --teacher MODEL --data.path DATA [--on-policy 0.5]
   eval         perplexity and bits per byte on held-out text, or what a reward model gets right
   generate     let a model continue a text
   chat         talk to a model in the terminal
@@ -77,7 +78,7 @@ def _main(argv: Sequence[str] | None) -> int:
     _fail(str(e))
     return e.code
   except KeyboardInterrupt:
-    resumable = args[0] in ('pretrain', 'quickstart', 'sft', 'reward', 'preference', 'rl')
+    resumable = args[0] in ('pretrain', 'quickstart', 'sft', 'reward', 'preference', 'rl', 'distill')
     print('\nstopped' + '; the same command goes on from the last saved step' * resumable, file=sys.stderr)
     return 130
 
@@ -399,6 +400,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int | None]] = {
   'reward': stages.reward,
   'preference': stages.preference,
   'rl': stages.rl,
+  'distill': stages.distill,
   'eval': _eval,
   'generate': _generate,
   'chat': _chat,

@@ -6,8 +6,9 @@ import importlib.util
 import json
 import re
 import typing
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import tyro
 from etils import epath
 
 from jaxlm.errors import InputError, at_least, within
@@ -249,6 +250,26 @@ class Rl:
 
 
 @dataclasses.dataclass(frozen=True)
+class Distill:
+  """Learning from a teacher, where one is named; data.path is then prepared text, or conversations as `sft` reads them.
+
+  A student's own answers (on_policy) are written as rl.max_new_tokens, rl.temperature and the like say.
+  """
+
+  teacher: str = ''  # a run, a Hugging Face folder or a GGUF file, of the same vocabulary; '': none
+  loss: Literal['forward_kl', 'reverse_kl', 'jensen_shannon'] = 'forward_kl'  # see `jaxlm.losses.distill`
+  beta: float = 0.5  # jensen_shannon: the teacher's share of the mixture
+  temperature: float = 1.0  # that logits of both are divided by
+  alpha: float = 1.0  # weight of the divergence; 1 - alpha is that of the next-token loss on data
+  on_policy: float = 0.0  # share of the batches that are the student's own answers to the prompts of the rows (GKD)
+  architecture: Annotated[ModelConfig, tyro.conf.Suppress] = ModelConfig()  # the teacher's, filled in
+
+  def __post_init__(self):
+    within('[0, 1]', 'distill', beta=self.beta, alpha=self.alpha, on_policy=self.on_policy)
+    within('(0, inf)', 'distill', temperature=self.temperature)
+
+
+@dataclasses.dataclass(frozen=True)
 class Pretrain:
   """A pre-training run."""
 
@@ -272,6 +293,7 @@ class Pretrain:
   profile: str = ''  # 'A:B': a trace of these steps into the run's folder, for TensorBoard or Perfetto
   preference: Preference = Preference()
   rl: Rl = Rl()
+  distill: Distill = Distill()
 
   def __post_init__(self):
     at_least(1, steps=self.steps)
@@ -283,6 +305,10 @@ class Pretrain:
     bare = not self.lora.rank or self.lora.also
     if self.preference.stage == 'preference' and self.preference.reference == 'adapters' and bare:
       raise InputError('preference.reference=adapters: needs lora.rank, and no lora.also: set cached')
+    if self.distill.teacher and (self.rl.algo or self.preference.stage != 'none'):
+      raise InputError(
+        f'distill.teacher={self.distill.teacher}: a run has one stage: no teacher for rewards, preferences'
+      )
     if self.profile and not self.profiled:
       raise InputError(f"profile={self.profile!r} is not 'A:B', two steps with A below B")
     if self.profiled and self.profiled[1] > self.steps:
@@ -335,6 +361,7 @@ RL = dataclasses.replace(
   steps=100,
   rl=Rl(algo='grpo'),
 )  # and `jaxlm rl`
+DISTILL = dataclasses.replace(SFT, run='runs/distill', lora=Lora())  # and `jaxlm distill`
 
 
 def load(path: str) -> Any:

@@ -51,13 +51,18 @@ def by_group(cfg: ModelConfig, run: Run, *, groups: int, chunks: int = 1) -> Cal
 
   def fn(params: Any, batch: Any) -> dict[str, Sum]:
     logp_BT, _, _ = _of_targets(cfg, still, params, batch, chunks, None)
-    mask_BT = batch['loss_mask']
-    add = lambda x_BT: jax.ops.segment_sum(x_BT.reshape(-1), batch['group'].reshape(-1), groups)
-    nats_G = add(jnp.where(mask_BT > 0, -logp_BT * mask_BT, 0.0))
-    bytes_G = add(batch['target_bytes'].astype(jnp.float32))
-    return {'nll': Sum(nats_G, add(mask_BT)), 'bits_per_byte': Sum(nats_G / math.log(2), bytes_G)}
+    return grouped(logp_BT, batch, groups)
 
   return fn
+
+
+def grouped(logp_BT: Array, batch: Any, groups: int) -> dict[str, Sum]:
+  """Nats and bits of the targets as sums [groups]."""
+  mask_BT = batch['loss_mask']
+  add = lambda x_BT: jax.ops.segment_sum(x_BT.reshape(-1), batch['group'].reshape(-1), groups)
+  nats_G = add(jnp.where(mask_BT > 0, -logp_BT * mask_BT, 0.0))
+  bytes_G = add(batch['target_bytes'].astype(jnp.float32))
+  return {'nll': Sum(nats_G, add(mask_BT)), 'bits_per_byte': Sum(nats_G / math.log(2), bytes_G)}
 
 
 class Answers(NamedTuple):

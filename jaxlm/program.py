@@ -1,6 +1,7 @@
 """The program of a run: the very step that `jaxlm pretrain` executes, built from a config and a mesh, with no data."""
 
 import dataclasses
+import functools
 import importlib.util
 import math
 import re
@@ -13,7 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlm import episodic, lora, models, objectives, sharding, tree
+from jaxlm import distilling, episodic, lora, models, objectives, sharding, tree
 from jaxlm.config import Preference, Pretrain, Rl
 from jaxlm.data.batches import parse_ramp
 from jaxlm.errors import InputError
@@ -76,16 +77,7 @@ def build(config: Pretrain, mesh: Mesh, rules: sharding.Rules = sharding.RULES, 
   cfg, compute = config.model, config.compute
   platform = mesh.devices.flat[0].platform
   dtype = {'auto': 'float32' if platform == 'cpu' else 'bfloat16'}.get(compute.dtype, compute.dtype)
-  attention = compute.attention
-  if attention == 'auto':
-    attention = 'ring' if mesh.shape['sequence'] > 1 else _kernel(cfg, platform)
-  if attention == 'cudnn' and _kernel(cfg, 'gpu') != 'cudnn':
-    raise InputError('compute.attention=cudnn has no attention_softcap, and heads of up to 128: set xla')
-  if attention != 'xla' and cfg.kv_heads % mesh.shape['tensor']:
-    heads = f'model.n_kv_heads={cfg.kv_heads}'
-    raise InputError(
-      f'{heads} does not divide by mesh.tensor={mesh.shape["tensor"]}: lower it, or compute.attention xla'
-    )
+  attention = _attention(compute.attention, cfg, mesh, 'model')
   if config.data.seq_len % mesh.shape['sequence']:
     raise InputError(f'data.seq_len={config.data.seq_len} does not divide by mesh.sequence={mesh.shape["sequence"]}')
   rules_of = rules if mesh.size > 1 else None
@@ -102,10 +94,7 @@ def build(config: Pretrain, mesh: Mesh, rules: sharding.Rules = sharding.RULES, 
     ragged=platform == 'tpu',
     rules=rules_of,
   )
-  if cfg.positions == 'learned' and config.data.seq_len > cfg.max_seq_len:
-    raise InputError(
-      f'data.seq_len={config.data.seq_len} exceeds the model.max_seq_len={cfg.max_seq_len} learned positions'
-    )
+  _check_length(config, cfg, 'model')
   if cfg.padded_vocab % compute.loss_chunks:
     raise InputError(
       f'compute.loss_chunks={compute.loss_chunks} does not divide the padded vocabulary of {cfg.padded_vocab}'
@@ -140,13 +129,16 @@ def build(config: Pretrain, mesh: Mesh, rules: sharding.Rules = sharding.RULES, 
   layout = lambda tree_: jax.tree.map(lambda x: x.sharding, tree_)
   whole = NamedSharding(mesh, PartitionSpec())
 
-  loss_fn, evaluate, answers = _objectives(config, run, groups)
+  if config.distill.teacher:
+    batch['teacher'] = held_out['teacher'] = _teacher(config, mesh, rules)
+    held_out.pop('data_mask', None)
+  loss_fn, evaluate, answers = _objectives(config, run, groups, mesh)
   bare = {name: spec for name, spec in batch.items() if name != 'ref_logps'}
   return Program(
     jax.jit(create, out_shardings=shardings),
     jax.jit(around, out_shardings=shardings, donate_argnums=0),
     jax.jit(
-      step.make_train_step(loss_fn, optimizer, trainable=learns, accum=compute.accum),
+      _step(config, loss_fn, optimizer, learns),
       in_shardings=(shardings, layout(batch)),
       out_shardings=(shardings, whole),
       donate_argnums=0,
@@ -203,12 +195,14 @@ def _dtypes(config: Pretrain) -> dict[str, Any]:
     more = ['sampled_logp', 'advantages', *['old_logp'] * (updates(config) > 1), *['values', 'returns'] * how.valued]
     more += ['ref_logp'] * (config.rl.kl_coef > 0 and how.kl == 'loss')
     return kept | dict.fromkeys(more, jnp.float32)
+  if config.distill.teacher and config.distill.on_policy:
+    return BATCH_DTYPES | {'data_mask': jnp.float32}
   if config.preference.stage == 'none':
     return BATCH_DTYPES
   return PREFERENCE_DTYPES | ({'ref_logps': jnp.float32} if config.reference == 'cached' else {})
 
 
-def _objectives(config: Pretrain, run: Run, groups: int) -> tuple[Any, Any, Any]:
+def _objectives(config: Pretrain, run: Run, groups: int, mesh: Mesh) -> tuple[Any, Any, Any]:
   """The stage's loss, its evaluation, and of preferences what answers are worth (see `objectives.answers`)."""
   cfg, chunks, how = config.model, config.compute.loss_chunks, config.preference
   values: dict[str, Any]
@@ -217,6 +211,8 @@ def _objectives(config: Pretrain, run: Run, groups: int) -> tuple[Any, Any, Any]
     names = ('temperature', 'kl_coef', 'value_coef', 'value_clip', 'entropy_coef')
     values = {name: getattr(config.rl, name) for name in names} | {'longest': config.rl.max_new_tokens}
     return episodic.learn(cfg, run, algo, chunks=chunks, **values), objectives.by_group(cfg, run, groups=1), None
+  if config.distill.teacher:
+    return *_distilling(config, run, groups, mesh), None
   if how.stage == 'none':
     weights = {'z_loss': config.z_loss, 'balance': config.balance_loss, 'router_z': config.router_z_loss}
     loss_fn = objectives.next_token(cfg, run, **weights, chunks=chunks)
@@ -231,9 +227,52 @@ def _objectives(config: Pretrain, run: Run, groups: int) -> tuple[Any, Any, Any]
   return make(run), objectives.whole(make(quiet)), objectives.answers(cfg, run, scored=scored, chunks=chunks)
 
 
+def _distilling(config: Pretrain, run: Run, groups: int, mesh: Mesh) -> tuple[Any, Any]:
+  """The loss of distillation, and its evaluation."""
+  how, chunks, shown = config.distill, config.compute.loss_chunks, taught(config)
+  kernel = _attention(config.compute.attention, shown, mesh, 'distill.architecture')
+  both = config.model, run, shown, dataclasses.replace(run, attention=kernel, float8=False)
+  apart = distilling.divergence(how.loss, beta=how.beta, temperature=how.temperature)
+  weights = {'alpha': how.alpha, 'balance': config.balance_loss, 'router_z': config.router_z_loss}
+  learnt = distilling.learn(*both, apart, **weights, chunks=chunks)
+  return learnt, distilling.by_group(*both, apart, groups=groups, chunks=chunks)
+
+
+def taught(config: Pretrain) -> models.ModelConfig:
+  """The teacher's architecture; of the run's vocabulary, where it names none."""
+  found = config.distill.architecture
+  return dataclasses.replace(found, vocab_size=found.vocab_size or config.model.vocab_size)
+
+
+def _teacher(config: Pretrain, mesh: Mesh, rules: sharding.Rules) -> Any:
+  """Its parameters as ShapeDtypeStructs, laid out as the model's are."""
+  cfg = taught(config)
+  _check_length(config, cfg, 'distill.architecture')
+  named = models.abstract(cfg)
+  shardings = sharding.state_shardings(named, mesh, rules)
+  sharding.check_replicated(named, shardings, mesh)
+  shapes = jax.eval_shape(lambda: models.init(cfg, jax.random.key(0)))
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def _step(config: Pretrain, loss_fn: step.LossFn, optimizer: Any, learns: tree.Where) -> Any:
+  """The train step; of a teacher, which is in the batch, nothing is cut into micro-batches."""
+  make = functools.partial(step.make_train_step, optimizer=optimizer, trainable=learns, accum=config.compute.accum)
+  if not config.distill.teacher:
+    return make(loss_fn)
+
+  def beside(state: Any, batch: Any) -> Any:
+    rows, teacher = {name: x for name, x in batch.items() if name != 'teacher'}, {'teacher': batch['teacher']}
+    return make(lambda params, some, key: loss_fn(params, some | teacher, key))(state, rows)
+
+  return beside
+
+
 def flops_per_token(config: Pretrain) -> float:
-  """`metrics.flops_per_token` of the run's step: with a reference's forward pass, and of rewards without the head."""
+  """`metrics.flops_per_token` of the run's step: with a reference's or a teacher's forward pass, of rewards no head."""
   flops = metrics.flops_per_token(config.model, config.data.seq_len)
+  if config.distill.teacher:
+    return flops + metrics.flops_per_token(taught(config), config.data.seq_len) / 3
   if config.preference.stage == 'reward':
     return flops - 6.0 * config.model.d_model * config.model.vocab_size
   return flops * (4 / 3 if config.reference == 'adapters' else 1)
@@ -336,6 +375,26 @@ def compiled_or_gib(lowered: Any) -> Any:
 def local_bytes(tree: Any) -> int:
   """Bytes of a tree's parts on one device."""
   return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _attention(asked: str, cfg: models.ModelConfig, mesh: Mesh, where: str) -> str:
+  """What computes the attention of a model, which is said in a part of the config; see `config.Compute`."""
+  platform = mesh.devices.flat[0].platform
+  if asked == 'auto':
+    asked = 'ring' if mesh.shape['sequence'] > 1 else _kernel(cfg, platform)
+  if asked == 'cudnn' and _kernel(cfg, 'gpu') != 'cudnn':
+    raise InputError('compute.attention=cudnn has no attention_softcap, and heads of up to 128: set xla')
+  if asked != 'xla' and cfg.kv_heads % mesh.shape['tensor']:
+    heads, ways = f'{where}.n_kv_heads={cfg.kv_heads}', mesh.shape['tensor']
+    raise InputError(f'{heads} does not divide by mesh.tensor={ways}: lower it, or compute.attention xla')
+  return asked
+
+
+def _check_length(config: Pretrain, cfg: models.ModelConfig, where: str) -> None:
+  if cfg.positions == 'learned' and config.data.seq_len > cfg.max_seq_len:
+    raise InputError(
+      f'data.seq_len={config.data.seq_len} exceeds the {where}.max_seq_len={cfg.max_seq_len} learned positions'
+    )
 
 
 def _kernel(cfg: models.ModelConfig, platform: str) -> str:

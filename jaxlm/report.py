@@ -34,6 +34,7 @@ CURVES = (
   ('Value function', 'explained variance', ('train/value/explained_variance',), False),
   ('Sampler and training program', 'apart, nats a token', ('train/policy/sampler_gap*',), True),
   ('Where the time goes', 'seconds', ('perf/rollout_s', 'perf/scoring_s', 'perf/reading_s', 'perf/step_s'), False),
+  ('From the teacher', 'nats a token', ('train/distill/divergence', 'eval/distill/divergence'), False),
   ('By kind of text', 'held-out bits per byte', ('eval/*/bits_per_byte',), False),
   ('Gradient norm', 'before clipping', ('train/grad_norm',), True),
   ('Learning rate', '', ('train/lr',), False),

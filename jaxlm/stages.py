@@ -9,7 +9,7 @@ from jaxlm.errors import InputError
 
 if TYPE_CHECKING:
   from jaxlm import arguments
-  from jaxlm.config import Pretrain
+  from jaxlm.config import Distill, Pretrain, Rl
   from jaxlm.evals.rewards import Judged
 
 ACCELERATORS = {'/dev/nvidia0': 'cuda', '/dev/accel0': 'tpu', '/dev/vfio/0': 'tpu'}  # device file -> extra
@@ -142,14 +142,30 @@ def preference(args: Sequence[str]) -> None:
 
 def rl(args: Sequence[str]) -> None:
   """`jaxlm rl`; its own flags have short names."""
-  import dataclasses
-
   from jaxlm import arguments, config
 
   default, args = _config(args, config.RL)
-  names = {field.name.replace('_', '-') for field in dataclasses.fields(config.Rl)}
-  args = [f'--rl.{arg[2:]}' if arg.startswith('--') and arg[2:].partition('=')[0] in names else arg for arg in args]
-  _trained(arguments.parse(config.Pretrain, args, 'rl', default))
+  _trained(arguments.parse(config.Pretrain, _short(args, 'rl', config.Rl), 'rl', default))
+
+
+def distill(args: Sequence[str]) -> None:
+  """`jaxlm distill`; its own flags have short names."""
+  from jaxlm import arguments, config
+
+  default, args = _config(args, config.DISTILL)
+  options = arguments.parse(config.Pretrain, _short(args, 'distill', config.Distill), 'distill', default)
+  if not options.distill.teacher:
+    raise InputError('distill: needs --teacher: a run, a Hugging Face folder or a .gguf file')
+  _trained(options, rows=True)
+
+
+def _short(args: Sequence[str], part: str, fields: 'type[Rl | Distill]') -> list[str]:
+  """The arguments with the flags of a part of the config by their whole names."""
+  import dataclasses
+
+  names = {field.name.replace('_', '-') for field in dataclasses.fields(fields)}
+  short = lambda arg: arg.startswith('--') and arg[2:].partition('=')[0].replace('_', '-') in names
+  return [f'--{part}.{arg[2:]}' if short(arg) else arg for arg in args]
 
 
 def reward(args: Sequence[str]) -> None:

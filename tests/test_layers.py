@@ -16,7 +16,7 @@ LAYERS = (
   ('quickstart',),
   ('report', 'evals', 'console', 'arguments', 'plan', 'hlo', 'topology', 'inspector', 'lessons', 'serve'),
   ('loops',),
-  ('objectives', 'episodic', 'config', 'program', 'scale'),
+  ('objectives', 'episodic', 'distilling', 'config', 'program', 'scale'),
   ('train', 'sample', 'draws', 'speculate', 'rl', 'lora', 'interop'),
   ('models', 'losses', 'data'),
   ('tree', 'masked', 'sharding', 'errors', 'files', 'hosts', 'peers'),

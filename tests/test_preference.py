@@ -1,6 +1,7 @@
 """Losses over preferred answers: against the papers' formulas in float64, and what they may not depend on."""
 
 import functools
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from invariance import CHANGES, assert_unchanged
 from slopes import slopes
 
 from jaxlm import masked
+from jaxlm.config import Preference
 from jaxlm.losses import preference
 
 pytestmark = pytest.mark.usefixtures('strict')
@@ -95,6 +97,11 @@ LOSSES = {
 }
 
 
+def test_every_loss_of_the_stage_is_here():
+  stage = {*typing.get_args(typing.get_type_hints(Preference)['loss']), 'bradley_terry'}
+  assert stage <= LOSSES.keys() and stage <= set(OF_TOKENS)
+
+
 @pytest.mark.parametrize('name', LOSSES)
 def test_value_and_gradient_against_the_formula(name):
   ours, formula = LOSSES[name]
@@ -161,10 +168,11 @@ def of_tokens(name):
   return fn
 
 
+OF_TOKENS = ['bradley_terry', 'dpo', 'ipo', 'kto', 'orpo', 'simpo', 'cpo', 'kto_baseline', 'margin']
+
+
 @pytest.mark.parametrize('change', CHANGES)
-@pytest.mark.parametrize(
-  'name', ['bradley_terry', 'dpo', 'ipo', 'kto', 'orpo', 'simpo', 'cpo', 'kto_baseline', 'margin']
-)
+@pytest.mark.parametrize('name', OF_TOKENS)
 def test_padding_garbage_and_repeated_rows_change_nothing(name, change):
   assert_unchanged(of_tokens(name), TOKENS, MASKS, change, on=[0, 1, 0, 1])
 

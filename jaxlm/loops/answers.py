@@ -68,6 +68,35 @@ def answer_ends(template: str, tokenizer: Tokenizer) -> list[int]:
   return sorted({*turns.end_ids(template, tokenizer), tokenizer.eos_id})
 
 
+def engine(
+  config: Pretrain, run: Run, mesh: Mesh, ends: Sequence[int], sampling: Sampling | None = None
+) -> rollout.Engine:
+  """What writes answers as `config.rl` says, up to one of `ends`."""
+  rl = config.rl
+  how: dict[str, Any] = {'max_new_tokens': rl.max_new_tokens, 'stop_ids': ends, 'rows': rl.decode_rows}
+  how |= {'run': run, 'mesh': mesh if mesh.size > 1 else None}
+  return rollout.engine(
+    config.model, sampling=sampling or Sampling(rl.temperature, rl.top_k, rl.top_p, rl.min_p), **how
+  )
+
+
+def laid_out(config: Pretrain, params: Any, mesh: Mesh) -> Any:
+  """What decodes: adapters folded in, laid out once for a whole phase."""
+  merged = jax.jit(lora.merge)({name: x for name, x in params.items() if name != 'value'})
+  return rollout.resharded(config.model, merged, mesh) if mesh.size > 1 else merged
+
+
+def seeds(key: Any, count: int) -> np.ndarray:
+  """int32 [count]: those of answers drawn with a key."""
+  return np.asarray(jax.random.bits(key, (count,), jnp.uint32) >> 1).astype(np.int32)
+
+
+def placed(specs: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Any:
+  """Rows on the devices, laid out as a program's batch, of whatever width they are."""
+  like = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=specs[n].sharding) for n, x in arrays.items()}
+  return hosts.place(len(next(iter(arrays.values()))), lambda rows: {n: x[rows] for n, x in arrays.items()}, like)
+
+
 class Asker:
   """Asks a model, by the template and with the settings of a run."""
 
@@ -77,19 +106,14 @@ class Asker:
 
   def attach(self, run: Run, mesh: Mesh) -> None:
     """Makes the engines, on the devices that train."""
-    rl = self.config.rl
     self._mesh, ends = mesh, answer_ends(self.template, self.tokenizer)
-    how: dict[str, Any] = {'max_new_tokens': rl.max_new_tokens, 'stop_ids': ends, 'rows': rl.decode_rows}
-    how |= {'run': run, 'mesh': mesh if mesh.size > 1 else None}
-    sampling = Sampling(rl.temperature, rl.top_k, rl.top_p, rl.min_p)
-    self._sampled = rollout.engine(self.config.model, sampling=sampling, **how)
-    self._greedy = rollout.engine(self.config.model, sampling=Sampling(temperature_B=0.0), **how)
+    self._sampled = engine(self.config, run, mesh, ends)
+    self._greedy = engine(self.config, run, mesh, ends, Sampling(temperature_B=0.0))
 
   def decoding(self, params: Any) -> Any:
     """What decodes: adapters folded in, laid out once for a whole phase."""
     with self.clock('perf/rollout_s'):
-      merged = jax.jit(lora.merge)({name: x for name, x in params.items() if name != 'value'})
-      return rollout.resharded(self.config.model, merged, self._mesh) if self._mesh.size > 1 else merged
+      return laid_out(self.config, params, self._mesh)
 
   def answer(self, decoding: Any, rows: Sequence[Mapping[str, Any]], key: Any = None) -> Answers:
     """One answer to each row, drawn with a key, or the likeliest. Raises InputError where a reward fails."""
@@ -98,8 +122,7 @@ class Asker:
       if key is None:
         made = self._greedy(decoding, asked, np.zeros(len(rows), np.int32))
       else:
-        seeds = np.asarray(jax.random.bits(key, (len(rows),), jnp.uint32) >> 1).astype(np.int32)
-        made = self._sampled(decoding, asked, seeds)
+        made = self._sampled(decoding, asked, seeds(key, len(rows)))
     kept = made.lengths_M - made.stopped_M
     texts = [self.tokenizer.decode(ids[:n].tolist()) for ids, n in zip(made.tokens_MN, kept, strict=True)]
     with self.clock('perf/scoring_s'):

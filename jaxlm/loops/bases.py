@@ -53,7 +53,10 @@ def model_of(source: str) -> ModelConfig:
 
 
 def with_model(config: Pretrain) -> Pretrain:
-  """The config with the model of `init`, where it names none itself."""
+  """The config with the model of `init`, where it names none itself, and with that of the teacher."""
+  how = config.distill
+  if how.teacher and how.architecture == ModelConfig():
+    config = dataclasses.replace(config, distill=dataclasses.replace(how, architecture=model_of(how.teacher)))
   if not config.init or config.model != ModelConfig():
     return config
   return dataclasses.replace(config, model=model_of(config.init))

@@ -104,15 +104,10 @@ class Prepared(Feed):
 
   def stream(self, state: Any, steps: int, writer: Writer) -> Callable[[Any], Any]:
     """Batches on the devices; they know of no state but where it begins."""
-    batches = self.training.batches
-    packed = self.config.data.packing if self.text else pairing.described(batches.rows)
+    packed = self.config.data.packing if self.text else pairing.described(self.training.batches.rows)
     self._say(f'{packed}: {self.training.rows:,} rows, {self.training.fill:.1%} full')
     start = int(state.cursor)
-
-    def make(cursor: int) -> Any:
-      return hosts.place(batches.size(cursor), functools.partial(batches, cursor), self._built.batch)
-
-    ahead = data_batches.prefetch(make, start, start + max(0, steps - int(state.step)))
+    ahead = data_batches.prefetch(self.made, start, start + max(0, steps - int(state.step)))
 
     def after(state: Any) -> Any:
       cursor, batch = next(ahead)
@@ -120,6 +115,11 @@ class Prepared(Feed):
       return batch
 
     return after
+
+  def made(self, cursor: int) -> Any:
+    """A batch on the devices."""
+    batches = self.training.batches
+    return hosts.place(batches.size(cursor), functools.partial(batches, cursor), self._built.batch)
 
   def evaluate(self, params: Any, step: int, writer: Writer) -> Evaluated:
     totals = train.evaluate(self._built.evaluate, params, self._fixed)
@@ -150,6 +150,10 @@ def open_feed(config: Pretrain) -> tuple[Pretrain, Feed]:
   data = config.data
   opened = corpus.load(data.path, data.mix, data.phases, data.held_out)
   config = counted(resolved(config, opened.tokenizer), opened)
+  if config.distill.teacher:
+    from jaxlm.loops import teaching
+
+    return config, teaching.Taught(config, opened)
   return config, Prepared(config, opened)
 
 
@@ -159,7 +163,12 @@ def counted(config: Pretrain, opened: corpus.Corpus | None = None) -> Pretrain:
     return config
   data = config.data
   opened = opened or corpus.load(data.path, data.mix, data.phases, data.held_out)
-  rows = corpus.training(opened, config).rows
+  if config.distill.teacher and config.distill.on_policy:
+    from jaxlm.loops import teaching
+
+    rows = len(teaching.prompts(config, opened))
+  else:
+    rows = corpus.training(opened, config).rows
   return dataclasses.replace(config, steps=max(1, math.ceil(config.epochs * rows / data.global_batch)))
 
 

@@ -15,7 +15,7 @@ from jaxlm.data import batches as data_batches
 from jaxlm.data import turns
 from jaxlm.errors import InputError
 from jaxlm.loops import bases, scoring
-from jaxlm.loops.answers import Answers, Asker, Clock, Told, answer_ends, joined
+from jaxlm.loops.answers import Answers, Asker, Clock, Told, answer_ends, joined, placed
 from jaxlm.loops.feeds import Evaluated, Feed, Say, Writer
 from jaxlm.program import Program
 from jaxlm.rl import advantages, algorithms, collapse, episodes, prompts, rewards
@@ -163,9 +163,7 @@ class Rollouts(Feed):
     return self._placed({name: x[rows] for name, x in self._buffer.items()})
 
   def _placed(self, arrays: Mapping[str, np.ndarray]) -> Any:
-    specs = self._built.batch
-    like = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=specs[n].sharding) for n, x in arrays.items()}
-    return hosts.place(len(next(iter(arrays.values()))), lambda rows: {n: x[rows] for n, x in arrays.items()}, like)
+    return placed(self._built.batch, arrays)
 
   def evaluate(self, params: Any, step: int, writer: Writer) -> Evaluated:
     """The mean reward of the likeliest answers to held-out prompts."""

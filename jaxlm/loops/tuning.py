@@ -22,15 +22,18 @@ def prepared(
   Raises InputError without `init` or data, and as `prepare.prepare` does.
   """
   stage = config.preference.stage
-  verb, rows = ('sft', 'conversations') if stage == 'none' else (stage, 'preferences')
+  source = config.distill.teacher or config.init  # who knows the vocabulary and the template
+  verb, rows = (
+    ('distill' if config.distill.teacher else 'sft', 'conversations') if stage == 'none' else (stage, 'preferences')
+  )
   option = 'chat' if stage == 'none' else 'preference'
-  if not config.init:
+  if not source:
     raise InputError(f'{verb}: begins with a model: set --init to a run, a Hugging Face folder or a .gguf file')
   if not config.data.path:
     raise InputError(f'{verb}: needs --data.path: rows of {rows}, or a folder of `jaxlm prepare --{option}`')
   if (epath.Path(config.data.path) / MARKER).exists():
     return config, None
-  tokenizer, own = interop.vocabulary(config.init)
+  tokenizer, own = interop.vocabulary(source)
   how = {'learn': config.chat.learn, 'max_len': config.data.seq_len, 'preference': stage != 'none'}
   name, tokenizer, chat = prepare.chat_of(config.chat.template or None, own, tokenizer, config.chat.columns, **how)
   folder = epath.Path(config.run) / DATA
