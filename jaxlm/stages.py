@@ -222,9 +222,9 @@ def versus(options: 'arguments.Eval') -> None:
   tell = lambda line: print(line, file=sys.stderr, flush=True)
   names, key = (options.run, *options.against), os.environ.get('OPENAI_API_KEY', '')
   report = options.run if bases.is_run(options.run) and options.out is None else None
-  rows = asked.rows(options.run, options.data, options.most, tell)
-  with counting('judged') as told:
-    preferred = versus.by_name(options.judge, model=options.judge_model, key=key, on_progress=told)
+  rows, bar = asked.rows(options.run, options.data, options.most, tell), []
+  judging = {'model': options.judge_model, 'key': key, 'on_progress': lambda *of: bar[0](*of)}
+  preferred = versus.by_name(options.judge, **judging)  # before minutes are spent on answers
   models, said = versus.opened(names), []
   for line in models[1]:
     tell(line)
@@ -232,7 +232,9 @@ def versus(options: 'arguments.Eval') -> None:
   for name, (model, template) in zip(names, models[0], strict=True):
     with counting(f'answers of {name}') as told:
       said.append(versus.answers(model, template, rows, on_progress=told, **how))
-  found = versus.compare(names, rows, said, preferred)
+  with counting('judged') as told:
+    bar.append(told)
+    found = versus.compare(names, rows, said, preferred)
   print('\n\n'.join(versus.samples(found)) + '\n')
   print(f'{names[0]} over {names[1]}, by {options.judge}:\n{table(*versus.rows_of(found))}')
   print('\n'.join(versus.lines(found)))

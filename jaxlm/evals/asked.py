@@ -91,7 +91,7 @@ def of_folder(folder: Prepared, say: Say = lambda line: None) -> list[Row]:
   """
   found = tasks.examples(folder, folder.summary.splits['validation'].documents)
   read = _reader((epath.Path(folder.path) / TEMPLATE).read_text(), folder.tokenizer)
-  rows = [{'prompt': said, 'answer': e.reference, 'kind': e.kind} for e in found if (said := read(e.prompt))]
+  rows: list[Row] = [{'prompt': said, 'answer': e.reference, 'kind': e.kind} for e in found if (said := read(e.prompt))]
   if found and not rows:
     raise InputError(f'{folder.path}: its tokens do not tell where messages begin: name rows of prompts with --data')
   if left := len(found) - len(rows):

@@ -73,15 +73,11 @@ def opened(sources: Sequence[str]) -> tuple[list[tuple[interop.Model, str]], lis
   return [(model, model.chat_template or spare) for model in models], lines
 
 
-def compare(
-  names: Sequence[str], rows: Sequence[Row], said: Sequence[list[str]], preferred: winrate.Compare
-) -> Versus:
+def compare(names: Sequence[str], rows: Sequence[Row], said: Sequence[list[str]], preferred: winrate.Compare) -> Versus:
   """The answers `said` by two models, judged."""
   results = preferred([shown(row) for row in rows], said[0], said[1], rows)
   unread = np.isnan(results)
-  return Versus(
-    (names[0], names[1]), list(rows), (said[0], said[1]), np.where(unread, 0.5, results), int(unread.sum())
-  )
+  return Versus((names[0], names[1]), list(rows), (said[0], said[1]), np.where(unread, 0.5, results), int(unread.sum()))
 
 
 def shown(row: Row) -> str:
@@ -166,4 +162,3 @@ def write(found: Versus, what: str, path: str, run: str | None) -> epath.Path:
     said |= {f'{i}.': line for i, line in enumerate(lines(found), 1)}
     pretrain.add_facts(epath.Path(run), {f'win-rate over {found.names[1]}, by {what}': said})
   return epath.Path(path)
-
