@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from judges import judge
+from servers import judge
 from tiny_run import furnish
 
 from jaxlm import cli, report

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from judges import Json, judge, served
+from servers import Json, judge, served
 
 from jaxlm.errors import InputError
 from jaxlm.evals import winrate
