@@ -10,7 +10,7 @@ from tiny_run import furnish
 from jaxlm import cli, report
 from jaxlm.data import chat, prepared, turns
 from jaxlm.evals import asked, tasks, versus
-from jaxlm.loops import bases, foreign
+from jaxlm.loops import bases, foreign, rollouts
 
 COLOURS = ('red', 'green', 'blue')
 ROWS = [{'question': f'What is {a} and {b}?', 'answer': f'{a} {b}.'} for a in COLOURS for b in range(20)]
@@ -29,14 +29,14 @@ def home(tmp_path_factory):
   home = furnish(tmp_path_factory.mktemp('versus'))
   (home / 'rows.jsonl').write_text('\n'.join(map(json.dumps, ROWS)))
   (home / 'prompts.jsonl').write_text('\n'.join(map(json.dumps, PROMPTS)))
-  (home / 'own.py').write_text('def long(prompts, said, rows):\n  return [len(text) for text in said]\n')
+  (home / 'own.py').write_text('def many(prompts, said, rows):\n  return [len(set(text)) for text in said]\n')
   run = lambda *args: cli.main(list(map(str, args)))
   assert run('pretrain', home / 'tiny.py', '--run', home / 'base', '--steps', 8, '--data.global-batch', 8) == 0
   given = ('--init', home / 'base', '--data.path', home / 'rows.jsonl')
   assert run('sft', *given, '--run', home / 'less', *SFT, '--optim.lr', '1e-4') == 0
   assert run('sft', *given, '--run', home / 'more', *SFT, '--optim.lr', '5e-3') == 0
   given = ('--init', home / 'more', '--data.path', home / 'prompts.jsonl')
-  assert run('rl', *given, '--run', home / 'rl', *RL, '--reward', f'python:{home / "own.py"}:long') == 0
+  assert run('rl', *given, '--run', home / 'rl', *RL, '--reward', f'python:{home / "own.py"}:many') == 0
   return home
 
 
@@ -49,7 +49,7 @@ def written(path):
 
 
 def test_by_a_reward_on_what_the_run_held_out(home, capsys):
-  assert against(home, 'more', 'less', f'python:{home / "own.py"}:long') == 0
+  assert against(home, 'more', 'less', f'python:{home / "own.py"}:many') == 0
   lines, figures = written(home / 'more' / 'winrate.jsonl')
   folder = prepared.load(bases.newest(home / 'more').config.data.path)
   held_out = tasks.examples(folder, 1000)
@@ -57,8 +57,9 @@ def test_by_a_reward_on_what_the_run_held_out(home, capsys):
   for line, example in zip(lines, held_out, strict=True):
     (said,) = line['prompt']
     assert said['role'] == 'user' and said['content'] in folder.tokenizer.decode(example.prompt)
-    assert line['result'] == 0.5 + 0.5 * np.sign(len(line['a']) - len(line['b']))
+    assert line['result'] == 0.5 + 0.5 * np.sign(len(set(line['a'])) - len(set(line['b'])))
   whole = figures['table'][0]
+  assert whole['wins'] + whole['losses'] > 0
   assert whole['win-rate'] == pytest.approx(np.mean([line['result'] for line in lines]))
   assert whole['from'] <= whole['win-rate'] <= whole['to'] and whole['number'] == len(lines)
   out = capsys.readouterr().out
@@ -68,7 +69,7 @@ def test_by_a_reward_on_what_the_run_held_out(home, capsys):
 
 def test_the_answers_are_the_models_own(home):
   """Greedy ones, as `eval --tasks` writes them."""
-  assert against(home, 'more', 'less', f'python:{home / "own.py"}:long') == 0
+  assert against(home, 'more', 'less', f'python:{home / "own.py"}:many') == 0
   lines, _ = written(home / 'more' / 'winrate.jsonl')
   folder = prepared.load(bases.newest(home / 'more').config.data.path)
   found = tasks.compare([str(home / 'more'), str(home / 'less')], folder, 1000, new=6, batch=8, names=())
@@ -80,8 +81,6 @@ def test_an_rl_run_asks_its_held_out_prompts(home):
   assert against(home, 'rl', 'rl', 'exact:answer') == 0
   lines, figures = written(home / 'rl' / 'winrate.jsonl')
   assert len(lines) == 5 and {line['prompt'] for line in lines} <= {row['prompt'] for row in PROMPTS}
-  from jaxlm.loops import rollouts
-
   trained = {row['prompt'] for row in rollouts.Rollouts(bases.newest(home / 'rl').config).rows}
   assert not {line['prompt'] for line in lines} & trained
   assert figures['table'][0] | {'from': 0, 'to': 0} == {
@@ -104,14 +103,16 @@ def test_by_a_judge(home, tmp_path, most, temperature):
     assert against(home, 'more', 'less', url, *how, '--out', tmp_path / 'long.jsonl') == 0
   lines, figures = written(tmp_path / 'long.jsonl')
   assert all(line['result'] == 0.5 + 0.5 * np.sign(len(line['a']) - len(line['b'])) for line in lines)
-  assert any('the longer answer is preferred: 100.0%' in line for line in figures['said'])
+  differ = any(len(line['a']) != len(line['b']) for line in lines)
+  assert any('the longer answer is preferred: 100.0%' in line for line in figures['said']) == differ
+  assert differ or not temperature
   assert not (home / 'less' / 'winrate.jsonl').exists()
 
 
 def test_foreign_models_on_either_side(home, tmp_path, capsys):
   """A folder of Hugging Face's that is the run, and a base without a template: the same answers, and a word on it."""
   foreign.export_run(home / 'less', tmp_path / 'hf')
-  what = f'python:{home / "own.py"}:long'
+  what = f'python:{home / "own.py"}:many'
   how = ('--data', str(home / 'prompts.jsonl'), '--most', '6')
   both = [str(tmp_path / 'hf'), '--against', str(home / 'less')]
   assert cli.main(['eval', *both, '--judge', what, *SHORT, *how]) == 0

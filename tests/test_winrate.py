@@ -24,7 +24,7 @@ def test_the_interval_of_a_rate():
     winrate.rate(np.zeros(0))
 
 
-@pytest.mark.parametrize('of', [0.0, 1.0])
+@pytest.mark.parametrize('of', [0.0, 0.5, 1.0])
 def test_a_few_wins_are_no_certainty(of):
   found = winrate.rate(np.full(8, of))
   assert (found.low, found.high) == wilson(of, 8) and found.high - found.low > 0.3

@@ -7,14 +7,13 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from jaxlm.data import chat, conversations, preferences, prepared, sources
+from jaxlm.data import chat, prepared
 from jaxlm.data.prepared import TEMPLATE, Prepared
-from jaxlm.data.sources import Document, File
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import InputError
 from jaxlm.evals import tasks
-from jaxlm.loops import bases, rollouts
-from jaxlm.rl import rewards
+from jaxlm.loops import bases
+from jaxlm.rl import prompts
 
 Say = Callable[[str], None]
 Row = Mapping[str, Any]  # with a `prompt`, a text or messages
@@ -26,11 +25,11 @@ TURNS = 8  # of a conversation, at most, that is read back from its tokens
 def rows(run: str, data: Sequence[str] = (), most: int = 200, say: Say = lambda line: None) -> list[Row]:
   """Up to `most` prompts, evenly from the first to the last.
 
-  `data`: files of rows (with a prompt, messages, or any format of conversations or preferences), 'gym:TASK', or
-  prepared folders, whose held-out conversations these are. Without it those that the run held out. Raises InputError
+  `data`: what `rl.prompts.rows` reads, files of rows or 'gym:TASK', or prepared folders, whose held-out conversations
+  these are. Without it those that the run held out. Raises InputError
   where there are none.
   """
-  found = [row for source in data for row in _of_source(source, most, say)] if data else _of_run(run, say)
+  found = [row for source in data for row in _of_source(source, say)] if data else _of_run(run, say)
   if not found:
     raise InputError(f'{", ".join(data) or run}: no held-out prompt: name rows of prompts with --data')
   count = min(most, len(found))
@@ -42,45 +41,17 @@ def _of_run(run: str, say: Say) -> list[Row]:
     raise InputError(f'{run}: is no run, which would know its prompts: name rows of prompts with --data')
   config = bases.newest(run).config
   if config.rl.algo:
-    return list(rollouts.held_out(config))
+    return list(prompts.split(prompts.rows(config.data.path, config.seed), config.rl.held_out)[0])
   folder = prepared.load(config.data.path)
   if not folder.summary.chat:
     raise InputError(f'{run}: was trained on text, not on conversations: name rows of prompts with --data')
   return of_folder(folder, say)
 
 
-def _of_source(source: str, most: int, say: Say) -> list[Row]:
-  if source.startswith(rollouts.GYM):
-    return list(rewards.gym_rows(source.removeprefix(rollouts.GYM), most, SEED))
+def _of_source(source: str, say: Say) -> list[Row]:
   if (epath.Path(source) / prepared.MARKER).exists():
     return of_folder(prepared.load(source), say)
-  found: list[Row] = []
-
-  def kept(row: dict[str, Any], file: File, number: int) -> Document:
-    try:
-      found.append(_of_row(row))
-    except InputError as error:
-      raise InputError(f'{file.path}:{number}: {error}') from error
-    return Document('', file.kind, f'{file.path}:{number}', file.kind)
-
-  for file in sources.files([source], None):
-    for _ in sources.read(file, make=kept):
-      pass
-  return found
-
-
-def _of_row(row: dict[str, Any]) -> Row:
-  """The row with a `prompt`, which ends where the last turn of the assistant begins."""
-  if isinstance(row.get('prompt'), str | list):
-    return row
-  if preferences.PARTS[1] in row:
-    talk = preferences.guess(list(row)).read(row).answers[0]
-  else:
-    talk = conversations.guess(list(row)).read(row)
-  *before, last = conversations.checked(talk).messages
-  if last['role'] != 'assistant':
-    return row | {'prompt': [*before, last]}
-  return {'answer': last['content']} | row | {'prompt': before}
+  return list(prompts.rows(source, SEED))
 
 
 def of_folder(folder: Prepared, say: Say = lambda line: None) -> list[Row]:

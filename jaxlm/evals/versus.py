@@ -12,8 +12,8 @@ from jaxlm.data import chat, turns
 from jaxlm.errors import InputError
 from jaxlm.evals import tasks, winrate
 from jaxlm.files import write_whole
-from jaxlm.loops import chatting, foreign, pretrain, rollouts
-from jaxlm.rl import rewards
+from jaxlm.loops import chatting, foreign, pretrain, scoring
+from jaxlm.rl import prompts, rewards
 
 Row = Mapping[str, Any]
 Told = Callable[[int, int], None] | None
@@ -50,8 +50,8 @@ def answers(
   """What a model answers to prompts (see `asked.rows`), the likeliest tokens at temperature 0."""
   tokenizer: Any = model.tokenizer
   ends = sorted({*chatting.stop_ids(model), *turns.end_ids(template, tokenizer)})
-  prompts = [chat.encode(template, rollouts.messages(row), tokenizer, generation=True) for row in rows]
-  wanted = [tasks.Example('', prompt, '') for prompt in prompts]
+  encoded = (chat.encode(template, prompts.messages(row), tokenizer, generation=True) for row in rows)
+  wanted = [tasks.Example('', ids, '') for ids in encoded]
   how: dict[str, Any] = {'new': new, 'batch': batch, 'names': (), 'on_progress': on_progress}
   how |= {'sampling': sample.Sampling(temperature_B=temperature)}
   return tasks.answer(model.cfg, lora.merge(model.params), tokenizer, wanted, ends, **how).texts
@@ -82,7 +82,7 @@ def compare(names: Sequence[str], rows: Sequence[Row], said: Sequence[list[str]]
 
 def shown(row: Row) -> str:
   """The prompt as a judge reads it."""
-  said = rollouts.messages(row)
+  said = prompts.messages(row)
   return said[0]['content'] if len(said) == 1 else '\n\n'.join(f'{one["role"]}: {one["content"]}' for one in said)
 
 
@@ -92,9 +92,9 @@ def by_name(what: str, *, model: str = '', key: str = '', on_progress: Told = No
     if not model:
       raise InputError(f'judge {what}: name the model that judges with --judge-model')
     return winrate.by_judge(what, model, key=key, on_progress=on_progress)
-  reward = rewards.parse(what, dict(rewards.MAKERS) | {'run': rollouts.by_model}, timeout=600.0)
-  last = lambda rows: [rollouts.messages(row)[-1]['content'] for row in rows]
-  return winrate.by_reward(lambda prompts, said, rows: reward(last(rows), said, rows))
+  reward = rewards.parse(what, dict(rewards.MAKERS) | {'run': scoring.as_reward}, timeout=600.0)
+  last = lambda rows: [prompts.messages(row)[-1]['content'] for row in rows]
+  return winrate.by_reward(lambda shown, said, rows: reward(last(rows), said, rows))
 
 
 def _alike(found: Versus) -> np.ndarray:

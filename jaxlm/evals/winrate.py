@@ -60,12 +60,12 @@ class Rate(NamedTuple):
 def rate(results: np.ndarray, seed: int = 0) -> Rate:
   """Of results in [0, 1], one a prompt; the interval is a bootstrap over prompts (percentiles of 10,000 resamples).
 
-  Where all are wins, or all losses, no resample is another: the interval is then Wilson's.
+  Where all are alike (wins, ties or losses) no resample is another: the interval is then Wilson's.
   """
   if not len(results):
     raise InputError('a win-rate needs at least one prompt')
   mean = float(results.mean())
-  if mean in (0.0, 1.0):
+  if (results == results[0]).all():
     low, high = wilson(mean, len(results))
   else:
     drawn = np.random.default_rng(seed).integers(0, len(results), (RESAMPLES, len(results)))

@@ -1,6 +1,7 @@
 """Answers of the model of the moment to rows with prompts: written by an engine, read as text, scored."""
 
 import contextlib
+import functools
 import itertools
 import time
 from collections.abc import Generator, Mapping, Sequence
@@ -16,7 +17,7 @@ from jaxlm.config import Pretrain
 from jaxlm.data import chat, turns
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.models import Run
-from jaxlm.rl import advantages, prompts, rewards, rollout
+from jaxlm.rl import advantages, prompts, rewards, rollout, vllm
 from jaxlm.rl.rollout import Completions
 from jaxlm.sample import Sampling
 
@@ -76,14 +77,19 @@ class Asker:
     self.clock = Clock()
 
   def attach(self, run: Run, mesh: Mesh) -> None:
-    """Makes the engines, on the devices that train."""
+    """Makes the engines, on the devices that train or those of a server."""
     rl = self.config.rl
     self._mesh, ends = mesh, answer_ends(self.template, self.tokenizer)
     how: dict[str, Any] = {'max_new_tokens': rl.max_new_tokens, 'stop_ids': ends, 'rows': rl.decode_rows}
-    how |= {'run': run, 'mesh': mesh if mesh.size > 1 else None}
+    if rl.engine:
+      make = vllm.Server(
+        rl.engine, f'{self.config.run}/engine', self.config.model, self.tokenizer, dtype=run.dtype
+      ).engine
+    else:
+      placed = {'run': run, 'mesh': mesh if mesh.size > 1 else None}
+      make = functools.partial(rollout.engine, self.config.model, **placed)
     sampling = Sampling(rl.temperature, rl.top_k, rl.top_p, rl.min_p)
-    self._sampled = rollout.engine(self.config.model, sampling=sampling, **how)
-    self._greedy = rollout.engine(self.config.model, sampling=Sampling(temperature_B=0.0), **how)
+    self._sampled, self._greedy = make(sampling=sampling, **how), make(sampling=Sampling(temperature_B=0.0), **how)
 
   def decoding(self, params: Any) -> Any:
     """What decodes: adapters folded in, laid out once for a whole phase."""

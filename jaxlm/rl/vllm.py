@@ -4,15 +4,16 @@
   VLLM_SERVER_DEV_MODE=1 vllm serve served --logprobs-mode processed_logprobs
   jaxlm rl --init runs/sft --engine http://localhost:8000 --importance token ...
 
-The server sees the run's folder at the same path (one machine, or a shared disk). It has to be one whose worker's
-`reload_weights` takes a `weights_path`, and in its development mode, which alone has /collective_rpc: let nobody else
-reach it. Its log-probabilities are those of what was drawn from, after truncation where there is any, and of another
-program than the one that trains: `policy/sampler_gap` shows by how much, `rl.importance` weighs it away. A run with
-such an engine does not go on bitwise. N new tokens at most, M prompts.
+It is asked with the key in VLLM_API_KEY, if there is one, and sees the run's folder at the same path (one machine, or a
+shared disk). It has to be one whose worker's `reload_weights` takes a `weights_path`, and in its development mode,
+which alone has /collective_rpc: let nobody else reach it. Its log-probabilities are those of what was drawn from, after
+truncation where there is any, and of another program than the one that trains: `policy/sampler_gap` shows by how much,
+`rl.importance` weighs it away. A run with such an engine does not go on bitwise.
 """
 
 import json
 import math
+import os
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -36,11 +37,12 @@ class Server:
   Raises InputError, in any of its calls, for a server that is not there, takes too long, refuses or answers nonsense.
   """
 
-  def __init__(self, url: str, folder: str, cfg: Any, tokenizer: Any, *, dtype: Any, key: str = '', timeout: float = 0):
+  def __init__(self, url: str, folder: str, cfg: Any, tokenizer: Any, *, dtype: Any, timeout: float = TIMEOUT):
     if hosts.count() > 1 or '://' in folder:
       raise InputError('rl.engine: weights are handed over by one process through a folder that the server sees')
     self.url, self.cfg, self.tokenizer, self.dtype = url.rstrip('/'), cfg, tokenizer, dtype
-    self.folder, self.timeout = epath.Path(folder).expanduser().resolve(), timeout or TIMEOUT
+    self.folder, self.timeout = epath.Path(folder).expanduser().resolve(), timeout
+    key = os.environ.get('VLLM_API_KEY')
     self._headers = {'Content-Type': 'application/json'} | ({'Authorization': f'Bearer {key}'} if key else {})
     self._handed_over = 0
     try:
