@@ -16,10 +16,12 @@ import math
 import os
 import urllib.error
 import urllib.request
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -44,7 +46,7 @@ class Server:
     self.folder, self.timeout = epath.Path(folder).expanduser().resolve(), timeout
     key = os.environ.get('VLLM_API_KEY')
     self._headers = {'Content-Type': 'application/json'} | ({'Authorization': f'Bearer {key}'} if key else {})
-    self._handed_over = 0
+    self._handed_over, self._last = 0, lambda: None
     try:
       self.model = str(self._call('/v1/models')['data'][0]['id'])
     except (KeyError, IndexError, TypeError) as error:
@@ -53,12 +55,15 @@ class Server:
       self.folder.rmtree()
 
   def hand_over(self, params: Any) -> None:
-    """The server has these weights, and nothing cached of others, once this returns."""
+    """The server has these weights, and nothing cached of others, once this returns; those that it has do not go again."""
+    first = jax.tree.leaves(params)[0]
+    if self._last() is first:
+      return
     old, new = (self.folder / str(self._handed_over + i) for i in range(2))
     interop.export(interop.Model(self.cfg, params, self.tokenizer, None, {}), new, dtype=self.dtype)
     self._call('/collective_rpc', {'method': 'reload_weights', 'kwargs': {'weights_path': str(new)}})
     self._call('/reset_prefix_cache', {})
-    self._handed_over += 1
+    self._handed_over, self._last = self._handed_over + 1, weakref.ref(first)  # kept alive they would fill the device
     if old.exists():
       old.rmtree()
 
