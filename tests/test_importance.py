@@ -25,8 +25,12 @@ BATCH = {
 }
 
 
+def arrays(batch):
+  return {name: jnp.asarray(x) for name, x in batch.items()}
+
+
 def old_logp(params):
-  return np.asarray(jax.jit(episodic.read(LLAMA, Run(), temperature=1.0))(params, BATCH)['old_logp'])
+  return np.asarray(jax.jit(episodic.read(LLAMA, Run(), temperature=1.0))(params, arrays(BATCH))['old_logp'])
 
 
 def learnt(algo, params, batch, **how):
@@ -34,7 +38,7 @@ def learnt(algo, params, batch, **how):
   loss_fn = episodic.learn(LLAMA, Run(), algorithms.by_name(algo), temperature=1.0, longest=5, **how)
 
   def of(params):
-    loss, found = loss_fn(params, batch, jax.random.key(0))
+    loss, found = loss_fn(params, arrays(batch), jax.random.key(0))
     return loss.total / loss.weight, found
 
   (loss, found), grads = jax.jit(jax.value_and_grad(of, has_aux=True))(params)

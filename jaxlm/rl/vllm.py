@@ -55,7 +55,7 @@ class Server:
       self.folder.rmtree()
 
   def hand_over(self, params: Any) -> None:
-    """The server has these weights, and nothing cached of others, once this returns; those that it has do not go again."""
+    """The server has these weights, and nothing cached of others, once this returns. What it has does not go again."""
     first = jax.tree.leaves(params)[0]
     if self._last() is first:
       return
