@@ -71,7 +71,7 @@ def test_the_newest_weights_are_handed_over(server, tmp_path, words):
   assert (old.tokens_MN != new.tokens_MN).any()
   for path, x in without_padding(server.model.params, CFG).items():
     np.testing.assert_array_equal(x, without_padding(other, CFG)[path], err_msg=path)
-  assert [path.name for path in (tmp_path / 'engine').iterdir()] == ['1'] == [server.path.name]  # the old one is gone
+  assert [path.name for path in (tmp_path / 'engine').iterdir()] == ['2'] == [server.path.name]  # the old one is gone
   paths = [path for path, _ in server.seen]
   once = ['/collective_rpc', '/reset_prefix_cache'] + ['/v1/completions'] * len(PROMPTS)
   assert paths == 2 * once
