@@ -104,19 +104,30 @@ class Inspect:
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
-  """Perplexity and bits per byte of a run on held-out text, by kind and by source."""
+  """Perplexity and bits per byte of a run on held-out text, by kind and by source.
+
+  jaxlm eval RUN_A --against RUN_B --judge WHAT: how often A's answers to held-out prompts are preferred to those of B.
+  """
 
   run: Positional[str]  # a run's folder, or any model that generate takes
-  data: tuple[str, ...] = ()  # prepared folders; by default what the run was trained on
+  data: tuple[str, ...] = ()  # prepared folders, with a judge rows and gym:TASK too; by default what it was trained on
   batch: int = 16  # rows at a time
   seq_len: int | None = None  # tokens in a row; by default the run's
   baselines: bool = False  # beside xz -9 and a byte 5-gram of the training text, on the same documents
   out: str | None = None  # a JSON file; by default RUN/eval.json
   tasks: int = 0  # answer so many held-out conversations of each kind and score the answers, rather than perplexity
   against: tuple[str, ...] = ()  # with tasks: further models, runs or foreign ones, as the one that the run began with
-  max_new_tokens: int = 128  # with tasks: of an answer
+  max_new_tokens: int = 128  # with tasks and a judge: of an answer
+  judge: str = ''  # what prefers one of two answers: a reward of `jaxlm rl` (run:FOLDER, ...), or http(s)://HOST/v1
+  judge_model: str = ''  # of such a server, whose key is in OPENAI_API_KEY
+  most: int = 200  # with a judge: prompts
+  temperature: float = 0.0  # with a judge: of the answers; 0: the likeliest tokens
 
   def __post_init__(self):
+    if self.judge and (len(self.against) != 1 or self.tasks):
+      raise InputError('--judge compares with one other model: --against MODEL, without --tasks')
+    within('[0, inf)', temperature=self.temperature)
+    at_least(1, most=self.most)
     at_least(1, batch=self.batch, seq_len=self.seq_len, max_new_tokens=self.max_new_tokens)
     at_least(0, tasks=self.tasks)
 

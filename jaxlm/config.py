@@ -214,7 +214,8 @@ class Preference:
 class Rl:
   """Learning from rewards, where an algorithm is named; data.path is then rows of prompts, or 'gym:TASK'."""
 
-  algo: str = ''  # ppo, grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce_pp (see `jaxlm.rl.algorithms`); '': none
+  # ppo, grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce_pp, or one's own as FILE.py:NAME (docs/new-algorithm.md)
+  algo: str = ''
   reward: str = ''  # 'math:answer*0.8 + regex:^<think>*0.2', 'run:runs/reward', 'python:FILE.py:NAME', 'gym:TASK'
   reward_timeout: float = 60.0  # seconds that a part of it may take for one batch of answers
   prompts: int = 8  # of a rollout,
@@ -237,10 +238,16 @@ class Rl:
   lam: float = 0.95
   rounds: int = 4  # dapo: rollouts at most for a batch of groups whose scores differ
   kl_target: float = 0.0  # nats a token from the reference above which a run warns; 0: 1
+  engine: str = ''  # http://HOST:PORT of a vLLM server that answers in this program's place (see `jaxlm.rl.vllm`)
+  importance: Literal['', 'token', 'sequence'] = ''  # weigh the loss by old policy / sampler, for such an engine,
+  importance_cap: float = 2.0  # up to this
 
   def __post_init__(self):
     at_least(1, 'rl', rounds=self.rounds)
     within('[0, inf)', 'rl', kl_target=self.kl_target)
+    if self.engine and not self.engine.startswith(('http://', 'https://')):
+      raise InputError(f'rl.engine={self.engine!r}: is no address of a server: http://HOST:PORT')
+    within('(0, inf)', 'rl', importance_cap=self.importance_cap)
     at_least(1, 'rl', prompts=self.prompts, samples=self.samples, max_new_tokens=self.max_new_tokens)
     at_least(1, 'rl', epochs=self.epochs, decode_rows=self.decode_rows)
     at_least(0, 'rl', held_out=self.held_out)

@@ -1,7 +1,7 @@
 """The objectives of reinforcement learning: what sampled answers and their advantages teach."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -45,23 +45,34 @@ def learn(
   value_coef: float = 0.1,
   value_clip: float = 0.2,
   entropy_coef: float = 0.0,
+  importance: Literal['', 'token', 'sequence'] = '',
+  importance_cap: float = 2.0,
   chunks: int = 1,
 ) -> LossFn:
   """The loss of an algorithm over a batch of `rl.episodes` with `advantages`.
 
   The batch also holds `old_logp` (without it the policy itself is the old one: a first step, of ratio 1), `ref_logp`
-  where kl_coef is in the loss, and `values` and `returns` where there is a value function. Metrics: `policy/...`.
+  where kl_coef is in the loss, and `values` and `returns` where there is a value function. With `importance` the
+  loss of each token is weighed by how likely it, or its answer, was to the old policy against to the sampler
+  (`policy.importance_weights`). Metrics: `policy/...`.
   """
   per: Any = longest if how.per == 'longest' else how.per
+  made = how.loss if callable(how.loss) else getattr(policy, how.loss)
   clips: dict[str, Any] = {'clip_low': how.clip_low, 'clip_high': how.clip_high, 'ratio': how.ratio}
 
   def loss_fn(params: Any, batch: Any, key: Any) -> tuple[Sum, dict[str, Metric]]:
     logp_BT, entropy_BT, x_BTD, params = _of(cfg, run, params, batch, key, chunks, temperature)
     mask_BT = batch['loss_mask']
-    old_BT = batch.get('old_logp', jax.lax.stop_gradient(logp_BT))
-    loss = getattr(policy, how.loss)(logp_BT, old_BT, batch['advantages'], mask_BT, per=per, **clips)
-    stats = policy.ratio_stats(logp_BT, old_BT, batch['advantages'], mask_BT, **clips)
+    old_BT, adv_BT = batch.get('old_logp', jax.lax.stop_gradient(logp_BT)), batch['advantages']
+    stats = policy.ratio_stats(logp_BT, old_BT, adv_BT, mask_BT, **clips)
     metrics = {f'policy/{name}': one for name, one in stats.items()}
+    if importance:
+      asked: dict[str, Any] = {'level': importance, 'cap': importance_cap}
+      weight_BT = policy.importance_weights(old_BT, batch['sampled_logp'], mask_BT, **asked)
+      metrics |= {'policy/importance_mean': masked.total(weight_BT, mask_BT)}
+      metrics |= {'policy/importance_max': masked.Max(weight_BT.max())}
+      adv_BT *= weight_BT
+    loss = made(logp_BT, old_BT, adv_BT, mask_BT, per=per, **clips)
     metrics['policy/entropy'] = masked.total(entropy_BT, mask_BT)
     # how far the sampler is from this program, with weights that are the same in a first step: near 0, or a bug
     gap_BT = jnp.abs(masked.kept(old_BT - batch['sampled_logp'], mask_BT))

@@ -19,7 +19,7 @@ from jaxlm.config import Preference, Pretrain, Rl
 from jaxlm.data.batches import parse_ramp
 from jaxlm.errors import InputError
 from jaxlm.models import Run
-from jaxlm.rl.algorithms import ALGORITHMS, Algorithm
+from jaxlm.rl.algorithms import Algorithm, by_name
 from jaxlm.train import metrics, optim, state, step
 
 GIB = 2.0**30
@@ -174,9 +174,7 @@ def algorithm(config: Pretrain) -> Algorithm | None:
   rl = config.rl
   if not rl.algo:
     return None
-  if rl.algo not in ALGORITHMS:
-    raise InputError(f'rl.algo={rl.algo}: there are {", ".join(ALGORITHMS)}')
-  found = ALGORITHMS[rl.algo]
+  found = by_name(rl.algo)
   low, high = rl.clip_low, rl.clip_high
   return found._replace(
     clip_low=found.clip_low if low is None else low, clip_high=found.clip_high if high is None else high
@@ -208,7 +206,7 @@ def _objectives(config: Pretrain, run: Run, groups: int, mesh: Mesh) -> tuple[An
   values: dict[str, Any]
   quiet = objectives.quiet(run)
   if algo := algorithm(config):
-    names = ('temperature', 'kl_coef', 'value_coef', 'value_clip', 'entropy_coef')
+    names = ('temperature', 'kl_coef', 'value_coef', 'value_clip', 'entropy_coef', 'importance', 'importance_cap')
     values = {name: getattr(config.rl, name) for name in names} | {'longest': config.rl.max_new_tokens}
     return episodic.learn(cfg, run, algo, chunks=chunks, **values), objectives.by_group(cfg, run, groups=1), None
   if config.distill.teacher:

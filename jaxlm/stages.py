@@ -1,6 +1,7 @@
 """The verbs that train, one a stage, and what they share: a config, its flags, its rows made ready."""
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -226,3 +227,31 @@ def _judged(run: str, found: 'Judged | None', title: str, name: str, out: str | 
     return
   print(f'\n{title}:\n{table(*rewards.rows(found))}\n' + '\n'.join(rewards.lines(found)))
   print(rewards.write(run, found, name, out))
+
+
+def versus(options: 'arguments.Eval') -> None:
+  """`jaxlm eval` against another model: both answer held-out prompts, and a judge prefers one."""
+  from jaxlm.console import counting, table
+  from jaxlm.evals import asked, versus
+  from jaxlm.loops import bases
+
+  tell = lambda line: print(line, file=sys.stderr, flush=True)
+  names, key = (options.run, *options.against), os.environ.get('OPENAI_API_KEY', '')
+  report = options.run if bases.is_run(options.run) and options.out is None else None
+  rows, bar = asked.rows(options.run, options.data, options.most, tell), []
+  judging = {'model': options.judge_model, 'key': key, 'on_progress': lambda *of: bar[0](*of)}
+  preferred = versus.by_name(options.judge, **judging)  # before minutes are spent on answers
+  models, said = versus.opened(names), []
+  for line in models[1]:
+    tell(line)
+  how = {'temperature': options.temperature, 'new': options.max_new_tokens, 'batch': options.batch}
+  for name, (model, template) in zip(names, models[0], strict=True):
+    with counting(f'answers of {name}') as told:
+      said.append(versus.answers(model, template, rows, on_progress=told, **how))
+  with counting('judged') as told:
+    bar.append(told)
+    found = versus.compare(names, rows, said, preferred)
+  print('\n\n'.join(versus.samples(found)) + '\n')
+  print(f'{names[0]} over {names[1]}, by {options.judge}:\n{table(*versus.rows_of(found))}')
+  print('\n'.join(versus.lines(found)))
+  print(versus.write(found, options.judge, options.file('winrate.jsonl'), report))

@@ -56,7 +56,7 @@ def test_the_last_number():
     ('few', 'gave 1 scores for 3 completions'),
     ('nan', "nan for the completion 'It is 0.5'"),
     ('slow', 'no scores within 0.3 s'),
-    ('none', 'has no function none'),
+    ('none', 'defines no none'),
   ],
 )
 def test_what_fails_is_told(tmp_path, name, why):

@@ -81,6 +81,7 @@ def answer(
   batch: int = 16,
   run: models.Run = models.Run(),
   names: Sequence[str] = scores.NAMES,
+  sampling: sample.Sampling = GREEDY,
   on_progress: Callable[[int, int], None] | None = None,
 ) -> Answers:
   """The likeliest answer to each example, `new` tokens at most, `batch` at a time (those of like length together).
@@ -94,9 +95,8 @@ def answer(
     some = order[at : at + batch]
     prompts = [asked[i].prompt for i in some]
     prompts += [prompts[-1]] * (batch - len(some))  # one compiled shape
-    out = sample.generate(
-      cfg, layers, prompts, jax.random.key(0), max_new_tokens=new, sampling=GREEDY, stop_ids=tuple(stop_ids), run=run
-    )
+    how: dict[str, Any] = {'max_new_tokens': new, 'sampling': sampling, 'stop_ids': tuple(stop_ids), 'run': run}
+    out = sample.generate(cfg, layers, prompts, jax.random.key(at), **how)
     tokens_BN, lengths_B = np.asarray(out.tokens_BN), np.asarray(out.lengths_B)
     for i, row, n in zip(some, tokens_BN, lengths_B, strict=False):
       said = [int(token) for token in row[:n] if int(token) not in stop_ids]

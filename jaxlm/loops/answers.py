@@ -1,6 +1,7 @@
 """Answers of the model of the moment to rows with prompts: written by an engine, read as text, scored."""
 
 import contextlib
+import functools
 import itertools
 import time
 from collections.abc import Generator, Mapping, Sequence
@@ -12,11 +13,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxlm import hosts, lora
-from jaxlm.config import Pretrain
+from jaxlm.config import Pretrain, Rl
 from jaxlm.data import chat, turns
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.models import Run
-from jaxlm.rl import advantages, prompts, rewards, rollout
+from jaxlm.rl import advantages, prompts, rewards, rollout, vllm
 from jaxlm.rl.rollout import Completions
 from jaxlm.sample import Sampling
 
@@ -68,16 +69,23 @@ def answer_ends(template: str, tokenizer: Tokenizer) -> list[int]:
   return sorted({*turns.end_ids(template, tokenizer), tokenizer.eos_id})
 
 
-def engine(
-  config: Pretrain, run: Run, mesh: Mesh, ends: Sequence[int], sampling: Sampling | None = None
-) -> rollout.Engine:
-  """What writes answers as `config.rl` says, up to one of `ends`."""
-  rl = config.rl
-  how: dict[str, Any] = {'max_new_tokens': rl.max_new_tokens, 'stop_ids': ends, 'rows': rl.decode_rows}
-  how |= {'run': run, 'mesh': mesh if mesh.size > 1 else None}
-  return rollout.engine(
-    config.model, sampling=sampling or Sampling(rl.temperature, rl.top_k, rl.top_p, rl.min_p), **how
-  )
+def drawing(rl: Rl) -> Sampling:
+  """How answers are drawn that are learnt from."""
+  return Sampling(rl.temperature, rl.top_k, rl.top_p, rl.min_p)
+
+
+def engine(config: Pretrain, run: Run, mesh: Mesh, ends: Sequence[int], sampling: Sampling) -> rollout.Engine:
+  """What writes answers as `config.rl` says, up to one of `ends`, on the devices that train."""
+  how: dict[str, Any] = {'run': run, 'mesh': mesh if mesh.size > 1 else None}
+  return rollout.engine(config.model, sampling=sampling, **how, **_limits(config.rl, ends))
+
+
+def _served(server: vllm.Server, rl: Rl, ends: Sequence[int], sampling: Sampling) -> rollout.Engine:
+  return server.engine(sampling=sampling, **_limits(rl, ends))
+
+
+def _limits(rl: Rl, ends: Sequence[int]) -> dict[str, Any]:
+  return {'max_new_tokens': rl.max_new_tokens, 'stop_ids': ends, 'rows': rl.decode_rows}
 
 
 def laid_out(config: Pretrain, params: Any, mesh: Mesh) -> Any:
@@ -105,10 +113,16 @@ class Asker:
     self.clock = Clock()
 
   def attach(self, run: Run, mesh: Mesh) -> None:
-    """Makes the engines, on the devices that train."""
+    """Makes the engines, on the devices that train or those of a server."""
+    rl = self.config.rl
     self._mesh, ends = mesh, answer_ends(self.template, self.tokenizer)
-    self._sampled = engine(self.config, run, mesh, ends)
-    self._greedy = engine(self.config, run, mesh, ends, Sampling(temperature_B=0.0))
+    make = functools.partial(engine, self.config, run, mesh, ends)
+    if rl.engine:
+      where = rl.engine, f'{self.config.run}/engine'
+      make = functools.partial(
+        _served, vllm.Server(*where, self.config.model, self.tokenizer, dtype=run.dtype), rl, ends
+      )
+    self._sampled, self._greedy = make(drawing(rl)), make(Sampling(temperature_B=0.0))
 
   def decoding(self, params: Any) -> Any:
     """What decodes: adapters folded in, laid out once for a whole phase."""

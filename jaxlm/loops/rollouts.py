@@ -40,15 +40,14 @@ class Rollouts(Feed):
     self.tokenizer, own = interop.vocabulary(config.init)
     _, self.template = turns.choose(config.chat.template or None, own)
     rows = prompts.rows(config.data.path, config.seed)
-    order = sorted(range(len(rows)), key=lambda i: prompts.digest(rows[i]))
-    self.held_out, self.rows = [rows[i] for i in order[: rl.held_out]], [rows[i] for i in order[rl.held_out :]]
+    self.held_out, self.rows = prompts.split(rows, rl.held_out)
     if len(self.rows) < 1:
       raise InputError(f'{config.data.path}: {len(rows)} prompts, of which rl.held_out={rl.held_out} are kept')
     self.watches = bool(self.held_out)
     self.contents = hashlib.sha256(''.join(map(prompts.digest, rows)).encode()).hexdigest()
     numbers = _Numbers(len(self.rows))
     self._orders = [data_batches.Batches(numbers, rl.prompts, config.seed + turn) for turn in range(rl.rounds)]
-    makers = dict(rewards.MAKERS) | {'run': self._by_model}
+    makers = dict(rewards.MAKERS) | {'run': scoring.as_reward}
     self._reward = rewards.parse(rl.reward, makers, timeout=rl.reward_timeout)
     self._buffer: dict[str, np.ndarray] = {}
     self._told: Told = {}
@@ -188,13 +187,6 @@ class Rollouts(Feed):
 
   def facts(self) -> dict[str, Any]:
     return {'prompts': len(self.rows), 'held-out prompts': len(self.held_out), 'reward': self.config.rl.reward}
-
-  def _by_model(self, run: str) -> rewards.Reward:
-    model = scoring.open_model(run)
-    answered = lambda row, said: scoring.conversations.Conversation(
-      [*prompts.messages(row), {'role': 'assistant', 'content': said}]
-    )
-    return lambda prompts, said, rows: scoring.score(model, list(map(answered, rows, said))).tolist()
 
 
 class _Numbers:

@@ -17,6 +17,8 @@ from jaxlm.data.prepared import TEMPLATE
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import InputError
 from jaxlm.loops import bases
+from jaxlm.rl import prompts as asked
+from jaxlm.rl import rewards
 
 SHORTEST = 32  # tokens of a compiled row; longer ones are of twice that, and so on
 
@@ -58,6 +60,13 @@ def score(model: RewardModel, talks: Sequence[Conversation], *, batch: int = 16)
     tokens = {name: jnp.asarray(np.stack([row[name] for row in rows])) for name in rows[0]}
     scores[some] = np.asarray(_scores(model.config.model, model.params, tokens))[: len(some)]
   return scores
+
+
+def as_reward(run: str) -> rewards.Reward:
+  """The scores of a reward model's run, to be named `run:FOLDER`."""
+  model = open_model(run)
+  talk = lambda row, said: Conversation([*asked.messages(row), {'role': 'assistant', 'content': said}])
+  return lambda prompts, said, rows: score(model, list(map(talk, rows, said))).tolist()
 
 
 @partial(jax.jit, static_argnums=0)

@@ -94,7 +94,7 @@ class Taught(Prepared):
     if self.how.on_policy:
       folder = next(iter(self.corpus.folders.values()))
       ends = sorted({*folder.summary.chat['end'], self.tokenizer.eos_id})  # ty: ignore
-      self._engine = answers.engine(self.config, built.run, self._mesh, ends)
+      self._engine = answers.engine(self.config, built.run, self._mesh, ends, answers.drawing(self.config.rl))
       left = f'; {self.prompts.longer} longer ones are left out' if self.prompts.longer else ''
       say(f'{self.how.on_policy:.0%} of the batches are own answers, to {len(self.prompts):,} prompts{left}')
 

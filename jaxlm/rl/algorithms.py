@@ -3,20 +3,27 @@
 M answers, M = P * G for P prompts with G answers each, T sequence.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxlm.errors import InputError
 from jaxlm.losses import policy
-from jaxlm.rl import advantages
+from jaxlm.masked import Sum
+from jaxlm.rl import advantages, own
 
 
 class Algorithm(NamedTuple):
-  """One of them; `ALGORITHMS` has those that are known by name."""
+  """One of them; `ALGORITHMS` has those that are known by name.
 
-  advantage: Literal['gae', 'group', 'centered', 'leave_one_out', 'whitened']
-  loss: Literal['ppo', 'cispo'] = 'ppo'
+  An advantage of one's own is a function from scores [P, G] to [P, G]; a loss of one's own takes what `policy.ppo`
+  does and gives a Sum (docs/new-algorithm.md).
+  """
+
+  advantage: Literal['gae', 'group', 'centered', 'leave_one_out', 'whitened'] | Callable[[Any], Any]
+  loss: Literal['ppo', 'cispo'] | Callable[..., Sum] = 'ppo'
   ratio: policy.Ratio = 'token'
   per: Literal['token', 'sequence', 'longest'] = 'token'  # longest: a constant, the tokens that an answer may have
   clip_low: float = 0.2
@@ -28,7 +35,7 @@ class Algorithm(NamedTuple):
   @property
   def grouped(self) -> bool:
     """Whether an answer is compared with others to the same prompt."""
-    return self.advantage in ('group', 'centered', 'leave_one_out')
+    return callable(self.advantage) or self.advantage in ('group', 'centered', 'leave_one_out')
 
   @property
   def valued(self) -> bool:
@@ -46,6 +53,18 @@ ALGORITHMS = {
   'rloo': Algorithm('leave_one_out', ratio='product', per='sequence', kl='reward'),
   'reinforce_pp': Algorithm('whitened', kl='reward'),
 }
+
+
+def by_name(name: str) -> Algorithm:
+  """One of `ALGORITHMS`, or `FILE.py:NAME`, one of a user's own. Raises InputError for what is neither."""
+  if name in ALGORITHMS:
+    return ALGORITHMS[name]
+  if '.py:' not in name:
+    raise InputError(f'rl.algo={name}: there are {", ".join(ALGORITHMS)}, and FILE.py:NAME')
+  found = own.named(name, f'rl.algo={name}')
+  if not isinstance(found, Algorithm):
+    raise InputError(f'rl.algo={name}: is a {type(found).__name__}, and no jaxlm.rl.algorithms.Algorithm')
+  return found
 
 
 def estimate(
@@ -78,11 +97,12 @@ def estimate(
     return {'advantages': advantages.whiten(found, mask_MT), 'returns': returns}
   less_M = scores_M - kl_coef * jnp.sum(jnp.where(mask_MT > 0, kl_MT, 0.0), axis=-1)
   less_PG = less_M.reshape(scores_PG.shape)
-  adv_PG = (
-    advantages.leave_one_out(less_PG)
-    if how.advantage == 'leave_one_out'
-    else advantages.group_advantages(less_PG, normalize=how.advantage == 'group')
-  )
+  if callable(how.advantage):
+    adv_PG = how.advantage(less_PG)
+  elif how.advantage == 'leave_one_out':
+    adv_PG = advantages.leave_one_out(less_PG)
+  else:
+    adv_PG = advantages.group_advantages(less_PG, normalize=how.advantage == 'group')
   return {'advantages': jnp.broadcast_to(adv_PG.reshape(-1, 1), mask_MT.shape)}
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-Rows = Sequence[Mapping[str, float | None]]
+Rows = Sequence[Mapping[str, float | int | None]]  # steps are whole
 
 RECENT = 5  # values that are looked at together: one alone is noise
 KL = 1.0  # nats a token where no target is set

@@ -38,6 +38,12 @@ def digest(row: Mapping[str, Any]) -> str:
   return hashlib.sha256(json.dumps(row['prompt'], ensure_ascii=False).encode()).hexdigest()
 
 
+def split(rows: list[Row], kept: int) -> tuple[list[Row], list[Row]]:
+  """So many rows that are held out, and the others, by the digest of their prompts."""
+  rows = sorted(rows, key=digest)
+  return rows[:kept], rows[kept:]
+
+
 def _gym(spec: str, seed: int) -> list[Row]:
   name, *settings = spec.split(',')
   parts = [setting.partition('=') for setting in settings]

@@ -1,16 +1,15 @@
 """What an answer is worth: functions `reward(prompts, completions, rows) -> scores`, found by name and added up."""
 
-import importlib.util
 import logging
 import math
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from jaxlm.data import sources
 from jaxlm.errors import InputError
+from jaxlm.rl import own
 
 Row = Mapping[str, Any]
 Reward = Callable[[Sequence[str], Sequence[str], Sequence[Row]], Sequence[float]]
@@ -75,15 +74,9 @@ def number(column: str) -> Reward:
 
 def function(where: str) -> Reward:
   """`FILE.py:NAME`, a function of one's own."""
-  path, _, name = where.rpartition(':')
-  spec = importlib.util.spec_from_file_location('jaxlm_reward', path) if Path(path).is_file() else None
-  if spec is None or spec.loader is None or not name:
-    raise InputError(f'reward python:{where}: is not FILE.py:FUNCTION with a file that is there')
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  found = getattr(module, name, None)
+  found = own.named(where, f'reward python:{where}')
   if not callable(found):
-    raise InputError(f'reward python:{where}: {path} has no function {name}')
+    raise InputError(f'reward python:{where}: is no function')
   return found
 
 
