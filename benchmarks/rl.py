@@ -73,7 +73,9 @@ class Passages:
 
   def _cut(self, role: str, before: list[dict[str, str]], wanted: int, generation: bool) -> dict[str, str]:
     """A message with which the conversation has that many tokens."""
-    around = len(chat.encode(self.template, [*before, {'role': role, 'content': 'a'}], self.vocabulary, generation=generation))
+    around = len(
+      chat.encode(self.template, [*before, {'role': role, 'content': 'a'}], self.vocabulary, generation=generation)
+    )
     for tries in range(1000):
       n = max(1, wanted - around + tries % 5 - 1)
       self.at = (self.at + 41) % (len(self.ids) - wanted)
@@ -88,13 +90,19 @@ class Passages:
 
   def pair(self, wanted: int) -> dict[str, Any]:
     prompt = [self.asked(wanted // 2)]
-    return {'prompt': prompt} | {name: [self._cut('assistant', prompt, wanted, False)] for name in ('chosen', 'rejected')}
+    return {'prompt': prompt} | {
+      name: [self._cut('assistant', prompt, wanted, False)] for name in ('chosen', 'rejected')
+    }
 
 
-def seconds(act: Callable[[], Any]) -> tuple[float, Any]:
-  began = time.perf_counter()
-  found = jax.block_until_ready(act())
-  return time.perf_counter() - began, found
+class Clock:
+  """Seconds on the wall and of the processors, of which a process that is kept waiting by others uses no more."""
+
+  def __init__(self):
+    self.wall, self.cpu = time.perf_counter(), time.process_time()
+
+  def told(self, name: str) -> dict[str, float]:
+    return {name: time.perf_counter() - self.wall, f'{name} cpu': time.process_time() - self.cpu}
 
 
 def settings(folder: Path, args: argparse.Namespace) -> Pretrain:
@@ -127,12 +135,15 @@ def ours(folder: Path, args: argparse.Namespace) -> Iterator[dict[str, float]]:
     built = program.build(settled, mesh, groups=feed.groups)
     state = built.around(bases.fitted(settled, bases.open_base(settled.init, mesh)).params)
     feed.attach(built, state, lambda line: None)
-    spent = {'rollout': 0.0, 'tokens': 0.0}
+    spent: dict[str, float] = {'tokens': 0.0}
     if args.what[0].startswith('grpo'):
-      engine = rollout.engine(settled.model, max_new_tokens=args.new, rows=args.decode_rows, run=built.run)  # no stop ids
+      engine = rollout.engine(
+        settled.model, max_new_tokens=args.new, rows=args.decode_rows, run=built.run
+      )  # no stop ids
 
       def timed(*given: Any) -> rollout.Completions:
-        spent['rollout'], made = seconds(lambda: engine(*given))
+        clock, made = Clock(), engine(*given)
+        spent.update(clock.told('rollout'))
         spent['tokens'] = float(made.lengths_M.sum())
         return made
 
@@ -140,10 +151,10 @@ def ours(folder: Path, args: argparse.Namespace) -> Iterator[dict[str, float]]:
     after = feed.stream(state, settled.steps, lambda step, row: None)
     yield {}
     while True:
-      began = time.perf_counter()
+      clock = Clock()
       state, metrics = built.step(state, after(state))
       loss = float(metrics['loss'])
-      yield {'step': time.perf_counter() - began, 'loss': loss} | spent
+      yield clock.told('step') | spent | {'loss': loss}
 
 
 def theirs(folder: Path, args: argparse.Namespace, wait: Callable[[dict[str, float]], None]) -> None:
@@ -160,12 +171,12 @@ def theirs(folder: Path, args: argparse.Namespace, wait: Callable[[dict[str, flo
   common = {'use_cpu': True, 'bf16': False, 'gradient_checkpointing': False, 'report_to': 'none', 'disable_tqdm': True}
   common |= {'logging_strategy': 'no', 'save_strategy': 'no', 'output_dir': str(folder / 'trl'), 'max_steps': 10_000}
   common |= {'learning_rate': 1e-6, 'lr_scheduler_type': 'constant'}
-  spent = {'rollout': 0.0, 'tokens': 0.0}
+  spent: dict[str, float] = {'tokens': 0.0}
 
   class Turns(transformers.TrainerCallback):
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-      wait(spent | {'step': time.perf_counter() - self.began} if hasattr(self, 'began') else {})
-      self.began = time.perf_counter()
+      wait(spent | self.clock.told('step') if hasattr(self, 'clock') else {})
+      self.clock = Clock()
 
   adapters = None
   if low:
@@ -188,7 +199,8 @@ def theirs(folder: Path, args: argparse.Namespace, wait: Callable[[dict[str, flo
   generate = trainer._generate_single_turn
 
   def timed(*some: Any, **named: Any) -> Any:
-    spent['rollout'], made = seconds(lambda: generate(*some, **named))
+    clock, made = Clock(), generate(*some, **named)
+    spent.update(clock.told('rollout'))
     spent['tokens'] = float(sum(map(len, made[0])))
     return made
 
@@ -251,6 +263,13 @@ class Side:
     self.process.wait()
 
 
+def of(name: str, times: list[dict[str, dict[str, float]]], side: str, how: str) -> list[float]:
+  """Seconds of a part in each round; learning is what a step does beside its rollout, scoring included."""
+  step, rolled = ([both[side].get(part + how, 0.0) for both in times] for part in ('step', 'rollout'))
+  found = {'whole step': step, 'rollout': rolled}
+  return found[name] if name in found else [a - b for a, b in zip(step, rolled, strict=True)]
+
+
 def compared(what: str, folder: str, rounds: int, warm: int) -> list[tuple]:
   """Lines of the table: seconds of both, and the median, least and largest of the ratios of interleaved rounds."""
   sides, times = {side: Side(side, what, folder) for side in ('jaxlm', 'trl')}, []
@@ -261,16 +280,13 @@ def compared(what: str, folder: str, rounds: int, warm: int) -> list[tuple]:
       times.append(both)
   for side in sides.values():
     side.close()
-  parts = {'whole step': lambda t: t['step']}
-  if what.startswith('grpo'):
-    assert len({t[side]['tokens'] for t in times for side in t}) == 1, 'not as many tokens'
-    parts |= {'rollout': lambda t: t['rollout'], 'learning': lambda t: t['step'] - t['rollout']}
   lines = []
-  for name, of in parts.items():
-    here, there = ([of(both[side]) for both in times] for side in ('jaxlm', 'trl'))
+  for name in ('whole step', *['rollout', 'learning'] * what.startswith('grpo')):
+    (here, there), (cpu, other) = ([of(name, times, side, how) for side in sides] for how in ('', ' cpu'))
     ratios = [b / a for a, b in zip(here, there, strict=True)]
     spread = statistics.median(ratios), min(ratios), max(ratios)
-    lines.append((what, name, statistics.median(here), statistics.median(there), *spread))
+    worked = statistics.median(b / a for a, b in zip(cpu, other, strict=True))
+    lines.append((what, name, statistics.median(here), statistics.median(there), *spread, worked))
   return lines
 
 
@@ -299,7 +315,7 @@ def main() -> None:
     furnish(Path(folder), args)
     for what in args.what:
       lines += compared(what, folder, args.rounds, args.warm)
-  print(table(('what', 'part', 'jaxlm s', 'TRL s', 'TRL / jaxlm', 'least', 'most'), lines))
+  print(table(('what', 'part', 'jaxlm s', 'TRL s', 'TRL / jaxlm', 'least', 'most', 'of CPU s'), lines))
 
 
 if __name__ == '__main__':

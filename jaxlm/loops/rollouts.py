@@ -17,6 +17,7 @@ from jaxlm.data import chat, sources, turns
 from jaxlm.errors import InputError
 from jaxlm.loops import bases, scoring
 from jaxlm.loops.feeds import Evaluated, Feed, Say
+from jaxlm.models import kernels
 from jaxlm.program import Program
 from jaxlm.rl import advantages, algorithms, episodes, rewards, rollout
 from jaxlm.sample import Sampling
@@ -57,6 +58,8 @@ class Rollouts(Feed):
     rl = self.config.rl
     self._built, self._say = built, say
     self._mesh = jax.tree.leaves(built.abstract)[0].sharding.mesh
+    tiled = built.run.attention in ('splash', 'cudnn')
+    self._multiple = kernels.TILE if tiled else episodes.LEAST * self._mesh.shape['sequence']
     self._reference = None
     if rl.kl_coef and not self.config.lora.rank:
       self._reference = bases.fitted(self.config, bases.open_base(self.config.init, self._mesh)).params
@@ -93,7 +96,9 @@ class Rollouts(Feed):
       scores = scores + np.asarray(
         advantages.overlong(jnp.asarray(made.lengths_M), limit=rl.max_new_tokens, buffer=buffer)
       )
-    batch = episodes.batch_of(prompts, made, limit=config.data.seq_len, pad_id=self.tokenizer.pad_id)
+    batch = episodes.batch_of(
+      prompts, made, limit=config.data.seq_len, pad_id=self.tokenizer.pad_id, multiple=self._multiple
+    )
     if how.valued or rl.kl_coef or self.updates > 1:
       batch |= self._read(state.params, batch)
     scores_PG = jnp.asarray(scores.reshape(rl.prompts, rl.samples), jnp.float32)
