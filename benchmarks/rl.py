@@ -1,13 +1,14 @@
-"""GRPO and DPO beside TRL's trainers: the same weights, prompts, lengths and micro-batches, a step at a time, interleaved.
+"""GRPO and DPO beside TRL's trainers: the same weights, prompts, lengths and micro-batches, interleaved step by step.
 
 python benchmarks/rl.py [MODEL.gguf] [--what grpo dpo] [--rounds 5] [--prompts 4] [--samples 4] [--prompt-tokens 48] ...
 
 Without a model a Llama of 2 M parameters is made, with a vocabulary of 2048. Float32 on the CPU, AdamW, no gradient
-checkpointing (TRL's default has it, and bfloat16), nothing logged or saved. No answer ends before --new tokens: ours has
-no stop ids, TRL's `min_new_tokens`. `grpo`: one update a rollout, no reference; `grpo-lora`: adapters of rank 16 and a
-KL term, whose reference is the model without them; `dpo`: all weights, the reference's log-probabilities computed
+checkpointing (TRL's default has it, and bfloat16), nothing logged or saved. No answer ends before --new tokens: ours
+has no stop ids, TRL's `min_new_tokens`. `grpo`: one update a rollout, no reference; `grpo-lora`: adapters of rank 16
+and a KL term, whose reference is the model without them; `dpo`: all weights, the reference's log-probabilities computed
 before; `dpo-lora`: adapters, the reference in the step. --paged: TRL's continuous batching instead of `generate`.
-Each side is a process of its own that waits for its turn. Only ratios mean something on a shared machine.
+Each side is a process of its own that waits for its turn. Only ratios mean something on a shared machine: of seconds,
+and in the last column of seconds of CPU, which do not count what other processes took.
 Needs torch and TRL (pip install -e '.[parity]').
 """
 
