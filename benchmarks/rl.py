@@ -165,7 +165,7 @@ def theirs(folder: Path, args: argparse.Namespace, wait: Callable[[dict[str, flo
   import transformers
   import trl
 
-  torch.set_num_threads(os.cpu_count() or 1)
+  torch.set_num_threads(args.cores)
   grpo, low = args.what[0].startswith('grpo'), args.what[0].endswith('lora')
   model = transformers.AutoModelForCausalLM.from_pretrained(folder / 'model', dtype=torch.float32)
   words = tokenizer_of(folder)
@@ -304,11 +304,13 @@ def main() -> None:
   parser.add_argument('--decode-rows', type=int, default=64)
   parser.add_argument('--pairs', type=int, default=4)
   parser.add_argument('--pair-tokens', type=int, default=128, help='of each answer with its prompt')
+  parser.add_argument('--cores', type=int, default=os.cpu_count(), help='that both sides compute on')
   parser.add_argument('--paged', action='store_true')
   parser.add_argument('--child', choices=('jaxlm', 'trl'), help=argparse.SUPPRESS)
   parser.add_argument('--folder', help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.child:
+    os.sched_setaffinity(0, range(args.cores))  # before there are threads
     child(args.child, Path(args.folder), args)
     return
   lines = []
