@@ -277,6 +277,7 @@ def compared(what: str, folder: str, rounds: int, warm: int) -> list[tuple]:
   for number in range(warm + rounds):
     order = list(sides) if number % 2 else list(sides)[::-1]
     both = {side: sides[side].step() for side in order}
+    print(json.dumps({what: both}), file=sys.stderr, flush=True)
     if number >= warm:
       times.append(both)
   for side in sides.values():
@@ -286,8 +287,12 @@ def compared(what: str, folder: str, rounds: int, warm: int) -> list[tuple]:
     (here, there), (cpu, other) = ([of(name, times, side, how) for side in sides] for how in ('', ' cpu'))
     ratios = [b / a for a, b in zip(here, there, strict=True)]
     spread = statistics.median(ratios), min(ratios), max(ratios)
-    worked = statistics.median(b / a for a, b in zip(cpu, other, strict=True))
-    lines.append((what, name, statistics.median(here), statistics.median(there), *spread, worked))
+    worked = (
+      statistics.median(cpu),
+      statistics.median(other),
+      statistics.median(b / a for a, b in zip(cpu, other, strict=True)),
+    )
+    lines.append((what, name, statistics.median(here), statistics.median(there), *spread, *worked))
   return lines
 
 
@@ -318,7 +323,8 @@ def main() -> None:
     furnish(Path(folder), args)
     for what in args.what:
       lines += compared(what, folder, args.rounds, args.warm)
-  print(table(('what', 'part', 'jaxlm s', 'TRL s', 'TRL / jaxlm', 'least', 'most', 'of CPU s'), lines))
+  heads = ('what', 'part', 'jaxlm s', 'TRL s', 'TRL / jaxlm', 'least', 'most', 'jaxlm CPU s', 'TRL CPU s', 'ratio')
+  print(table(heads, lines))
 
 
 if __name__ == '__main__':
