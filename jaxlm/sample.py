@@ -117,6 +117,7 @@ def begin(
   for an empty prompt, an id past the vocabulary, a draft model of another vocabulary, or when a model of learned
   positions would run past its last.
   """
+  prompts, of_B = (prompts, None) if draft or run.rules is not None else _distinct(prompts)
   lengths = np.array([len(p) for p in prompts], np.int32)
   if not len(lengths) or not lengths.min():
     raise InputError('every prompt needs at least one token (the BOS)')
@@ -134,7 +135,21 @@ def begin(
     row[: len(prompt)] = prompt
   arrays = jnp.asarray(padded), jnp.asarray(lengths), jnp.asarray(list(stop_ids), jnp.int32)
   room = max_new_tokens, max(slots or 0, width + max_new_tokens)
-  return _begin(cfg, run, room, params, *arrays, sampling, key, draft)
+  return _begin(cfg, run, room, params, *arrays, sampling, key, draft, of_B)
+
+
+def _distinct(prompts: Sequence[Sequence[int]]) -> tuple[Sequence[Sequence[int]], np.ndarray | None]:
+  """The prompts that differ, and which of them each row has; None where reading them alone would not be less.
+
+  The last is repeated up to a power of two: few counts mean few compilations.
+  """
+  places: dict[tuple[int, ...], int] = {}
+  of_B = np.array([places.setdefault(tuple(prompt), len(places)) for prompt in prompts], np.int32)
+  count = 1 << max(0, len(places) - 1).bit_length()
+  if count >= len(prompts):
+    return prompts, None
+  found = list(places)
+  return found + [found[-1]] * (count - len(found)), of_B
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -212,12 +227,15 @@ def _begin(
   sampling: Any,
   key: Any,
   draft: Any,
+  of_B: Any,
 ) -> Decoding:
-  B, P = prompts_BP.shape
   new, slots = room
   ahead = draft.length if draft else 0
   how = {'slots': slots, 'ahead': ahead + 1, 'run': run}
   logits_BV, cache = prefill(cfg, unstacked(cfg, params), prompts_BP, lengths_B, **how)
+  if of_B is not None:  # rows of one prompt, which was read once
+    prompts_BP, lengths_B, logits_BV, cache = jax.tree.map(lambda x: x[of_B], (prompts_BP, lengths_B, logits_BV, cache))
+  B, P = prompts_BP.shape
   draft_cache, text_BS, seen_BV = None, None, None
   if isinstance(draft, Draft):
     _, draft_cache = prefill(draft.cfg, unstacked(draft.cfg, draft.params), prompts_BP, lengths_B, **how)

@@ -18,15 +18,21 @@ MADE = Completions(
 )
 
 
-def test_a_batch_by_hand(monkeypatch):
-  monkeypatch.setattr(episodes, 'WIDTHS', 5)
-  batch = episodes.batch_of(PROMPTS, MADE, limit=97, pad_id=77)
+def test_a_batch_by_hand():
+  batch = episodes.batch_of(PROMPTS, MADE, limit=97, pad_id=77, multiple=5)
   assert batch['tokens'].tolist() == [[5, 6, 7, 1, 77], [8, 3, 3, 3, 77], [9, 9, 77, 77, 77]]
   assert batch['targets'].tolist() == [[6, 7, 1, 2, 77], [3, 3, 3, 3, 77], [9, 4, 77, 77, 77]]
   assert batch['loss_mask'].tolist() == [[0, 0, 1, 1, 0], [1, 1, 1, 1, 0], [0, 1, 0, 0, 0]]
   assert batch['sampled_logp'].tolist() == [[0, 0, -1, -2, 0], [-3, -3, -3, -4, 0], [0, -5, 0, 0, 0]]
   assert batch['segment_ids'].tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 0]]
   assert batch['positions'].tolist() == [[0, 1, 2, 3, 0], [0, 1, 2, 3, 0], [0, 1, 0, 0, 0]]
+
+
+@pytest.mark.parametrize('multiple', [16, 128, 48])
+def test_widths_are_few_and_near(multiple):
+  widths = [episodes.width_of(n, multiple) for n in range(1, 4097)]
+  assert all(n <= width < n + max(multiple, n / 8) for n, width in enumerate(widths, 1))
+  assert all(width % multiple == 0 for width in widths) and len(set(widths)) < 50
 
 
 RNG = np.random.default_rng(2)

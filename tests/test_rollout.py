@@ -64,6 +64,24 @@ def test_finished_rows_make_room(monkeypatch):
   assert sum(passes) < 0.7 * one_after_the_other
 
 
+def test_equal_prompts_are_read_once(monkeypatch):
+  read, prefill = [], sample.prefill
+
+  def counted(cfg, params, prompts_BP, *args, **how):
+    read.append(prompts_BP.shape[0])
+    return prefill(cfg, params, prompts_BP, *args, **how)
+
+  monkeypatch.setattr(sample, 'prefill', counted)
+  prompts, params = [PROMPTS[i] for i in (0, 2, 0, 5, 5, 2, 0, 0)], randomized(LLAMA)
+  engine = rollout.engine(LLAMA, max_new_tokens=13, stop_ids=STOP, rows=8)  # 13: no program of another test
+  found = engine(params, prompts, SEEDS[:8])
+  assert read == [4]
+  for m, prompt in enumerate(prompts):
+    alone = engine(params, [prompt], SEEDS[m : m + 1])
+    np.testing.assert_array_equal(found.tokens_MN[m], alone.tokens_MN[0])
+    np.testing.assert_allclose(found.logp_MN[m], alone.logp_MN[0], atol=2e-5)
+
+
 @pytest.mark.parametrize('cfg', [LLAMA, EXPERTS], ids=['llama', 'experts'])
 def test_on_eight_devices(cfg):
   """Weights resharded once; rows are cut over the devices, and the cache with them."""

@@ -17,6 +17,7 @@ from jaxlm.errors import InputError
 from jaxlm.loops import bases, scoring
 from jaxlm.loops.answers import Answers, Asker, Clock, Told, answer_ends, joined, placed
 from jaxlm.loops.feeds import Evaluated, Feed, Say, Writer
+from jaxlm.models import kernels
 from jaxlm.program import Program
 from jaxlm.rl import advantages, algorithms, collapse, episodes, prompts, rewards
 
@@ -58,6 +59,8 @@ class Rollouts(Feed):
     rl = self.config.rl
     self._built, self._say = built, say
     mesh = jax.tree.leaves(built.abstract)[0].sharding.mesh
+    tiled = built.run.attention in ('splash', 'cudnn')
+    self._multiple = kernels.TILE if tiled else episodes.LEAST * mesh.shape['sequence']
     self._reference = None
     if rl.kl_coef and not self.config.lora.rank:
       self._reference = bases.fitted(self.config, bases.open_base(self.config.init, mesh)).params
@@ -95,7 +98,8 @@ class Rollouts(Feed):
     assert how is not None
     clock = self.asker.clock = Clock()
     answers, told = self._answers(self.asker.decoding(state.params), number)
-    batch = episodes.batch_of(answers.asked, answers.made, limit=config.data.seq_len, pad_id=self.tokenizer.pad_id)
+    places = {'limit': config.data.seq_len, 'multiple': self._multiple}
+    batch = episodes.batch_of(answers.asked, answers.made, pad_id=self.tokenizer.pad_id, **places)
     if how.valued or rl.kl_coef or self.updates > 1:
       with clock('perf/reading_s'):
         batch |= self._read(state.params, batch)

@@ -9,17 +9,28 @@ import numpy as np
 
 from jaxlm.rl.rollout import Completions
 
-WIDTHS = 64  # rows are padded to a multiple of this: few lengths mean few compilations
+LEAST = 16  # what widths are multiples of at least
 
 
-def batch_of(prompts: Sequence[Sequence[int]], made: Completions, *, limit: int, pad_id: int) -> dict[str, np.ndarray]:
-  """Arrays [M, T], T the longest answer with its prompt, padded to a multiple of `WIDTHS` but not beyond `limit`.
+def width_of(longest: int, multiple: int = LEAST) -> int:
+  """Places for rows of so many tokens: an eighth too many at most, few widths mean few compilations.
+
+  Always a multiple of `multiple`.
+  """
+  step = multiple * max(1, (1 << longest.bit_length()) // (16 * multiple))
+  return -(-longest // step) * step
+
+
+def batch_of(
+  prompts: Sequence[Sequence[int]], made: Completions, *, limit: int, pad_id: int, multiple: int = LEAST
+) -> dict[str, np.ndarray]:
+  """Arrays [M, T], T the `width_of` the longest answer with its prompt, but not beyond `limit`.
 
   `tokens` and `targets` as in `data.packing`, `loss_mask` 1 at the targets that were sampled, `segment_ids` 1 but 0 on
   padding, `positions`; `sampled_logp` what the sampler said of each target at the temperature, before truncation.
   """
   lengths = [len(prompt) + int(n) for prompt, n in zip(prompts, made.lengths_M, strict=True)]
-  width = min(-(-(max(lengths) - 1) // WIDTHS) * WIDTHS, limit)
+  width = min(width_of(max(lengths) - 1, multiple), limit)
   shape = len(prompts), width
   ints = lambda fill=0: np.full(shape, fill, np.int32)
   found: dict[str, np.ndarray] = {
