@@ -134,7 +134,7 @@ def begin(
     row[: len(prompt)] = prompt
   arrays = jnp.asarray(padded), jnp.asarray(lengths), jnp.asarray(list(stop_ids), jnp.int32)
   room = max_new_tokens, max(slots or 0, width + max_new_tokens)
-  return _begin(cfg, run, room, params, *arrays, sampling, key, draft)
+  return begun(cfg, run, room, params, *arrays, sampling, key, draft)
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -201,7 +201,7 @@ def _stopped_at(out: Rollout, stop: Sequence[str], tokenizer: Tokenizer, checked
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _begin(
+def begun(
   cfg: ModelConfig,
   run: Run,
   room: tuple[int, int],
@@ -213,6 +213,7 @@ def _begin(
   key: Any,
   draft: Any,
 ) -> Decoding:
+  """`begin` for arrays: `room` is how many new tokens there may be, and the positions of the cache."""
   B, P = prompts_BP.shape
   new, slots = room
   ahead = draft.length if draft else 0

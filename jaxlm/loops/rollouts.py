@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from jaxlm import hosts, interop, lora, program
+from jaxlm import hosts, interop, program
 from jaxlm.config import Pretrain
 from jaxlm.data import batches as data_batches
 from jaxlm.data import chat, sources, turns
@@ -64,6 +64,7 @@ class Rollouts(Feed):
     how: dict[str, Any] = {'max_new_tokens': rl.max_new_tokens, 'stop_ids': ends, 'rows': rl.decode_rows}
     how |= {'run': built.run, 'mesh': self._mesh if self._mesh.size > 1 else None}
     sampling = Sampling(rl.temperature, rl.top_k, rl.top_p, rl.min_p)
+    self._readied = rollout.readied(self.config.model, built.run, self._mesh)  # once for a whole phase
     self._engine = rollout.engine(self.config.model, sampling=sampling, **how)
     self._greedy = rollout.engine(self.config.model, sampling=Sampling(temperature_B=0.0), **how)
 
@@ -86,7 +87,7 @@ class Rollouts(Feed):
     rows = [self.rows[i] for i in self.prompts.row_ids(number) for _ in range(rl.samples)]
     prompts = [self._encode(row) for row in rows]
     seeds = np.asarray(jax.random.bits(_key(config.seed, number), (len(rows),), jnp.uint32) >> 1).astype(np.int32)
-    made = self._engine(self._decoding(state.params), prompts, seeds)
+    made = self._engine(self._readied(state.params), prompts, seeds)
     scores, told = self._scored(rows, made)
     if how.overlong:
       buffer = max(1, int(OVERLONG * rl.max_new_tokens))
@@ -150,15 +151,10 @@ class Rollouts(Feed):
     like = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=specs[n].sharding) for n, x in arrays.items()}
     return hosts.place(len(next(iter(arrays.values()))), lambda rows: {n: x[rows] for n, x in arrays.items()}, like)
 
-  def _decoding(self, params: Any) -> Any:
-    """What decodes: adapters folded in, laid out once for the whole phase."""
-    merged = jax.jit(lora.merge)({name: x for name, x in params.items() if name != 'value'})
-    return rollout.resharded(self.config.model, merged, self._mesh) if self._mesh.size > 1 else merged
-
   def evaluate(self, params: Any) -> Evaluated:
     """The mean reward of the likeliest answers to held-out prompts."""
     rows = self.held_out
-    made = self._greedy(self._decoding(params), [self._encode(row) for row in rows], np.zeros(len(rows), np.int32))
+    made = self._greedy(self._readied(params), [self._encode(row) for row in rows], np.zeros(len(rows), np.int32))
     _, told = self._scored(rows, made)
     row = {f'eval/{name}': value for name, value in told.items()}
     said = f'held-out reward {told["reward/mean"]:.3f}, {told["answers/length"]:.0f} tokens an answer'
