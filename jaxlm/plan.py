@@ -136,60 +136,6 @@ def _read(
   )
 
 
-def _by_kind(found: list[hlo.Collective]) -> list[dict[str, Any]]:
-  groups: dict[tuple, list[hlo.Collective]] = {}
-  for one in found:
-    groups.setdefault((one.kind, one.overlapped, one.dcn), []).append(one)
-  return [
-    {
-      'kind': kind,
-      'overlapped': beside,
-      'dcn': dcn,
-      'times': sum(c.times for c in some),
-      'gib': sum(c.total for c in some) / GIB,
-    }
-    for (kind, beside, dcn), some in sorted(groups.items())
-  ]
-
-
-def matmul_flops(jaxpr: Any) -> float:
-  """FLOPs of every matmul of a traced program, on all devices together: loops as often as they run, branches the most.
-
-  The compiler's own count sees a loop's body once. A `while` without a count (generation) is seen once here too.
-  """
-  total = 0.0
-  for eqn in jaxpr.eqns:
-    params, inner = eqn.params, lambda name, eqn=eqn: matmul_flops(_open(eqn.params[name]))
-    match eqn.primitive.name:
-      case 'dot_general':
-        (contracted, _), _ = params['dimension_numbers']
-        left = eqn.invars[0].aval.shape
-        total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
-      case 'ragged_dot' | 'ragged_dot_general':
-        total += 2.0 * math.prod(eqn.invars[0].aval.shape) * eqn.outvars[0].aval.shape[-1]
-      case 'scan':
-        total += params['length'] * inner('jaxpr')
-      case 'cond':
-        total += max(matmul_flops(_open(branch)) for branch in params['branches'])
-      case 'shard_map':
-        names = params.get('newly_manual_axes', params.get('manual_axes'))  # before and since jax 0.10
-        total += math.prod(params['mesh'].shape[name] for name in names) * inner('jaxpr')
-      case 'jit' | 'pjit' if share := re.fullmatch(WORST_CASE.format(r'(\d+)', r'(\d+)'), params['name']):
-        total += inner('jaxpr') * int(share[1]) / int(share[2])
-      case 'dot_product_attention_fwd_wrapper' | 'dot_product_attention_bwd_wrapper' as name:  # cuDNN's
-        (B, T, H, N), S = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape[1]
-        total += 2.0 * B * T * S * H * N * (2 if 'fwd' in name else 5)
-      case 'pallas_call':
-        total += math.prod(params['grid_mapping'].grid) * inner('jaxpr')
-      case _:
-        total += sum(matmul_flops(_open(x)) for x in params.values() if hasattr(_open(x), 'eqns'))
-  return total
-
-
-def _open(jaxpr: Any) -> Any:
-  return getattr(jaxpr, 'jaxpr', jaxpr)
-
-
 def lines(found: Plan, table: Callable[..., str]) -> list[str]:
   """What a person reads of it."""
   shown = ('parameters', 'optimizer', 'batch', 'temporaries', 'program', 'peak')

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from jaxlm import hosts, interop, program
+from jaxlm import episodic, hosts, interop, program
 from jaxlm.config import Pretrain
 from jaxlm.data import batches as data_batches
 from jaxlm.data import chat, sources, turns
@@ -38,7 +38,7 @@ class Rollouts(Feed):
     """Raises InputError for rows without prompts, and sizes that do not divide."""
     self.config, rl = config, config.rl
     self.how, self.updates = program.algorithm(config), program.updates(config)
-    _check(config, self.updates)
+    check(config)
     self.tokenizer, own = interop.vocabulary(config.init)
     _, self.template = turns.choose(config.chat.template or None, own)
     rows = _rows(config)
@@ -58,7 +58,7 @@ class Rollouts(Feed):
     self._built, self._say = built, say
     self._mesh = jax.tree.leaves(built.abstract)[0].sharding.mesh
     self._reference = None
-    if rl.kl_coef and not self.config.lora.rank:
+    if program.holds_reference(self.config):
       self._reference = bases.fitted(self.config, bases.open_base(self.config.init, self._mesh)).params
     ends = sorted({*turns.end_ids(self.template, self.tokenizer), self.tokenizer.eos_id})
     how: dict[str, Any] = {'max_new_tokens': rl.max_new_tokens, 'stop_ids': ends, 'rows': rl.decode_rows}
@@ -95,7 +95,7 @@ class Rollouts(Feed):
         advantages.overlong(jnp.asarray(made.lengths_M), limit=rl.max_new_tokens, buffer=buffer)
       )
     batch = episodes.batch_of(prompts, made, limit=config.data.seq_len, pad_id=self.tokenizer.pad_id)
-    if how.valued or rl.kl_coef or self.updates > 1:
+    if program.reads(config):
       batch |= self._read(state.params, batch)
     scores_PG = jnp.asarray(scores.reshape(rl.prompts, rl.samples), jnp.float32)
     mask_MT = jnp.asarray(batch['loss_mask'])
@@ -129,11 +129,10 @@ class Rollouts(Feed):
   def _read(self, params: Any, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """`episodic.read` of all rows, as many at once as a step has."""
     size, count = self.config.data.global_batch, len(batch['tokens'])
-    names = ('tokens', 'targets', 'loss_mask', 'segment_ids', 'positions')
     found: dict[str, list[np.ndarray]] = {}
     assert self._built.read is not None
     for at in range(0, count, size):
-      some = self._placed({name: batch[name][at : at + size] for name in names})
+      some = self._placed({name: batch[name][at : at + size] for name in episodic.READS})
       for name, x in self._built.read(params, some, self._reference).items():
         found.setdefault(name, []).append(hosts.read(x))
     return {name: np.concatenate(parts) for name, parts in found.items()}
@@ -230,8 +229,9 @@ def _key(seed: int, number: int) -> Any:
   return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0x2011), number)
 
 
-def _check(config: Pretrain, updates: int) -> None:
-  rl, rows = config.rl, config.rl.prompts * config.rl.samples
+def check(config: Pretrain) -> None:
+  """Raises InputError for a run without a model to begin with, and for sizes that do not divide."""
+  rl, rows, updates = config.rl, config.rl.prompts * config.rl.samples, program.updates(config)
   if not config.init:
     raise InputError('rl: begins with a model: set --init to a run, a Hugging Face folder or a .gguf file')
   if rows % config.data.global_batch:
