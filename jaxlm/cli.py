@@ -338,7 +338,8 @@ def _plan(args: Sequence[str]) -> int:
 
 def _plain(found: 'Plan') -> dict[str, object]:
   """As JSON has it: null for what is not known."""
-  return {name: None if value != value else value for name, value in found._asdict().items()}
+  known = lambda values: {name: None if value != value else value for name, value in values.items()}
+  return known(found._asdict()) | {'phases': [known(phase) for phase in found.phases]}
 
 
 def _report(args: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from jaxlm.config import Pretrain
 from jaxlm.rl import rollout
 from jaxlm.sample import PIECE, PROMPT_MULTIPLE, Sampling
 
+COMPARED = 'decode as in training'
 STOP_IDS = 2  # of a chat: the end of a turn, and of a text
 
 
@@ -86,7 +87,7 @@ def _rollout(
     if compare and mesh.size > 1:
       other = _placed(weights, rollout.layout(config.model, mesh, sharding.RULES))
       traced = decoding.advance(other, state, steps, sharding.RULES)
-      compile_(Part('decode as training has weights', traced, 0.0, always, steps))
+      compile_(Part(COMPARED, traced, 0.0, always, steps))
   if program.reads(config):
     some = {name: built.batch[name] for name in episodic.READS}
     traced = built.read.trace(params, some, reference or None)  # ty: ignore

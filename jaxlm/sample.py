@@ -293,7 +293,7 @@ def _pass(cfg: ModelConfig, run: Run, params: Any, sampling: Sampling, stop: Arr
 
   def put(x_BS: Array, at_B: Array, x_BJ: Array) -> Array:
     slots_BJ = jnp.where(made_BJ, at_B[:, None] + order_J, x_BS.shape[1])
-    return x_BS.at[rows_B[:, None], slots_BJ].set(x_BJ, mode='drop')
+    return jax.vmap(lambda x_S, slots_J, x_J: x_S.at[slots_J].set(x_J, mode='drop'))(x_BS, slots_BJ, x_BJ)
 
   out = Rollout(
     put(out.tokens_BN, n_B, tokens_BJ),

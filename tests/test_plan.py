@@ -14,7 +14,7 @@ import pytest
 from conftest import EXPERTS, LLAMA, MIXED
 
 from jaxlm import config as configs
-from jaxlm import hlo, models, plan, topology
+from jaxlm import cost, hlo, models, plan, topology
 from jaxlm.errors import InputError
 from jaxlm.models import Run
 from jaxlm.train import metrics
@@ -111,8 +111,8 @@ def test_flops_from_shapes(cfg, remat, times):
   def loss(params):
     return jnp.sum(models.forward(cfg, params, tokens, run=Run(remat=remat))[0])
 
-  forward = plan.matmul_flops(jax.make_jaxpr(lambda p: models.forward(cfg, p, tokens)[0])(params).jaxpr)
-  got = plan.matmul_flops(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)
+  forward = cost.matmul_flops(jax.make_jaxpr(lambda p: models.forward(cfg, p, tokens)[0])(params).jaxpr)
+  got = cost.matmul_flops(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)
   head = 2.0 * B * T * cfg.d_model * cfg.padded_vocab
   last = 2.0 * B * T * cfg.d_model * cfg.d_ff * cfg.n_layers if cfg is LLAMA and remat == 'full' else 0.0
   assert got == pytest.approx(times * (forward - head) + 3 * head - last, rel=1e-6 if cfg is not EXPERTS else 0.2)
@@ -136,7 +136,7 @@ def test_flops_of_experts_on_several_devices(experts, k):
     mesh = sharding.make_mesh(expert=expert, fsdp=8 // expert)
     with jax.set_mesh(mesh):
       built = program.build(run, mesh)
-      return plan.matmul_flops(built.step.trace(built.abstract, built.batch).jaxpr.jaxpr)
+      return cost.matmul_flops(built.step.trace(built.abstract, built.batch).jaxpr.jaxpr)
 
   want = flops(1)
   for expert in (2, 8):
@@ -150,7 +150,7 @@ def test_flops_in_a_map_over_devices_are_those_of_all():
   spec = PartitionSpec('a')
   own = jax.shard_map(lambda x: x @ jnp.ones((5, 7)), in_specs=spec, out_specs=spec, axis_names={'a'})
   with jax.set_mesh(mesh):
-    assert plan.matmul_flops(jax.make_jaxpr(jax.jit(own))(jnp.ones((12, 5))).jaxpr) == 2 * 12 * 5 * 7
+    assert cost.matmul_flops(jax.make_jaxpr(jax.jit(own))(jnp.ones((12, 5))).jaxpr) == 2 * 12 * 5 * 7
 
 
 CONFIG = """
