@@ -24,7 +24,7 @@ def test_every_config_loads_and_builds(path):
   config = configs.load(str(path))
   assert isinstance(config, Pretrain)
   text = 'sft' if path.parent.name == 'tasks' else 'pretrain'
-  verb = text if config.preference.stage == 'none' else config.preference.stage
+  verb = 'rl' if config.rl.algo else text if config.preference.stage == 'none' else config.preference.stage
   assert f'jaxlm {verb} {path.relative_to(ROOT)}' in path.read_text()[:1200]
   config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=50257))
   mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh), devices=jax.devices()[:8])

@@ -1,4 +1,4 @@
-"""Plans of stages that learn from preference and reward, on eight CPU devices: which programs, what lies beside them."""
+"""Plans of stages that learn from preference and reward, on eight CPU devices: their programs, what lies beside each."""
 
 import dataclasses
 
@@ -31,9 +31,9 @@ def rl(config=RL, **changes):
   return dataclasses.replace(config, rl=dataclasses.replace(config.rl, **changes))
 
 
-def visited(config, compile_=lambda part: None, **kwargs):
+def visited(config, compile_=lambda part: None, tensor=2, **kwargs):
   """(the parts of a run, what it holds, its program), on a mesh of eight."""
-  mesh = sharding.make_mesh(fsdp=4, tensor=2)
+  mesh = sharding.make_mesh(tensor=tensor)
   with jax.set_mesh(mesh):
     built, parts = program.build(config, mesh), []
     held = phases.visit(config, built, mesh, lambda part: (parts.append(part), compile_(part))[1], **kwargs)
@@ -99,41 +99,35 @@ def test_decoding_gathers_no_weights():
     texts[part.name] = made and made.as_text()
     return made
 
-  parts, held, _ = visited(rl(samples=8), compiled, compare=True)
+  parts, held, _ = visited(rl(samples=8), compiled, tensor=1, compare=True)
   assert list(parts) == [*EVERY[:-1], phases.COMPARED, 'read']
   sent = lambda name, n: sum(c.total for c in hlo.collectives(texts[name], rounds=n) if c.kind == 'all-gather')
   matrices = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(held.weights) if x.ndim == 2)
   assert sent('decode', 16) == 0
-  assert (
-    sent(phases.COMPARED, 16) > 0.3 * matrices / 2
-  )  # of two parts by tensor; the embedding is looked up where it is
+  assert sent(phases.COMPARED, 16) > 0.3 * matrices
   one, two = (sum(c.total for c in hlo.collectives(texts['decode'], rounds=n)) for n in (1, 2))
   assert two == 2 * one  # nothing is outside of the loop
   assert parts['decode'].times == 4 * 64 / 16 / 4 and parts['join'].times == 12 / 4 and parts['reshard'].times == 1 / 4
 
 
-def test_a_run_decodes_with_the_program_of_its_plan(monkeypatch):
-  found, advance = [], sample.advance
+def test_a_run_decodes_with_the_programs_of_its_plan(monkeypatch):
+  """Programs of other shapes or layouts than the run's arguments would be refused."""
+  programs, calls = {}, []
 
   def compiled(part):
-    return part.traced.lower().compile() if part.name == 'prefill' else None
+    programs[part.name] = part.traced.lower().compile() if part.name in ('prefill', 'decode') else None
+    return programs[part.name]
 
-  parts, _, built = visited(rl(decode_rows=16), compiled)
+  built = visited(rl(decode_rows=16), compiled)[2]
   mesh = jax.tree.leaves(built.abstract)[0].sharding.mesh
-
-  def seen(*args):
-    found.append([(x.shape, x.dtype) for x in jax.tree.leaves(args[3:])])
-    return advance(*args)
-
-  monkeypatch.setattr(sample, 'advance', seen)
+  for name, part in (('begun', 'prefill'), ('advance', 'decode')):
+    run = lambda *args, part=part: (calls.append(part), programs[part](*args[3:]))[1]
+    monkeypatch.setattr(sample, name, run)
   with jax.set_mesh(mesh):
     weights = rollout.readied(MODEL, built.run, mesh)(built.create().params)
     how = {'max_new_tokens': 64, 'sampling': Sampling(1.0), 'stop_ids': (1, 2), 'rows': 16, 'run': built.run}
-    rollout.engine(MODEL, mesh=mesh, **how)(weights, [[3] * 64] * 16, np.arange(16))
-  expected = [(x.shape, x.dtype) for x in jax.tree.leaves(parts['decode'].traced.args_info)]
-  assert (
-    sorted(map(str, found[0])) == sorted(str((tuple(s), jnp.dtype(d))) for s, d in expected) or found[0] == expected
-  )
+    made = rollout.engine(MODEL, mesh=mesh, **how)(weights, [[3] * 64] * 16, np.arange(16))
+  assert calls == ['prefill', 'decode', 'decode'][: len(calls)] and len(calls) > 1 and made.lengths_M.min() > 0
 
 
 def test_the_largest_phase_decides(monkeypatch):
@@ -143,13 +137,11 @@ def test_the_largest_phase_decides(monkeypatch):
   assert small.fits and small.peak_gib == max(phase['peak_gib'] for phase in small.phases)
   for phase in small.phases:
     assert phase['peak_gib'] >= phase['resident_gib'] + 0.9 * phase['arguments_gib'] > 0
-  read = small.phases[-1]
-  assert read['peak_gib'] > read['resident_gib'] + read['arguments_gib'] + 0.5 * read['temporaries_gib'] > 0
   slots, rows = 64 + 64, 8 // 4
   assert small.cache_gib * 2**30 == 2 * MODEL.n_layers * rows * slots * 1 * 8 * 4
   assert small.days == pytest.approx(RL.steps * sum(p['times'] * p['seconds'] for p in small.phases) / 86400)
-  many = rl(prompts=2**17, samples=1, decode_rows=2**17, max_new_tokens=64)
-  many = planned(monkeypatch, dataclasses.replace(many, watch=configs.Watch(save_every=2**14)), compare=False)
+  many = dataclasses.replace(rl(prompts=2**22, samples=1, decode_rows=2**22), watch=configs.Watch(save_every=2**19))
+  many = planned(monkeypatch, many, compare=False)
   assert not many.fits and many.peak_gib > many.limit_gib > many.phases[0]['peak_gib']
 
 

@@ -203,6 +203,29 @@ def test_adapters_have_moments_alone(tmp_path):
 
 
 @needs_libtpu
+def test_a_plan_of_ppo_has_every_phase(tmp_path):
+  """With the layout of training every weight is gathered for every token; the value head and the reference count."""
+  args = ('--rl.algo', 'ppo', '--rl.prompts', '16', '--rl.samples', '1', '--rl.decode-rows', '16')
+  args += ('--rl.max-new-tokens', '64', '--rl.kl-coef', '0.1', '--init', 'none', '--watch.save-every', '100')
+  done = planned(tmp_path, '--topology', 'v5e:2x2', '--json', *args)
+  assert done.returncode == 0, done.stderr
+  found = json.loads(done.stdout.splitlines()[-1])
+  phases = {phase['name']: phase for phase in found['phases']}
+  assert list(phases) == ['learn', 'reshard', 'prefill', 'decode', 'decode as in training', 'read']
+  run = [phase for phase in found['phases'] if phase['times']]
+  assert len(run) == 5 and found['fits'] and found['peak_gib'] == max(phase['peak_gib'] for phase in run)
+  assert (found['parameters_gib'] - found['reference_gib']) * 2**30 == pytest.approx(4 * 256, abs=1)  # the value head
+  weights = 2 * (1024 * 256 + 3 * (256 * 256 * 2 + 256 * 128 * 2 + 3 * 256 * 512))  # bytes in bfloat16
+  assert found['decode_weights_gib'] * 2**30 == pytest.approx(weights, rel=0.01)
+  assert found['cache_gib'] * 2**30 == 2 * 3 * 4 * (192 + 64) * 128 * 2  # 4 rows a chip
+  assert found['reshard_gib'] * 2**30 == pytest.approx(weights, rel=0.01)
+  assert found['token_gib'] * 2**30 < 100 and found['token_gib_training'] * 2**30 > 0.8 * weights
+  read = phases['read']
+  assert read['resident_gib'] >= found['optimizer_gib'] and read['arguments_gib'] > 2 * found['reference_gib']
+  assert read['peak_gib'] > read['resident_gib'] + read['arguments_gib'] + 0.5 * read['temporaries_gib']
+
+
+@needs_libtpu
 def test_what_does_not_fit_is_said_with_how_much(tmp_path):
   done = planned(
     tmp_path, '--topology', 'v5e:1x1', '--data.global-batch', '4096', '--compute.remat', 'none', length=4096

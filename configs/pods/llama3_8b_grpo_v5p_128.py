@@ -1,4 +1,4 @@
-"""GRPO of Llama 3.1 8B on a v5p-128 (64 chips): 512 answers of up to 1,024 tokens a rollout, all at the same time, FSDP.
+"""GRPO of Llama 3.1 8B on a v5p-128 (64 chips): 512 answers of up to 1,024 tokens a rollout, all at once, FSDP.
 
 jaxlm plan configs/pods/llama3_8b_grpo_v5p_128.py --topology v5p-128
 
