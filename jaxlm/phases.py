@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm import episodic, program, sample, sharding
 from jaxlm.config import Pretrain
@@ -112,24 +112,26 @@ class Decoding:
     rl = self.config.rl
     return Sampling(rl.temperature, rl.top_k, rl.top_p, rl.min_p)
 
+  def _ints(self, *shape: int) -> jax.ShapeDtypeStruct:
+    """What `jnp.asarray` makes under a mesh: whole on every device."""
+    mesh = jax.tree.leaves(self.weights)[0].sharding.mesh
+    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+
   def prefill(self, rows: int) -> Any:
     """The prompts of so many rows read: `sample.begun`, traced."""
     cfg, new = self.config.model, self.config.rl.max_new_tokens
     width = -(-max(1, self.config.data.seq_len - new) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
     read = min(width, cfg.max_seq_len) if cfg.positions == 'learned' else width
-    prompts, sampling = (_ints(rows, read), _ints(rows)), self._sampling.replace(seed_B=_ints(rows))  # ty: ignore
+    prompts = self._ints(rows, read), self._ints(rows)
+    sampling = self._sampling.replace(seed_B=jax.ShapeDtypeStruct((rows,), jnp.int32))  # ty: ignore
     key = jax.eval_shape(lambda: jax.random.key(0))
     how = cfg, self._run(rollout.DECODE), (new, width + new), self.weights
-    return sample.begun.trace(*how, *prompts, _ints(STOP_IDS), sampling, key, None)
+    return sample.begun.trace(*how, *prompts, self._ints(STOP_IDS), sampling, key, None)
 
   def advance(self, weights: Any, state: Any, steps: int, rules: sharding.Rules = rollout.DECODE) -> Any:
     """`sample.advance` by so many tokens, traced."""
     how = self.config.model, self._run(rules), steps, weights
-    return sample.advance.trace(*how, state, self._sampling, _ints(STOP_IDS), None)
-
-
-def _ints(*shape: int) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(shape, jnp.int32)
+    return sample.advance.trace(*how, state, self._sampling, self._ints(STOP_IDS), None)
 
 
 def _placed(shapes: Any, shardings: Any) -> Any:

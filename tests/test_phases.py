@@ -1,4 +1,4 @@
-"""Plans of stages that learn from preference and reward, on eight CPU devices: their programs, what lies beside each."""
+"""Plans of stages of preference and reward, on eight CPU devices: their programs, and what lies beside each."""
 
 import dataclasses
 
@@ -127,7 +127,7 @@ def test_a_run_decodes_with_the_programs_of_its_plan(monkeypatch):
     weights = rollout.readied(MODEL, built.run, mesh)(built.create().params)
     how = {'max_new_tokens': 64, 'sampling': Sampling(1.0), 'stop_ids': (1, 2), 'rows': 16, 'run': built.run}
     made = rollout.engine(MODEL, mesh=mesh, **how)(weights, [[3] * 64] * 16, np.arange(16))
-  assert calls == ['prefill', 'decode', 'decode'][: len(calls)] and len(calls) > 1 and made.lengths_M.min() > 0
+  assert calls == ['prefill', 'decode'] and made.lengths_M.min() > 0
 
 
 def test_the_largest_phase_decides(monkeypatch):
