@@ -59,12 +59,20 @@ class Plan(NamedTuple):
   token_gib_training: float  # and with weights laid out as training has them
 
 
-def plan(config: Pretrain, on: Topology, *, write_hlo: str | None = None, compare: bool = True) -> Plan:
+def plan(
+  config: Pretrain,
+  on: Topology,
+  *,
+  write_hlo: str | None = None,
+  compare: bool = True,
+  say: Callable[[str], None] = lambda line: None,
+) -> Plan:
   """Compiles the programs of a run for a topology and reads them; nothing is computed and no such chip is needed.
 
   `write_hlo` takes the text of the step; those of other phases go beside it, with their name. `compare` says what
-  decoding would send with the layout of training, which takes one program more. Raises InputError for sizes that do not
-  divide, and where the compiler refuses a program for another reason than memory.
+  decoding would send with the layout of training, which takes one program more. `say` hears of each program. A reward
+  model is not counted. Raises InputError for sizes that do not divide, and where the compiler refuses a program for
+  another reason than memory.
   """
   if not config.model.vocab_size:
     raise InputError("plan: model.vocab_size is 0, the tokenizer's: say how many, as --model.vocab-size 32000")
@@ -73,11 +81,14 @@ def plan(config: Pretrain, on: Topology, *, write_hlo: str | None = None, compar
     from jaxlm.loops import rollouts
 
     rollouts.check(config)
+    if 'run:' in config.rl.reward:
+      say(f'not counted: the reward model of rl.reward={config.rl.reward}')
   built, found = program.build(config, mesh), list[tuple[Part, Cost]]()
 
   def compile_(part: Part) -> Any:
     one, compiled = cost.of(part.traced, on, mesh.size, name=part.name, rounds=part.rounds)
     found.append((part, one))
+    say(f'{part.name}: {one.peak_gib + part.beside / GIB:.2f} GiB a chip')
     if write_hlo:
       beside = '' if part.name == 'learn' else f'.{part.name.replace(" ", "-")}'
       epath.Path(write_hlo + beside).write_text(compiled.as_text() if compiled else '')
