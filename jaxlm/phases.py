@@ -131,7 +131,7 @@ class Decoding:
   def advance(self, weights: Any, state: Any, steps: int, rules: sharding.Rules = rollout.DECODE) -> Any:
     """`sample.advance` by so many tokens, traced."""
     how = self.config.model, self._run(rules), steps, weights
-    return sample.advance.trace(*how, state, self._sampling, self._ints(STOP_IDS), None)
+    return sample.advance.trace(*how, state, self._sampling, self._ints(STOP_IDS))
 
 
 def _placed(shapes: Any, shardings: Any) -> Any:
