@@ -325,15 +325,15 @@ def _plan(args: Sequence[str]) -> int:
   from jaxlm.loops import bases
 
   config, on = bases.with_model(pretraining(rest)), topology.parse(options.topology, options.slices)
+  tell = lambda line: print(line, file=sys.stderr, flush=True)
   if options.search:
-    tell = lambda line: print(line, file=sys.stderr, flush=True)
     tried = plan.search(config, on, seconds=60 * options.minutes, say=tell)
     if options.json:
       print(json.dumps([_plain(found) | {'accum': c.compute.accum, 'remat': c.compute.remat} for c, found in tried]))
     else:
       print(table(plan.HEADER, [plan.row(*pair) for pair in tried]))
     return 0 if tried[0][1].fits else 3
-  found = plan.plan(config, on, write_hlo=options.hlo)
+  found = plan.plan(config, on, write_hlo=options.hlo, say=tell)
   if options.json:
     print(json.dumps(_plain(found)))
   else:
@@ -343,7 +343,8 @@ def _plan(args: Sequence[str]) -> int:
 
 def _plain(found: 'Plan') -> dict[str, object]:
   """As JSON has it: null for what is not known."""
-  return {name: None if value != value else value for name, value in found._asdict().items()}
+  known = lambda values: {name: None if value != value else value for name, value in values.items()}
+  return known(found._asdict()) | {'phases': [known(phase) for phase in found.phases]}
 
 
 def _report(args: Sequence[str]) -> None:

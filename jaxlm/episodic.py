@@ -13,6 +13,8 @@ from jaxlm.models import ModelConfig, Run
 from jaxlm.rl.algorithms import Algorithm
 from jaxlm.train.step import LossFn
 
+READS = ('tokens', 'targets', 'loss_mask', 'segment_ids', 'positions')  # what `read` takes of a batch
+
 
 def read(
   cfg: ModelConfig, run: Run, *, temperature: float, chunks: int = 1, valued: bool = False, compared: bool = False

@@ -32,15 +32,16 @@ class Collective(NamedTuple):
     return self.times * self.bytes
 
 
-def collectives(text: str, *, node: int | None = None) -> list[Collective]:
+def collectives(text: str, *, node: int | None = None, rounds: int = 1) -> list[Collective]:
   """Every collective of a compiled program (`compiled.as_text()`), of TPUs or, with `node` of them a machine, GPUs.
 
   Overlapped are those that the compiler fused with other work or turned into rings beside matmuls, and the ones that
   start and end at different places; a fusion's several steps count once. Of a ragged exchange it is the mean. GPUs
   start all of them, and so do slices what they send: there those are overlapped that have other work in between.
+  A loop without a count (of tokens, until all rows have stopped) runs `rounds` times.
   """
   bodies, entry = _computations(text)
-  times = _times(bodies, entry)
+  times = _times(bodies, entry, rounds)
   found, seen = [], set()
   for name, lines in bodies.items():
     if not times[name]:
@@ -133,7 +134,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
   return bodies, entry
 
 
-def _times(bodies: dict[str, list[str]], entry: str) -> Counter[str]:
+def _times(bodies: dict[str, list[str]], entry: str, rounds: int) -> Counter[str]:
   """How often each computation runs in a step."""
   times: Counter[str] = Counter()
 
@@ -142,7 +143,8 @@ def _times(bodies: dict[str, list[str]], entry: str) -> Counter[str]:
     for line in bodies.get(name, ()):
       if loop := WHILE.search(line):
         known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-        trips = int(known[1]) if known else _trips(bodies[loop[1]], bodies[loop[2]])
+        trips = int(known[1]) if known else _trips(bodies[loop[1]], bodies[loop[2]], rounds)
+        walk(loop[1], n * trips)
         walk(loop[2], n * trips)
         continue
       called = re.findall(r'(?:calls|to_apply)=(%[\w.\-]+)', line)
@@ -155,8 +157,11 @@ def _times(bodies: dict[str, list[str]], entry: str) -> Counter[str]:
   return times
 
 
-def _trips(condition: Sequence[str], body: Sequence[str]) -> int:
-  """Rounds of a counted loop: its bound over the counter's step (rings are unrolled twice: it is 2 there)."""
+def _trips(condition: Sequence[str], body: Sequence[str], uncounted: int) -> int:
+  """Rounds of a counted loop: its bound over the counter's step (rings are unrolled twice: it is 2 there).
+
+  Of one that asks for something else than a number they are `uncounted`.
+  """
   text = '\n'.join(condition)
   constants = {name: int(n) for name, n in re.findall(r'(%[\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)', text)}
   for line in condition:
@@ -164,7 +169,9 @@ def _trips(condition: Sequence[str], body: Sequence[str]) -> int:
     if compared and compared[2] in constants:
       index = re.search(re.escape(compared[1]) + r' = .*get-tuple-element\(.*index=(\d+)', text)
       return -(-constants[compared[2]] // (_step(body, int(index[1])) if index else 1))
-  return next(iter(constants.values())) if len(constants) == 1 else 1
+  root = next((line for line in condition if line.lstrip().startswith('ROOT ')), '')
+  bound = [n for name, n in constants.items() if re.search(re.escape(name) + r'[,)]', root)]
+  return bound[0] if len(bound) == 1 else uncounted
 
 
 def _step(body: Sequence[str], index: int) -> int:

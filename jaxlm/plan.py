@@ -1,9 +1,8 @@
-"""What a step costs on chips that are not here: the run's own program, compiled for them, and read."""
+"""What a run costs on chips that are not here: its own programs, compiled for them, and read."""
 
 import dataclasses
 import itertools
 import math
-import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -11,23 +10,24 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from jaxlm import hlo, program, sharding, topology
+from jaxlm import cost, phases, program, sharding, topology
 from jaxlm.config import Mesh, Pretrain
+from jaxlm.cost import Cost
 from jaxlm.errors import InputError
-from jaxlm.models.dispatch import WORST_CASE
+from jaxlm.phases import Held, Part
 from jaxlm.program import GIB
 from jaxlm.topology import Topology
 
 
 class Plan(NamedTuple):
-  """A step on one chip, sizes in GiB. `fits` if the peak is within the limit."""
+  """A run on one chip, sizes in GiB; what has no other name is of its step. `fits` if the peak is within the limit."""
 
   topology: str
   chips: int
   mesh: dict[str, int]
   fits: bool
   limit_gib: float
-  peak_gib: float
+  peak_gib: float  # of the largest phase
   parameters_gib: float
   optimizer_gib: float
   batch_gib: float
@@ -48,153 +48,128 @@ class Plan(NamedTuple):
   step_s_bound: float
   mfu_bound: float
   tokens_per_s_bound: float
-  days: float  # of the config's steps, at the bound
+  days: float  # of the config's steps, at the bounds of all phases
   chip_hours: float
+  phases: list[dict[str, Any]]  # every program of the run, what lies on a chip beside it included; seconds each time
+  reference_gib: float  # of a second tree, which stays
+  decode_weights_gib: float  # laid out to decode, while there is a rollout
+  cache_gib: float
+  reshard_gib: float  # sent for them, once a rollout
+  token_gib: float  # sent for a decoded token of every row,
+  token_gib_training: float  # and with weights laid out as training has them
 
 
-def plan(config: Pretrain, on: Topology, *, write_hlo: str | None = None) -> Plan:
-  """Compiles the step of a run for a topology and reads it; nothing is computed and no such chip is needed.
+def plan(
+  config: Pretrain,
+  on: Topology,
+  *,
+  write_hlo: str | None = None,
+  compare: bool = True,
+  say: Callable[[str], None] = lambda line: None,
+) -> Plan:
+  """Compiles the programs of a run for a topology and reads them; nothing is computed and no such chip is needed.
 
-  Raises InputError for sizes that do not divide, and where the compiler refuses the program for another reason than
-  memory.
+  `write_hlo` takes the text of the step; those of other phases go beside it, with their name. `compare` says what
+  decoding would send with the layout of training, which takes one program more. `say` hears of each program. A reward
+  model is not counted. Raises InputError for sizes that do not divide, and where the compiler refuses a program for
+  another reason than memory.
   """
   if not config.model.vocab_size:
     raise InputError("plan: model.vocab_size is 0, the tokenizer's: say how many, as --model.vocab-size 32000")
   mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh), devices=topology.devices(on))
-  built = program.build(config, mesh)
+  if config.rl.algo:
+    from jaxlm.loops import rollouts
+
+    rollouts.check(config)
+    if 'run:' in config.rl.reward:
+      say(f'not counted: the reward model of rl.reward={config.rl.reward}')
+  built, found = program.build(config, mesh), list[tuple[Part, Cost]]()
+
+  def compile_(part: Part) -> Any:
+    one, compiled = cost.of(part.traced, on, mesh.size, name=part.name, rounds=part.rounds)
+    found.append((part, one))
+    say(f'{part.name}: {one.peak_gib + part.beside / GIB:.2f} GiB a chip')
+    if write_hlo:
+      beside = '' if part.name == 'learn' else f'.{part.name.replace(" ", "-")}'
+      epath.Path(write_hlo + beside).write_text(compiled.as_text() if compiled else '')
+    return compiled
+
   with jax.set_mesh(mesh):
-    traced = built.step.trace(built.abstract, built.batch)  # ty: ignore
-    flops = matmul_flops(traced.jaxpr.jaxpr) / mesh.size
-    compiled = _compiled(traced.lower(), on)
-  text = '' if isinstance(compiled, float) else compiled.as_text()
-  if write_hlo:
-    epath.Path(write_hlo).write_text(text)
-  node = on.shape[1] if on.chip.kind == 'gpu' else None
-  return _read(config, on, mesh, built, compiled, flops, hlo.collectives(text, node=node) if text else [])
-
-
-def _compiled(lowered: Any, on: Topology) -> Any:
-  try:
-    return program.compiled_or_gib(lowered)
-  except jax.errors.JaxRuntimeError as error:
-    raise InputError(f'{on.name}: the compiler refuses the step: {str(error).splitlines()[0]}') from error
+    held = phases.visit(config, built, mesh, compile_, compare=compare)
+  return _read(config, on, mesh, built, found, held)
 
 
 def _read(
-  config: Pretrain, on: Topology, mesh: Any, built: program.Program, compiled: Any, flops: float, found: list[Any]
+  config: Pretrain, on: Topology, mesh: Any, built: program.Program, found: list[tuple[Part, Cost]], held: Held
 ) -> Plan:
-  chip, data = on.chip, config.data
-  memory = None if isinstance(compiled, float) else compiled.memory_analysis()
-  size = lambda name: getattr(memory, f'{name}_in_bytes') / GIB if memory else math.nan
-  peak = size('peak_memory') if memory else compiled
-  known = 1.0 if memory else math.nan  # without a program nothing is known of what it sends
-  exposed = known * sum(c.total for c in found if not c.overlapped)
-  overlapped = known * sum(c.total for c in found if c.overlapped)
-  dcn = known * sum(c.total for c in found if c.dcn and c.kind != 'send')  # what one sends another receives
-  tokens = data.global_batch * data.seq_len
+  data, local = config.data, lambda tree_: program.local_bytes(tree_) / GIB
+  step, costs = found[0][1], {part.name: one for part, one in found}
+  run = [(part, one) for part, one in found if part.times]
+  peaks = [one.peak_gib + part.beside / GIB for part, one in run]
+  tokens, step_s = data.global_batch * data.seq_len, step.seconds
+  whole_s = config.steps * sum(part.times * one.seconds for part, one in run)
   model_flops = program.flops_per_token(config) * tokens / mesh.size
-  seconds = lambda some: (
-    known
-    * sum(
-      c.total * (2 if c.kind == 'all-reduce' else 1) / (chip.dcn if c.dcn else chip.ici)
-      for c in some
-      if c.kind != 'send'
-    )
-  )
-  beside, waited = seconds(c for c in found if c.overlapped), seconds(c for c in found if not c.overlapped)
-  moved = size('argument_size') + size('output_size') + 2 * (exposed + overlapped) / GIB
-  step_s = known * (max(flops / chip.flops, moved * GIB / chip.hbm, beside) + waited)
+  sent = lambda name: sum(costs[name].gib(overlapped=x) for x in (True, False)) if name in costs else math.nan
+  each = lambda name: sent(name) / costs[name].rounds if name in costs else math.nan
   return Plan(
     topology=on.name,
     chips=mesh.size,
     mesh={name: n for name, n in mesh.shape.items() if n > 1},
-    fits=bool(memory) and peak <= on.limit_gib,
+    fits=all(one.made for _, one in run) and max(peaks) <= on.limit_gib,
     limit_gib=on.limit_gib,
-    peak_gib=peak,
-    parameters_gib=program.local_bytes(built.abstract.params) / GIB,
-    optimizer_gib=program.local_bytes(built.abstract.opt_state) / GIB,
-    batch_gib=program.local_bytes(built.batch) / GIB,
-    arguments_gib=size('argument_size'),
-    temporaries_gib=size('temp_size'),
-    program_gib=size('generated_code_size'),
-    exposed_gib=exposed / GIB,
-    overlapped_gib=overlapped / GIB,
-    dcn_gib=dcn / GIB,
-    collectives=_by_kind(found),
+    peak_gib=max(peaks),
+    parameters_gib=local(built.abstract.params),
+    optimizer_gib=local(built.abstract.opt_state),
+    batch_gib=local(built.batch),
+    arguments_gib=step.arguments_gib,
+    temporaries_gib=step.temporaries_gib,
+    program_gib=step.program_gib,
+    exposed_gib=step.gib(overlapped=False),
+    overlapped_gib=step.gib(overlapped=True),
+    dcn_gib=step.dcn_gib,
+    collectives=cost.by_kind(step.sent),
     tokens_per_step=tokens,
-    flops_per_chip=flops,
+    flops_per_chip=step.flops,
     model_flops_per_chip=model_flops,
-    matmul_s=flops / chip.flops,
-    hbm_s=moved * GIB / chip.hbm,
-    overlapped_s=beside,
-    exposed_s=waited,
+    matmul_s=step.matmul_s,
+    hbm_s=step.hbm_s,
+    overlapped_s=step.sent_s(overlapped=True),
+    exposed_s=step.sent_s(overlapped=False),
     step_s_bound=step_s,
-    mfu_bound=model_flops / chip.flops / step_s,
+    mfu_bound=model_flops / on.chip.flops / step_s,
     tokens_per_s_bound=tokens / step_s,
-    days=config.steps * step_s / 86400,
-    chip_hours=config.steps * step_s * mesh.size / 3600,
+    days=whole_s / 86400,
+    chip_hours=whole_s * mesh.size / 3600,
+    phases=[_phase(part, one) for part, one in found],
+    reference_gib=local(held.reference),
+    decode_weights_gib=local(held.weights),
+    cache_gib=local(held.cache),
+    reshard_gib=sent('reshard'),
+    token_gib=each('decode'),
+    token_gib_training=each(phases.COMPARED),
   )
 
 
-def _by_kind(found: list[hlo.Collective]) -> list[dict[str, Any]]:
-  groups: dict[tuple, list[hlo.Collective]] = {}
-  for one in found:
-    groups.setdefault((one.kind, one.overlapped, one.dcn), []).append(one)
-  return [
-    {
-      'kind': kind,
-      'overlapped': beside,
-      'dcn': dcn,
-      'times': sum(c.times for c in some),
-      'gib': sum(c.total for c in some) / GIB,
-    }
-    for (kind, beside, dcn), some in sorted(groups.items())
-  ]
-
-
-def matmul_flops(jaxpr: Any) -> float:
-  """FLOPs of every matmul of a traced program, on all devices together: loops as often as they run, branches the most.
-
-  The compiler's own count sees a loop's body once. A `while` without a count (generation) is seen once here too.
-  """
-  total = 0.0
-  for eqn in jaxpr.eqns:
-    params, inner = eqn.params, lambda name, eqn=eqn: matmul_flops(_open(eqn.params[name]))
-    match eqn.primitive.name:
-      case 'dot_general':
-        (contracted, _), _ = params['dimension_numbers']
-        left = eqn.invars[0].aval.shape
-        total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
-      case 'ragged_dot' | 'ragged_dot_general':
-        total += 2.0 * math.prod(eqn.invars[0].aval.shape) * eqn.outvars[0].aval.shape[-1]
-      case 'scan':
-        total += params['length'] * inner('jaxpr')
-      case 'cond':
-        total += max(matmul_flops(_open(branch)) for branch in params['branches'])
-      case 'shard_map':
-        names = params.get('newly_manual_axes', params.get('manual_axes'))  # before and since jax 0.10
-        total += math.prod(params['mesh'].shape[name] for name in names) * inner('jaxpr')
-      case 'jit' | 'pjit' if share := re.fullmatch(WORST_CASE.format(r'(\d+)', r'(\d+)'), params['name']):
-        total += inner('jaxpr') * int(share[1]) / int(share[2])
-      case 'dot_product_attention_fwd_wrapper' | 'dot_product_attention_bwd_wrapper' as name:  # cuDNN's
-        (B, T, H, N), S = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape[1]
-        total += 2.0 * B * T * S * H * N * (2 if 'fwd' in name else 5)
-      case 'pallas_call':
-        total += math.prod(params['grid_mapping'].grid) * inner('jaxpr')
-      case _:
-        total += sum(matmul_flops(_open(x)) for x in params.values() if hasattr(_open(x), 'eqns'))
-  return total
-
-
-def _open(jaxpr: Any) -> Any:
-  return getattr(jaxpr, 'jaxpr', jaxpr)
+def _phase(part: Part, one: Cost) -> dict[str, Any]:
+  return {
+    'name': part.name,
+    'times': part.times,  # in an optimizer step
+    'peak_gib': one.peak_gib + part.beside / GIB,
+    'resident_gib': part.beside / GIB,  # of the peak, what is no argument
+    'arguments_gib': one.arguments_gib,
+    'temporaries_gib': one.temporaries_gib,
+    'exposed_gib': one.gib(overlapped=False),
+    'overlapped_gib': one.gib(overlapped=True),
+    'seconds': one.seconds,
+  }
 
 
 def lines(found: Plan, table: Callable[..., str]) -> list[str]:
   """What a person reads of it."""
-  shown = ('parameters', 'optimizer', 'batch', 'temporaries', 'program', 'peak')
+  shown = ('parameters', 'optimizer', 'reference', 'decode_weights', 'cache', 'batch', 'temporaries', 'program', 'peak')
+  held = ('reference', 'decode_weights', 'cache')
   sizes = ((name, getattr(found, f'{name}_gib')) for name in shown)
-  rows = [(name, size) for name, size in sizes if not math.isnan(size)]
+  rows = [(name.replace('_', ' '), size) for name, size in sizes if not math.isnan(size) and (size or name not in held)]
   verdict = f'fits: {found.peak_gib:.2f} of {found.limit_gib:.2f} GiB'
   if not found.fits:
     over = found.peak_gib - found.limit_gib
@@ -211,6 +186,8 @@ def lines(found: Plan, table: Callable[..., str]) -> list[str]:
   ]
   mesh = ', '.join(f'{name} {n}' for name, n in found.mesh.items()) or 'one chip'
   head = [f'{found.topology}: {found.chips} chips, {mesh}', table(('GiB a chip', ''), rows), verdict]
+  if len(found.phases) > 1:
+    head.append(_of_phases(found, table))
   if math.isnan(found.exposed_gib):  # the compiler made no program
     return head
   return [
@@ -221,6 +198,28 @@ def lines(found: Plan, table: Callable[..., str]) -> list[str]:
     f'any twice); at best {found.mfu_bound:.1%} MFU, {found.tokens_per_s_bound:,.0f} tokens/s, '
     f'{found.days:.1f} days and {found.chip_hours:,.0f} chip hours for the run',
   ]
+
+
+def _of_phases(found: Plan, table: Callable[..., str]) -> str:
+  known = lambda x: '' if math.isnan(x) else x
+  rows = [
+    (
+      phase['name'],
+      f'{phase["times"]:.3g}' if phase['times'] else 'not run',
+      phase['peak_gib'],
+      phase['resident_gib'],
+      *(known(phase[f'{name}_gib']) for name in ('temporaries', 'exposed', 'overlapped')),
+      known(1000 * phase['seconds']),
+    )
+    for phase in found.phases
+  ]
+  header = ('phase', 'times a step', 'peak GiB', 'of it resident', 'temporaries', 'waited for GiB', 'beside work', 'ms')
+  shown = table(header, rows)
+  if not math.isnan(found.token_gib):
+    other = f', {found.token_gib_training:.3g} with the layout of training' * (not math.isnan(found.token_gib_training))
+    shown += f'\n\na rollout: {found.reshard_gib:.3g} GiB sent for weights that decode; each token: '
+    shown += f'{found.token_gib:.3g}{other}'
+  return shown
 
 
 REMATS = ('none', 'dots', 'attn_values,attn_out,mlp_out', 'full')  # from what keeps most to what keeps least
@@ -257,7 +256,7 @@ def search(
         say(f'{seconds:.0f} s are over: more may be found with more')
         return ranked(found)
       try:
-        found.append((one, plan(one, on)))
+        found.append((one, plan(one, on, compare=False)))
       except InputError as error:
         say(f'left out: {", ".join(map(str, row(one, None)))}: {error}')
         continue
@@ -270,10 +269,8 @@ def search(
 
 
 def ranked(found: list[tuple[Pretrain, Plan]]) -> list[tuple[Pretrain, Plan]]:
-  """What fits before what does not, by the bound on tokens a second or by how little is missing."""
-  return sorted(
-    found, key=lambda pair: (not pair[1].fits, -pair[1].tokens_per_s_bound if pair[1].fits else pair[1].peak_gib)
-  )
+  """What fits before what does not, by how soon the run could be over or by how little is missing."""
+  return sorted(found, key=lambda pair: (not pair[1].fits, pair[1].days if pair[1].fits else pair[1].peak_gib))
 
 
 HEADER = ('mesh', 'accum', 'remat', 'peak GiB', 'fits', 'waited for GiB', 'MFU at best', 'tokens/s at best')

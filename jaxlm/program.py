@@ -186,6 +186,17 @@ def updates(config: Pretrain) -> int:
   return config.rl.epochs * config.rl.prompts * config.rl.samples // config.data.global_batch
 
 
+def reads(config: Pretrain) -> bool:
+  """Whether a rollout is read by the policy, and its reference, before it is learnt from."""
+  how = algorithm(config)
+  return how is not None and (how.valued or config.rl.kl_coef > 0 or updates(config) > 1)
+
+
+def holds_reference(config: Pretrain) -> bool:
+  """Whether a run that learns from rewards has its reference as a second tree: adapters can be left out instead."""
+  return bool(config.rl.algo and config.rl.kl_coef and not config.lora.rank)
+
+
 def _dtypes(config: Pretrain) -> dict[str, Any]:
   """What a batch of the run holds."""
   if how := algorithm(config):

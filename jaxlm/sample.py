@@ -135,7 +135,7 @@ def begin(
     row[: len(prompt)] = prompt
   arrays = jnp.asarray(padded), jnp.asarray(lengths), jnp.asarray(list(stop_ids), jnp.int32)
   room = max_new_tokens, max(slots or 0, width + max_new_tokens)
-  return _begin(cfg, run, room, params, *arrays, sampling, key, draft, of_B)
+  return begun(cfg, run, room, params, *arrays, sampling, key, draft, of_B)
 
 
 def _distinct(prompts: Sequence[Sequence[int]]) -> tuple[Sequence[Sequence[int]], np.ndarray | None]:
@@ -216,7 +216,7 @@ def _stopped_at(out: Rollout, stop: Sequence[str], tokenizer: Tokenizer, checked
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _begin(
+def begun(
   cfg: ModelConfig,
   run: Run,
   room: tuple[int, int],
@@ -229,6 +229,7 @@ def _begin(
   draft: Any,
   of_B: Any,
 ) -> Decoding:
+  """`begin` for arrays: `room` is how many new tokens there may be, and the positions of the cache."""
   new, slots = room
   ahead = draft.length if draft else 0
   how = {'slots': slots, 'ahead': ahead + 1, 'run': run}
@@ -310,7 +311,7 @@ def _pass(cfg: ModelConfig, run: Run, params: Any, sampling: Sampling, stop: Arr
 
   def put(x_BS: Array, at_B: Array, x_BJ: Array) -> Array:
     slots_BJ = jnp.where(made_BJ, at_B[:, None] + order_J, x_BS.shape[1])
-    return x_BS.at[rows_B[:, None], slots_BJ].set(x_BJ, mode='drop')
+    return jax.vmap(lambda x_S, slots_J, x_J: x_S.at[slots_J].set(x_J, mode='drop'))(x_BS, slots_BJ, x_BJ)
 
   out = Rollout(
     put(out.tokens_BN, n_B, tokens_BJ),

@@ -25,6 +25,7 @@ def test_every_config_loads_and_builds(path):
   assert isinstance(config, Pretrain)
   text = 'sft' if path.parent.name == 'tasks' else 'pretrain'
   text = 'distill' if config.distill.teacher else text
+  text = 'rl' if config.rl.algo else text
   verb = text if config.preference.stage == 'none' else config.preference.stage
   assert f'jaxlm {verb} {path.relative_to(ROOT)}' in path.read_text()[:1200]
   config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=50257))

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from jaxlm import plan, program, sharding
+from jaxlm import cost, program, sharding
 from jaxlm.config import Compute, Data, Lora, Pretrain
 from jaxlm.models import ModelConfig, presets
 
@@ -49,7 +49,7 @@ def test_what_adapters_save_on_eight_devices():
   """SmolLM2-135M, 8 rows of 256 tokens, full remat: memory beside the arguments, and FLOPs."""
   model = presets.get('smollm2-135m')
   full, some = (traced(model, 8, 256, **how) for how in ({}, {'lora': Lora(rank=16)}))
-  flops = [plan.matmul_flops(one.jaxpr.jaxpr) for one in (full, some)]
+  flops = [cost.matmul_flops(one.jaxpr.jaxpr) for one in (full, some)]
   temporary = [one.lower().compile().memory_analysis().temp_size_in_bytes for one in (full, some)]
   print(f'temporary memory {temporary[1] / temporary[0]:.3f} x, FLOPs {flops[1] / flops[0]:.3f} x')
   assert temporary[1] < 0.95 * temporary[0] and flops[1] < 0.85 * flops[0]

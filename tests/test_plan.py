@@ -14,7 +14,7 @@ import pytest
 from conftest import EXPERTS, LLAMA, MIXED
 
 from jaxlm import config as configs
-from jaxlm import hlo, models, plan, topology
+from jaxlm import cost, hlo, models, plan, topology
 from jaxlm.errors import InputError
 from jaxlm.models import Run
 from jaxlm.train import metrics
@@ -111,8 +111,8 @@ def test_flops_from_shapes(cfg, remat, times):
   def loss(params):
     return jnp.sum(models.forward(cfg, params, tokens, run=Run(remat=remat))[0])
 
-  forward = plan.matmul_flops(jax.make_jaxpr(lambda p: models.forward(cfg, p, tokens)[0])(params).jaxpr)
-  got = plan.matmul_flops(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)
+  forward = cost.matmul_flops(jax.make_jaxpr(lambda p: models.forward(cfg, p, tokens)[0])(params).jaxpr)
+  got = cost.matmul_flops(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)
   head = 2.0 * B * T * cfg.d_model * cfg.padded_vocab
   last = 2.0 * B * T * cfg.d_model * cfg.d_ff * cfg.n_layers if cfg is LLAMA and remat == 'full' else 0.0
   assert got == pytest.approx(times * (forward - head) + 3 * head - last, rel=1e-6 if cfg is not EXPERTS else 0.2)
@@ -136,7 +136,7 @@ def test_flops_of_experts_on_several_devices(experts, k):
     mesh = sharding.make_mesh(expert=expert, fsdp=8 // expert)
     with jax.set_mesh(mesh):
       built = program.build(run, mesh)
-      return plan.matmul_flops(built.step.trace(built.abstract, built.batch).jaxpr.jaxpr)
+      return cost.matmul_flops(built.step.trace(built.abstract, built.batch).jaxpr.jaxpr)
 
   want = flops(1)
   for expert in (2, 8):
@@ -150,7 +150,7 @@ def test_flops_in_a_map_over_devices_are_those_of_all():
   spec = PartitionSpec('a')
   own = jax.shard_map(lambda x: x @ jnp.ones((5, 7)), in_specs=spec, out_specs=spec, axis_names={'a'})
   with jax.set_mesh(mesh):
-    assert plan.matmul_flops(jax.make_jaxpr(jax.jit(own))(jnp.ones((12, 5))).jaxpr) == 2 * 12 * 5 * 7
+    assert cost.matmul_flops(jax.make_jaxpr(jax.jit(own))(jnp.ones((12, 5))).jaxpr) == 2 * 12 * 5 * 7
 
 
 CONFIG = """
@@ -200,6 +200,29 @@ def test_adapters_have_moments_alone(tmp_path):
   learnt = 3 * 4 * ((256 + 256) + (256 + 128))
   assert found['optimizer_gib'] * 2**30 == pytest.approx(2 * 4 * learnt, abs=64)
   assert found['parameters_gib'] * 2**30 > 4 * 1024 * 256
+
+
+@needs_libtpu
+def test_a_plan_of_ppo_has_every_phase(tmp_path):
+  """With the layout of training every weight is gathered for every token; the value head and the reference count."""
+  args = ('--rl.algo', 'ppo', '--rl.prompts', '16', '--rl.samples', '1', '--rl.decode-rows', '16')
+  args += ('--rl.max-new-tokens', '64', '--rl.kl-coef', '0.1', '--init', 'none', '--watch.save-every', '100')
+  done = planned(tmp_path, '--topology', 'v5e:2x2', '--json', *args)
+  assert done.returncode == 0, done.stderr
+  found = json.loads(done.stdout.splitlines()[-1])
+  phases = {phase['name']: phase for phase in found['phases']}
+  assert list(phases) == ['learn', 'reshard', 'prefill', 'decode', 'decode as in training', 'read']
+  run = [phase for phase in found['phases'] if phase['times']]
+  assert len(run) == 5 and found['fits'] and found['peak_gib'] == max(phase['peak_gib'] for phase in run)
+  assert (found['parameters_gib'] - found['reference_gib']) * 2**30 == pytest.approx(4 * 256, abs=1)  # the value head
+  weights = 2 * (1024 * 256 + 3 * (256 * 256 * 2 + 256 * 128 * 2 + 3 * 256 * 512))  # bytes in bfloat16
+  assert found['decode_weights_gib'] * 2**30 == pytest.approx(weights, rel=0.01)
+  assert found['cache_gib'] * 2**30 == 2 * 3 * 4 * (192 + 64) * 128 * 2  # 4 rows a chip
+  assert found['reshard_gib'] * 2**30 == pytest.approx(weights, rel=0.01)
+  assert found['token_gib'] * 2**30 < 100 and found['token_gib_training'] * 2**30 > 0.8 * weights
+  read = phases['read']
+  assert read['resident_gib'] >= found['optimizer_gib'] and read['arguments_gib'] > 2 * found['reference_gib']
+  assert read['peak_gib'] > read['resident_gib'] + read['arguments_gib'] + 0.5 * read['temporaries_gib']
 
 
 @needs_libtpu

@@ -94,9 +94,9 @@ def test_on_eight_devices(cfg):
   prompts, seeds = PROMPTS[:16], SEEDS[:16]
   want = rollout.engine(cfg, max_new_tokens=N, stop_ids=STOP, rows=8)(params, prompts, seeds)
   with jax.set_mesh(mesh):
-    ready = rollout.resharded(cfg, jax.device_put(params, layout), mesh)
-    q = ready['layers']['attn']['q']
-    assert q.sharding.shard_shape(q.shape) == (*q.shape[:2], q.shape[2] // 2)
+    ready = rollout.readied(cfg, Run(), mesh)(jax.device_put(params, layout))
+    q = ready['layers'][0]['attn']['q']
+    assert q.sharding.shard_shape(q.shape) == (q.shape[0], q.shape[1] // 2)
     found = rollout.engine(cfg, max_new_tokens=N, stop_ids=STOP, rows=8, mesh=mesh)(ready, prompts, seeds)
     state = sample.begin(cfg, ready, prompts[:8], jax.random.key(0), max_new_tokens=N, run=Run(rules=rollout.DECODE))
     k = state.cache[0].k

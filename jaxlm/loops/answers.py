@@ -4,7 +4,7 @@ import contextlib
 import functools
 import itertools
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -88,10 +88,11 @@ def _limits(rl: Rl, ends: Sequence[int]) -> dict[str, Any]:
   return {'max_new_tokens': rl.max_new_tokens, 'stop_ids': ends, 'rows': rl.decode_rows}
 
 
-def laid_out(config: Pretrain, params: Any, mesh: Mesh) -> Any:
-  """What decodes: adapters folded in, laid out once for a whole phase."""
-  merged = jax.jit(lora.merge)({name: x for name, x in params.items() if name != 'value'})
-  return rollout.resharded(config.model, merged, mesh) if mesh.size > 1 else merged
+def readied(config: Pretrain, run: Run, mesh: Mesh) -> Callable[[Any], Any]:
+  """`fn(params)`: what the engine of a run reads, made once for a whole phase."""
+  if not config.rl.engine:
+    return rollout.readied(config.model, run, mesh)
+  return jax.jit(lambda params: lora.merge({name: x for name, x in params.items() if name != 'value'}))
 
 
 def seeds(key: Any, count: int) -> np.ndarray:
@@ -115,7 +116,7 @@ class Asker:
   def attach(self, run: Run, mesh: Mesh) -> None:
     """Makes the engines, on the devices that train or those of a server."""
     rl = self.config.rl
-    self._mesh, ends = mesh, answer_ends(self.template, self.tokenizer)
+    self._readied, ends = readied(self.config, run, mesh), answer_ends(self.template, self.tokenizer)
     make = functools.partial(engine, self.config, run, mesh, ends)
     if rl.engine:
       where = rl.engine, f'{self.config.run}/engine'
@@ -127,7 +128,7 @@ class Asker:
   def decoding(self, params: Any) -> Any:
     """What decodes: adapters folded in, laid out once for a whole phase."""
     with self.clock('perf/rollout_s'):
-      return laid_out(self.config, params, self._mesh)
+      return self._readied(params)
 
   def answer(self, decoding: Any, rows: Sequence[Mapping[str, Any]], key: Any = None) -> Answers:
     """One answer to each row, drawn with a key, or the likeliest. Raises InputError where a reward fails."""

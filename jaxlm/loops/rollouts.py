@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import hosts, interop, program
+from jaxlm import episodic, hosts, interop, program
 from jaxlm.config import Pretrain
 from jaxlm.data import batches as data_batches
 from jaxlm.data import turns
@@ -37,7 +37,7 @@ class Rollouts(Feed):
     """Raises InputError for rows without prompts, and sizes that do not divide."""
     self.config, rl = config, config.rl
     self.how, self.updates = program.algorithm(config), program.updates(config)
-    _check(config, self.updates)
+    check(config)
     self.tokenizer, own = interop.vocabulary(config.init)
     _, self.template = turns.choose(config.chat.template or None, own)
     rows = prompts.rows(config.data.path, config.seed)
@@ -56,13 +56,12 @@ class Rollouts(Feed):
     self._warned: set[str] = set()
 
   def attach(self, built: Program, state: Any, say: Say) -> None:
-    rl = self.config.rl
     self._built, self._say = built, say
     mesh = jax.tree.leaves(built.abstract)[0].sharding.mesh
     tiled = built.run.attention in ('splash', 'cudnn')
     self._multiple = kernels.TILE if tiled else episodes.LEAST * mesh.shape['sequence']
     self._reference = None
-    if rl.kl_coef and not self.config.lora.rank:
+    if program.holds_reference(self.config):
       self._reference = bases.fitted(self.config, bases.open_base(self.config.init, mesh)).params
     self.asker = Asker(self.config, self.tokenizer, self.template, self._reward)
     self.asker.attach(built.run, mesh)
@@ -100,7 +99,7 @@ class Rollouts(Feed):
     answers, told = self._answers(self.asker.decoding(state.params), number)
     places = {'limit': config.data.seq_len, 'multiple': self._multiple}
     batch = episodes.batch_of(answers.asked, answers.made, pad_id=self.tokenizer.pad_id, **places)
-    if how.valued or rl.kl_coef or self.updates > 1:
+    if program.reads(config):
       with clock('perf/reading_s'):
         batch |= self._read(state.params, batch)
     scores_PG = jnp.asarray(answers.scores_M.reshape(rl.prompts, rl.samples), jnp.float32)
@@ -148,11 +147,10 @@ class Rollouts(Feed):
   def _read(self, params: Any, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """`episodic.read` of all rows, as many at once as a step has."""
     size, count = self.config.data.global_batch, len(batch['tokens'])
-    names = ('tokens', 'targets', 'loss_mask', 'segment_ids', 'positions')
     found: dict[str, list[np.ndarray]] = {}
     assert self._built.read is not None
     for at in range(0, count, size):
-      some = self._placed({name: batch[name][at : at + size] for name in names})
+      some = self._placed({name: batch[name][at : at + size] for name in episodic.READS})
       for name, x in self._built.read(params, some, self._reference).items():
         found.setdefault(name, []).append(hosts.read(x))
     return {name: np.concatenate(parts) for name, parts in found.items()}
@@ -223,8 +221,9 @@ def _key(seed: int, number: int) -> Any:
   return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0x2011), number)
 
 
-def _check(config: Pretrain, updates: int) -> None:
-  rl, rows = config.rl, config.rl.prompts * config.rl.samples
+def check(config: Pretrain) -> None:
+  """Raises InputError for a run without a model to begin with, and for sizes that do not divide."""
+  rl, rows, updates = config.rl, config.rl.prompts * config.rl.samples, program.updates(config)
   if not config.init:
     raise InputError('rl: begins with a model: set --init to a run, a Hugging Face folder or a .gguf file')
   if rows % config.data.global_batch:

@@ -94,6 +94,7 @@ class Taught(Prepared):
     if self.how.on_policy:
       folder = next(iter(self.corpus.folders.values()))
       ends = sorted({*folder.summary.chat['end'], self.tokenizer.eos_id})  # ty: ignore
+      self._readied = answers.readied(self.config, built.run, self._mesh)
       self._engine = answers.engine(self.config, built.run, self._mesh, ends, answers.drawing(self.config.rl))
       left = f'; {self.prompts.longer} longer ones are left out' if self.prompts.longer else ''
       say(f'{self.how.on_policy:.0%} of the batches are own answers, to {len(self.prompts):,} prompts{left}')
@@ -131,7 +132,7 @@ class Taught(Prepared):
     hosts.mark(f'answers of batch {cursor}', slow=True)
     asked = [self.prompts[int(row)]['ids'].tolist() for row in self.order.row_ids(cursor)]
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.config.seed), ASKED), cursor)
-    params = answers.laid_out(self.config, state.params, self._mesh)
+    params = self._readied(state.params)
     made = self._engine(params, asked, answers.seeds(key, len(asked)))
     found = episodes.batch_of(asked, made, limit=self.config.data.seq_len, pad_id=self.tokenizer.pad_id)
     self._places[cursor] = found['tokens'].size

@@ -9,6 +9,7 @@ from jaxlm.models.linear import linear as linear
 from jaxlm.models.transformer import Hidden as Hidden
 from jaxlm.models.transformer import abstract as abstract
 from jaxlm.models.transformer import axes as axes
+from jaxlm.models.transformer import cast as cast
 from jaxlm.models.transformer import forward as forward
 from jaxlm.models.transformer import head as head
 from jaxlm.models.transformer import hidden as hidden

@@ -38,9 +38,9 @@ class Cache:
       kept_BT &= positions_BT > positions_BT.max(axis=1, keepdims=True) - S
       slots_BT = positions_BT % S
     slots_BT = jnp.where(kept_BT, slots_BT, S)
-    rows_B1 = jnp.arange(k.shape[0])[:, None]
-    put = lambda old, new: old.at[rows_B1, slots_BT].set(new.astype(old.dtype), mode='drop')
-    return self.replace(k=put(self.k, k), v=put(self.v, v))  # ty: ignore
+    # a row at a time: a scatter over rows and slots would have every device gather what all others write
+    own = jax.vmap(lambda old, slots, new: old.at[slots].set(new.astype(old.dtype), mode='drop'))
+    return self.replace(k=own(self.k, slots_BT, k), v=own(self.v, slots_BT, v))  # ty: ignore
 
   def positions(self, last_B1: Int[Array, 'B 1']) -> Int[Array, 'B S']:
     """The position whose key is in each slot once `last` is written; below 0 where there is none yet."""

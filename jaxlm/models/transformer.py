@@ -345,13 +345,16 @@ def hidden(
       auxes.append(aux)
     cache = None if cache is None else tuple(caches)
   else:
-    x_BTD, auxes = _scanned(one, x_BTD, (_cast(layers, run), keys), cfg.kinds, len(cfg.pattern), run.unroll)
+    x_BTD, auxes = _scanned(one, x_BTD, (cast(layers, run), keys), cfg.kinds, len(cfg.pattern), run.unroll)
   normed_BTD: Any = Norm(cfg).apply({'params': params['final_norm']}, x_BTD)
   return Hidden(normed_BTD, cache, jax.tree.map(lambda *xs: sum(map(jnp.sum, xs)) / cfg.n_layers, *auxes))
 
 
-def _cast(layers: Params, run: Run) -> Params:
-  """Layers as their matmuls read them: cast before they are gathered, and their stacked gradient is as small."""
+def cast(params: Params, run: Run) -> Params:
+  """Parameters, or layers alone, as matmuls and lookups read them: no value that these make is another.
+
+  Cast before they are gathered less is sent, and a stacked gradient is as small.
+  """
   exact = re.compile(r'(^|/)(\w*norm|router)(/|$)')
   matmul = re.compile(r'(^|/)(attn/[qkvo]|(mlp|shared)/(up|gate|down))$')
 
@@ -361,7 +364,7 @@ def _cast(layers: Params, run: Run) -> Params:
     whole = jax.tree.leaves(leaf)[0].ndim == 3  # not experts
     return as_computed(leaf, run.dtype, bool(run.float8 and whole and matmul.search(path)))
 
-  return tree.path_map(one, layers, is_leaf=is_weight)
+  return tree.path_map(one, params, is_leaf=is_weight)
 
 
 def head(cfg: ModelConfig, params: Params) -> Float[Array, 'D V']:

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlm import hosts, models, sample, sharding
+from jaxlm import hosts, lora, models, sample, sharding
 from jaxlm.models import ModelConfig, Run
 from jaxlm.sample import PROMPT_MULTIPLE, Sampling
 
@@ -37,10 +37,32 @@ class Completions(NamedTuple):
 Engine = Callable[[Any, Sequence[Sequence[int]], np.ndarray], Completions]
 
 
-def resharded(cfg: ModelConfig, params: Any, mesh: Mesh) -> Any:
-  """The parameters laid out for decoding, once for a whole phase of it; adapters are folded in by the caller."""
-  layout = sharding.state_shardings(sharding.with_names(params, models.abstract(cfg)), mesh, DECODE)
-  return jax.device_put(params, layout)
+def readied(cfg: ModelConfig, run: Run, mesh: Mesh, rules: sharding.Rules = DECODE) -> Callable[[Any], Any]:
+  """`fn(params)`: what training holds as decoding reads it, in one program, once for a whole phase.
+
+  Adapters are folded in, a value head is left out, layers stand apart, and matrices are in the dtype of matmuls, laid
+  out by `rules`: of no weight is there a second copy on the way.
+  """
+
+  def fn(params: Any) -> Any:
+    merged = lora.merge({name: x for name, x in params.items() if name != 'value'})
+    return sample.unstacked(cfg, models.cast(merged, dataclasses.replace(run, float8=False)))
+
+  if mesh.size == 1:
+    return jax.jit(fn)
+  return jax.jit(fn, out_shardings=layout(cfg, mesh, rules))
+
+
+def layout(cfg: ModelConfig, mesh: Mesh, rules: sharding.Rules) -> Any:
+  """The shardings of what `readied` gives."""
+  whole = sharding.state_shardings(models.abstract(cfg), mesh, rules)
+  apart = jax.tree.map(lambda s: NamedSharding(mesh, PartitionSpec(*s.spec[1:])), whole['layers'])
+  return whole | {'layers': (apart,) * cfg.n_layers}
+
+
+def replaced_at_once(rows: int) -> int:
+  """How many of the rows that decode are replaced at once."""
+  return max(1, rows // 4)
 
 
 def engine(
@@ -62,7 +84,8 @@ def engine(
   how: dict[str, Any] = {'max_new_tokens': max_new_tokens, 'stop_ids': tuple(stop_ids), 'run': run}
 
   def complete(params: Any, prompts: Sequence[Sequence[int]], seeds: np.ndarray) -> Completions:
-    params = jax.jit(sample.unstacked, static_argnums=0)(cfg, params)
+    if not isinstance(params['layers'], tuple):
+      params = jax.jit(sample.unstacked, static_argnums=0)(cfg, params)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     width = -(-len(prompts[order[-1]]) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
 
@@ -92,8 +115,7 @@ def _complete(
     blank(np.int32), np.zeros(count, np.int32), blank(np.float32), blank(np.float32), np.zeros(count, np.bool_)
   )
   at, waiting = np.array(order[:rows]), order[rows:]  # which prompt each row is of; -1: of none any more
-  joining = max(1, rows // 4)  # rows that are replaced at once
-  state = begin(at.tolist())
+  joining, state = replaced_at_once(rows), begin(at.tolist())
   while True:
     steps = sample.PIECE if waiting else new
     state = sample.advance(cfg, how['run'], steps, params, state, sampling, stop)

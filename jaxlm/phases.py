@@ -1,0 +1,138 @@
+"""The programs of a run beside its step, traced as the run calls them, and what lies on a device while each runs."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxlm import episodic, program, sample, sharding
+from jaxlm.config import Pretrain
+from jaxlm.rl import rollout
+from jaxlm.sample import PIECE, PROMPT_MULTIPLE, Sampling
+
+COMPARED = 'decode as in training'
+STOP_IDS = 2  # of a chat: the end of a turn, and of a text
+
+
+class Part(NamedTuple):
+  """One program of a run, not compiled yet."""
+
+  name: str
+  traced: Any
+  times: float  # in an optimizer step, at most; 0: for comparison, no run has it
+  beside: int = 0  # bytes of a device that hold what is no argument of it
+  rounds: int = 1  # of its loop, where that has no count
+
+
+Compile = Callable[[Part], Any]  # -> the compiled program, or None where it is too large for a device
+
+
+class Held(NamedTuple):
+  """What a run holds on its devices beside its state and batch, as shapes with shardings; {} is nothing."""
+
+  reference: Any = {}  # all the time
+  weights: Any = {}  # that decode, while there is a rollout,
+  cache: Any = {}  # and the keys and values of its rows
+
+
+def visit(config: Pretrain, built: program.Program, mesh: Mesh, compile_: Compile, *, compare: bool = False) -> Held:
+  """Hands every program of the run to `compile_`, under the mesh, in the order of running; the step comes first.
+
+  With `compare` the decoding of a rollout once more, with weights laid out as training has them. A rollout that is
+  planned for has prompts of `data.seq_len - rl.max_new_tokens` and answers of full length.
+  """
+  held = Held(reference=_reference(config, built.abstract.params))
+  step = built.step.trace(built.abstract, built.batch)  # ty: ignore
+  compile_(Part('learn', step, 1.0, program.local_bytes(held.reference)))
+  if config.reference == 'cached':
+    bare = {name: spec for name, spec in built.batch.items() if name != 'ref_logps'}
+    beside = program.local_bytes(built.abstract) - program.local_bytes(built.abstract.params)
+    times = 1 / max(1.0, config.epochs)  # every row once, before the first step
+    compile_(Part('reference', built.answers.trace(built.abstract.params, bare), times, beside))  # ty: ignore
+  if program.algorithm(config):
+    held = _rollout(config, built, mesh, compile_, held.reference, compare)
+  return held
+
+
+def _reference(config: Pretrain, params: Any) -> Any:
+  """The parameters of a reference that is another tree than the policy."""
+  return {name: x for name, x in params.items() if name != 'value'} if program.holds_reference(config) else {}
+
+
+def _rollout(
+  config: Pretrain, built: program.Program, mesh: Mesh, compile_: Compile, reference: Any, compare: bool
+) -> Held:
+  rl, params, size = config.rl, built.abstract.params, program.local_bytes
+  always, updates, count = size(built.abstract) + size(reference), program.updates(config), rl.prompts * rl.samples
+  ready = rollout.readied(config.model, built.run, mesh)
+  compile_(Part('reshard', ready.trace(params), 1 / updates, always - size(params)))  # ty: ignore
+  weights = _placed(jax.eval_shape(ready, params), rollout.layout(config.model, mesh, rollout.DECODE))
+  decoding = Decoding(config, built, weights, min(rl.decode_rows, count))
+  first = decoding.prefill(decoding.rows)
+  compiled = compile_(Part('prefill', first, 1 / updates, always))
+  cache: Any = {}
+  if compiled is not None:
+    state = _placed(first.out_info, compiled.output_shardings)
+    cache, waiting = state.cache, count - decoding.rows
+    if waiting:
+      joining = rollout.replaced_at_once(decoding.rows)
+      traced, times = decoding.prefill(joining), -(-waiting // joining) / updates
+      compile_(Part('join', traced, times, always + size(state)))
+    steps = PIECE if waiting else rl.max_new_tokens
+    times = -(-count // decoding.rows) * rl.max_new_tokens / steps / updates
+    compile_(Part('decode', decoding.advance(weights, state, steps), times, always, steps))
+    if compare and mesh.size > 1:
+      other = _placed(weights, rollout.layout(config.model, mesh, sharding.RULES))
+      traced = decoding.advance(other, state, steps, sharding.RULES)
+      compile_(Part(COMPARED, traced, 0.0, always, steps))
+  if program.reads(config):
+    some = {name: built.batch[name] for name in episodic.READS}
+    traced = built.read.trace(params, some, reference or None)  # ty: ignore
+    compile_(Part('read', traced, 1 / rl.epochs, always - size(params) - size(reference)))
+  return Held(reference, weights, cache)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+  """The programs of `rollout.engine`, whose `rows` decode together."""
+
+  config: Pretrain
+  built: program.Program
+  weights: Any
+  rows: int
+
+  def _run(self, rules: sharding.Rules) -> Any:
+    return dataclasses.replace(self.built.run, rules=self.built.run.rules and rules)
+
+  @property
+  def _sampling(self) -> Sampling:
+    rl = self.config.rl
+    return Sampling(rl.temperature, rl.top_k, rl.top_p, rl.min_p)
+
+  def _ints(self, *shape: int) -> jax.ShapeDtypeStruct:
+    """What `jnp.asarray` makes under a mesh: whole on every device."""
+    mesh = jax.tree.leaves(self.weights)[0].sharding.mesh
+    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+
+  def prefill(self, rows: int) -> Any:
+    """The prompts of so many rows read: `sample.begun`, traced."""
+    cfg, new = self.config.model, self.config.rl.max_new_tokens
+    width = -(-max(1, self.config.data.seq_len - new) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+    read = min(width, cfg.max_seq_len) if cfg.positions == 'learned' else width
+    prompts = self._ints(rows, read), self._ints(rows)
+    sampling = self._sampling.replace(seed_B=jax.ShapeDtypeStruct((rows,), jnp.int32))  # ty: ignore
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    how = cfg, self._run(rollout.DECODE), (new, width + new), self.weights
+    return sample.begun.trace(*how, *prompts, self._ints(STOP_IDS), sampling, key, None, None)
+
+  def advance(self, weights: Any, state: Any, steps: int, rules: sharding.Rules = rollout.DECODE) -> Any:
+    """`sample.advance` by so many tokens, traced."""
+    how = self.config.model, self._run(rules), steps, weights
+    return sample.advance.trace(*how, state, self._sampling, self._ints(STOP_IDS))
+
+
+def _placed(shapes: Any, shardings: Any) -> Any:
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
