@@ -42,14 +42,13 @@ class Rollouts(Feed):
     self.tokenizer, own = interop.vocabulary(config.init)
     _, self.template = turns.choose(config.chat.template or None, own)
     rows = _rows(config)
-    order = sorted(range(len(rows)), key=lambda i: _digest(rows[i]))
-    self.held_out, self.rows = [rows[i] for i in order[: rl.held_out]], [rows[i] for i in order[rl.held_out :]]
+    self.held_out, self.rows = _split(rows, rl.held_out)
     if len(self.rows) < 1:
       raise InputError(f'{config.data.path}: {len(rows)} prompts, of which rl.held_out={rl.held_out} are kept')
     self.watches = bool(self.held_out)
     self.contents = hashlib.sha256(''.join(map(_digest, rows)).encode()).hexdigest()
     self.prompts = data_batches.Batches(_Numbers(len(self.rows)), rl.prompts, config.seed)
-    makers = dict(rewards.MAKERS) | {'run': self._by_model}
+    makers = dict(rewards.MAKERS) | {'run': by_model}
     self.reward = rewards.parse(rl.reward, makers, timeout=rl.reward_timeout)
     self._buffer: dict[str, np.ndarray] = {}
 
@@ -181,14 +180,27 @@ class Rollouts(Feed):
     return {'prompts': len(self.rows), 'held-out prompts': len(self.held_out), 'reward': self.config.rl.reward}
 
   def _encode(self, row: Mapping[str, Any]) -> list[int]:
-    return chat.encode(self.template, _messages(row), self.tokenizer, generation=True)
+    return chat.encode(self.template, messages(row), self.tokenizer, generation=True)
 
-  def _by_model(self, run: str) -> rewards.Reward:
-    model = scoring.open_model(run)
-    answered = lambda row, said: scoring.conversations.Conversation(
-      [*_messages(row), {'role': 'assistant', 'content': said}]
-    )
-    return lambda prompts, said, rows: scoring.score(model, list(map(answered, rows, said))).tolist()
+
+def by_model(run: str) -> rewards.Reward:
+  """The scores of a reward model's run, to be named `run:FOLDER`."""
+  model = scoring.open_model(run)
+  answered = lambda row, said: scoring.conversations.Conversation(
+    [*messages(row), {'role': 'assistant', 'content': said}]
+  )
+  return lambda prompts, said, rows: scoring.score(model, list(map(answered, rows, said))).tolist()
+
+
+def held_out(config: Pretrain) -> list[dict[str, Any]]:
+  """The rows of prompts that a run does not learn from."""
+  return _split(_rows(config), config.rl.held_out)[0]
+
+
+def _split(rows: list[dict[str, Any]], kept: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+  """So many rows that are held out, and the others, by the digest of their prompts."""
+  rows = sorted(rows, key=_digest)
+  return rows[:kept], rows[kept:]
 
 
 class _Numbers:
@@ -217,13 +229,14 @@ def _rows(config: Pretrain) -> list[dict[str, Any]]:
   return found
 
 
-def _messages(row: Mapping[str, Any]) -> list[dict[str, str]]:
+def messages(row: Mapping[str, Any]) -> list[dict[str, str]]:
+  """The prompt of a row, a text or messages, as messages."""
   prompt = row['prompt']
   return [{'role': 'user', 'content': prompt}] if isinstance(prompt, str) else list(prompt)
 
 
 def _asked(row: Mapping[str, Any]) -> str:
-  return _messages(row)[-1]['content']
+  return messages(row)[-1]['content']
 
 
 def _digest(row: Mapping[str, Any]) -> str:
