@@ -1,11 +1,20 @@
-"""Instructions made of plain text by rule, for the quickstart: small tasks whose right answer the text itself gives."""
+"""Instructions and preferences made of plain text by rule, for the quickstart: what is right the text itself says."""
 
+import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from jaxlm.data.sources import Document
+from jaxlm.evals.scores import words
+from jaxlm.files import write_whole
+
+SAMPLE = Path(__file__).parent / 'assets' / 'sample'
+TEXT = (f'{SAMPLE}/*.jsonl',)
 
 Row = dict[str, Any]
 
@@ -67,3 +76,55 @@ def _continue(document: Document) -> Iterable[tuple[str, str]]:
   for one, two in zip(lines[::2], lines[1::2], strict=False):
     if _fits(one) and _fits(two):
       yield f'Continue.\n{one}', two
+
+
+def prompts(rows: Iterable[Row]) -> list[Row]:
+  """Of questions as `messages` each one once, as `prompt`, with its `answer`."""
+  found: dict[str, Row] = {}
+  for one in rows:
+    asked, said = (message['content'] for message in one['messages'])
+    found.setdefault(asked, {'prompt': asked, 'answer': said})
+  return list(found.values())
+
+
+def preferences(rows: Sequence[Row], said: Sequence[str], size: Callable[[str], int]) -> list[Row]:
+  """Pairs by rule: `chosen` is the line that the text goes on with, `rejected` what a model said in its place.
+
+  Lengths tell nothing: by whatever `size` the one exceeds the other, as often the other exceeds the one.
+  """
+  apart: dict[int, list[Row]] = {}
+  for one, text in zip(rows, said, strict=True):
+    if words(text) and words(text) != words(one['answer']):
+      pair = {'prompt': one['prompt'], 'chosen': one['answer'], 'rejected': text}
+      apart.setdefault(size(one['answer']) - size(text), []).append(pair)
+  return [pair for by in sorted(apart) for pair in apart[by][: len(apart.get(-by, ()))]]
+
+
+def known(texts: Iterable[str]) -> Callable[[str], float]:
+  """The share of an answer's words that are words of `texts`; 0 of none: what invents words, or says nothing, is told."""
+  there = {word for text in texts for word in words(text)}
+
+  def share(said: str) -> float:
+    found = words(said)
+    return sum(word in there for word in found) / len(found) if found else 0.0
+
+  return share
+
+
+def variety(said: Sequence[str]) -> dict[str, float]:
+  """How many answers are others than all before, and how many words, in percent; and words an answer."""
+  found = [word for text in said for word in words(text)]
+  percent = lambda some: 100.0 * len(set(some)) / max(1, len(some))
+  return {
+    'different answers': percent(said),
+    'different words': percent(found),
+    'words': len(found) / max(1, len(said)),
+  }
+
+
+def write(path: epath.PathLike, rows: Iterable[Row]) -> None:
+  """Rows as lines of JSON, unless they are there: what is prepared of them goes by the file's time."""
+  path, text = epath.Path(path), '\n'.join(json.dumps(row, ensure_ascii=False) for row in rows) + '\n'
+  if not path.exists() or path.read_text() != text:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, text)

@@ -1,0 +1,212 @@
+"""The quickstart from answers to better ones: preferences, two reward models, PPO, and who wins on held-out prompts."""
+
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from jaxlm import lessons
+from jaxlm.config import Compute, Data, Optim, Preference, Pretrain, Rl, Watch
+from jaxlm.console import Training, terminable
+from jaxlm.data import chat, sources, turns
+from jaxlm.data.prepared import TEMPLATE
+from jaxlm.evals import rewards, winrate
+from jaxlm.files import write_whole
+from jaxlm.loops import chatting, feeds, foreign, pretrain, rollouts, tuning
+from jaxlm.rl import rollout
+from jaxlm.train.metrics import read_rows
+
+HELD_OUT = 160  # prompts that no stage after pre-training learns from
+SAMPLES = 2  # answers to a prompt that are compared with the text's own line
+NEW = 40  # tokens of an answer at most
+KL_TARGET = 0.25  # nats a token that PPO may be away from the model that it begins with
+FOLDS = 2
+
+
+class Verdict(NamedTuple):
+  """Held-out prompts, what each model said to them, win-rates by (model, other, judge), what the answers are like."""
+
+  rows: list[dict[str, Any]]
+  said: dict[str, list[str]]
+  rates: dict[tuple[str, str, str], winrate.Rate]
+  variety: dict[str, dict[str, float]]
+
+
+def judging(tuned: Pretrain, *, short: bool = False) -> Pretrain:
+  """Reward models on the preferences; each of the two folds is one, trained on the other's rows."""
+  return Pretrain(
+    run=_beside(tuned, 'reward'),
+    init=tuned.run,
+    data=Data(path=f'{tuned.run}/preferences.jsonl', seq_len=256, packing='best_fit', global_batch=8),
+    optim=Optim(lr=5e-4, warmup_steps=5, weight_decay=0.0, final_ratio=0.0),
+    compute=Compute(unroll=4),
+    watch=Watch(log_every=1, eval_every=0, save_every=20, prompts=(), keep_last=1),
+    preference=Preference(stage='reward', folds=FOLDS),
+    steps=2 if short else 1,
+    epochs=0.0 if short else 1.0,
+  )
+
+
+def reinforcing(tuned: Pretrain, *, short: bool = False) -> Pretrain:
+  """PPO on the scores of the first reward model, held near to the model that it begins with."""
+  held_out = 16 if short else HELD_OUT
+  sizes = {'prompts': 16, 'decode_rows': 16} if short else {'prompts': 64, 'decode_rows': 64}
+  return Pretrain(
+    run=_beside(tuned, 'ppo'),
+    init=tuned.run,
+    data=Data(path=f'{tuned.run}/prompts.jsonl', seq_len=128, global_batch=16 if short else 32),
+    optim=Optim(lr=1e-4, schedule='constant', warmup_steps=4, weight_decay=0.0, b2=0.99),
+    compute=Compute(unroll=4),
+    watch=Watch(log_every=1, eval_every=20, save_every=20, prompts=(), keep_last=1),
+    rl=Rl(
+      algo='ppo',
+      reward=f'run:{judge_runs(tuned)[0]}',
+      samples=1,
+      held_out=held_out,
+      max_new_tokens=NEW,
+      kl_coef=0.05,
+      value_coef=0.1,
+      **sizes,
+    ),
+    steps=2 if short else 80,
+  )
+
+
+def _beside(tuned: Pretrain, name: str) -> str:
+  """The folder of another stage beside that of the tuned one, the short form's beside the short one's."""
+  folder, _, own = tuned.run.rpartition('/')
+  return f'{folder}/{own.replace("sft", name)}'
+
+
+def judge_runs(tuned: Pretrain) -> list[str]:
+  """The folders of the reward models: the one that PPO learns from, and the one that it never meets."""
+  return [rewards.of_fold(judging(tuned), fold).run for fold in range(FOLDS)]
+
+
+def asked(tuned: Pretrain, rows: Sequence[lessons.Row], *, short: bool = False) -> set[str]:
+  """Writes the prompts of PPO; returns those that are held out, from all that comes after pre-training."""
+  config = reinforcing(tuned, short=short)
+  lessons.write(config.data.path, lessons.prompts(rows))
+  return {row['prompt'] for row in rollouts.held_out(config)}
+
+
+def answers(run: str, rows: Sequence[Any], seed: int, template: str) -> list[str]:
+  """What a run answers to prompts in a template, drawn at temperature 1; equal seeds draw alike."""
+  model = foreign.open_model(run)
+  tokenizer: Any = model.tokenizer
+  params = {name: x for name, x in model.params.items() if name != 'value'}
+  ends = sorted({*chatting.stop_ids(model), *turns.end_ids(template, tokenizer)})
+  engine = rollout.engine(model.cfg, max_new_tokens=NEW, stop_ids=ends, rows=min(64, len(rows)))
+  prompts = [chat.encode(template, rollouts.messages(row), tokenizer, generation=True) for row in rows]
+  seeds = np.asarray(jax.random.randint(jax.random.key(seed), (len(rows),), 0, 2**31 - 1), np.int32)
+  made = engine(params, prompts, seeds)
+  kept = made.lengths_M - made.stopped_M
+  return [tokenizer.decode(ids[:n].tolist()).strip() for ids, n in zip(made.tokens_MN, kept, strict=True)]
+
+
+def preferred(tuned: Pretrain, *, short: bool = False) -> str:
+  """Makes the preference rows, in the folder of the run whose answers they hold; what they are, in words."""
+  config, path = reinforcing(tuned, short=short), epath.Path(judging(tuned).data.path)
+  if not path.exists():  # drawn once: rows that change are other rows to whoever learnt from them
+    out = {row['prompt'] for row in rollouts.held_out(config)}
+    rows = list(map(json.loads, epath.Path(config.data.path).read_text().splitlines()))
+    rows = [row for row in rows if row['prompt'] not in out]
+    rows = rows[:64] if short else rows * SAMPLES
+    said = answers(tuned.run, rows, 1, (epath.Path(tuned.run) / TEMPLATE).read_text())
+    tokenizer: Any = foreign.open_model(tuned.run).tokenizer
+    pairs = lessons.preferences(rows, said, lambda text: len(tokenizer.encode(text)))
+    lessons.write(path, pairs)
+  count = len(path.read_text().splitlines())
+  return (
+    f'{count:,} pairs, derived by rule (no human judged them): chosen is the line that the text goes on with, '
+    'rejected the one that the fine-tuned model wrote in its place; lengths are matched'
+  )
+
+
+def judges(tuned: Pretrain, *, short: bool = False) -> rewards.Judged | None:
+  """Trains both reward models; what each says of the rows that it has not seen, together."""
+  config, _ = tuning.prepared(judging(tuned, short=short), lambda line: None)
+  parts = []
+  for fold in range(FOLDS):
+    part = feeds.counted(rewards.of_fold(config, fold))
+    trained(part)
+    parts.append(rewards.judge(part.run))
+  found = rewards.pooled(parts)
+  if found is not None:
+    for run in judge_runs(tuned):
+      rewards.write(run, found, 'folds')
+  return found
+
+
+def trained(config: Pretrain) -> None:
+  """Runs or continues a run, shown in the terminal."""
+  with terminable() as stop, Training(config.steps) as shown:
+    pretrain.pretrain(config, say=shown.say, on_step=shown.step, stop=stop)
+
+
+def reinforced(config: Pretrain) -> dict[str, tuple[float, float]]:
+  """PPO; of the held-out reward, the KL and the entropy a token what they were at first and at last."""
+  trained(config)
+  rows = read_rows(epath.Path(config.run) / 'metrics.jsonl')
+  names = {
+    'held-out reward of the likeliest answers': ('eval/reward/mean', 1),
+    'reward of drawn answers': ('reward/mean', 8),
+    f'KL, nats a token (target: below {KL_TARGET})': ('policy/kl', 8),
+    'entropy, nats a token': ('train/policy/entropy', 8),
+  }
+  found = {}
+  for said, (name, most) in names.items():
+    values = [row[name] for row in rows if row.get(name) is not None]
+    found[said] = (float(values[0]), float(np.mean(values[-most:])))
+  pretrain.add_facts(
+    epath.Path(config.run), {'PPO': {k: f'{a:.3f} at first, {b:.3f} at last' for k, (a, b) in found.items()}}
+  )
+  return found
+
+
+def compared(tuned: Pretrain, ppo: Pretrain) -> Verdict:
+  """Answers of three models to held-out prompts, drawn with the same seeds, before three judges."""
+  rows = rollouts.held_out(ppo)
+  template = (epath.Path(tuned.run) / TEMPLATE).read_text()
+  runs = {'base': tuned.init, 'SFT': tuned.run, 'PPO': ppo.run}
+  said = {name: answers(run, rows, 2, template) for name, run in runs.items()}
+  inside, outside = judge_runs(tuned)
+  known = lessons.known(document.text for document in sources.documents(lessons.TEXT))
+  by = {
+    'a reward model that PPO never met': rollouts.by_model(outside),
+    'the reward model that PPO learnt from': rollouts.by_model(inside),
+    'rule: more of the words are words of the text': lambda prompts, said, rows: list(map(known, said)),
+  }
+  prompts = [row['prompt'] for row in rows]
+  rates = {}
+  for name, reward in by.items():
+    prefer = winrate.by_reward(reward)
+    for a, b in (('PPO', 'SFT'), ('SFT', 'base')):
+      rates[a, b, name] = winrate.rate(prefer(prompts, said[a], said[b], rows))
+  more = {name: {'words of the text': 100 * float(np.mean(list(map(known, texts))))} for name, texts in said.items()}
+  variety = {name: lessons.variety(texts) | more[name] for name, texts in said.items()}
+  return Verdict(rows, said, rates, variety)
+
+
+def tables(found: Verdict) -> list[tuple[tuple[str, ...], list[tuple[Any, ...]]]]:
+  """Headers and rows: win-rates in percent with their 95 % intervals, and what the answers are like."""
+  percent = lambda rate: tuple(100 * x for x in (rate.rate, rate.low, rate.high))
+  wins = [(f'{a} over {b}', name, *percent(rate)) for (a, b, name), rate in found.rates.items()]
+  names = list(next(iter(found.variety.values())))
+  like = [(name, *of.values()) for name, of in found.variety.items()]
+  return [(('', 'judge', 'wins, %', 'from', 'to (95 %)'), wins), (('answers of', *names), like)]
+
+
+def noted(ppo: Pretrain, found: Verdict) -> None:
+  """Writes every answer, and the figures for the report."""
+  lines = [
+    json.dumps(row | {name: texts[i] for name, texts in found.said.items()}, ensure_ascii=False)
+    for i, row in enumerate(found.rows)
+  ]
+  write_whole(f'{ppo.run}/answers.jsonl', '\n'.join(lines) + '\n')
+  wins = {f'{a} over {b}, {name}': rate.said for (a, b, name), rate in found.rates.items()}
+  like = {who: ', '.join(f'{name} {x:.0f}' for name, x in of.items()) for who, of in found.variety.items()}
+  pretrain.add_facts(epath.Path(ppo.run), {'win-rates': wins, 'answers, in percent': like})
