@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from etils import epath
 
@@ -55,7 +55,7 @@ def cost(run: str) -> Cost:
 def rows(
   base: str, sft: str, judges: Sequence[str], ppo: str, found: 'Mapping[str, Answers]', verdict: 'Verdict'
 ) -> Table:
-  """Header and rows; `found` are answers of the three runs to the same questions, `verdict` those to held-out prompts."""
+  """Header and rows; `found` are answers of the runs to the same questions, `verdict` those to held-out prompts."""
   header = ('', 'pre-trained', 'fine-tuned: instructions (SFT)', 'fine-tuned: rewards (PPO)')
   cells = [
     (
@@ -70,11 +70,9 @@ def rows(
     ('behaviour', *(_right(found[run]) for run in (base, sft, ppo))),
     ('answers that differ, words of the text', *(_like(verdict.variety[name]) for name in ('base', 'SFT', 'PPO'))),
   ]
-  for kind in ('kind',):
-    i = next(i for i, one in enumerate(found[sft].examples) if one.kind == kind)
-    cells.append(
-      (f'says to: which kind of text ({found[sft].examples[i].reference})', *_said(found, (base, sft, ppo), i))
-    )
+  i = next(i for i, one in enumerate(found[sft].examples) if one.kind == 'kind')
+  said = (repr(found[run].texts[i]) for run in (base, sft, ppo))
+  cells.append((f'says to: Which kind of text is this? (right: {found[sft].examples[i].reference})', *said))
   for i, row in enumerate(verdict.rows[:SHOWN]):
     said = (repr(verdict.said[name][i]) for name in ('base', 'SFT', 'PPO'))
     cells.append((f'says to: {row["prompt"]!r} (the text: {row["answer"]!r})', *said))
@@ -135,7 +133,3 @@ def _right(found: 'Answers') -> str:
 
 def _like(of: Mapping[str, float]) -> str:
   return f'{of["different answers"]:.0f} % of answers differ, {of["words of the text"]:.0f} % of their words are known'
-
-
-def _said(found: 'Mapping[str, Answers]', runs: Sequence[str], i: int) -> Any:
-  return (repr(found[run].texts[i]) for run in runs)

@@ -101,7 +101,7 @@ def preferences(rows: Sequence[Row], said: Sequence[str], size: Callable[[str], 
 
 
 def known(texts: Iterable[str]) -> Callable[[str], float]:
-  """The share of an answer's words that are words of `texts`; 0 of none: what invents words, or says nothing, is told."""
+  """The share of an answer's words that are words of `texts`: what invents words is told; 0 of an answer of none."""
   there = {word for text in texts for word in words(text)}
 
   def share(said: str) -> float:

@@ -12,8 +12,8 @@ from jaxlm.lessons import TEXT
 from jaxlm.models.config import ModelConfig
 
 if TYPE_CHECKING:
-  from jaxlm.data.tokenizer import Tokenizer
   from jaxlm.aligning import Verdict
+  from jaxlm.data.tokenizer import Tokenizer
   from jaxlm.evals.tasks import Answers
 VOCAB_SIZE = 2048
 VAL_FRACTION = 0.06
@@ -182,9 +182,8 @@ def _rewarded(tuned: Pretrain, ppo: Pretrain, short: bool) -> 'Verdict':
   from jaxlm import aligning
   from jaxlm.evals import rewards
 
-  print(
-    f'8. two reward models, each judged on the half that the other learnt from\n   {aligning.preferred(tuned, short=short)}'
-  )
+  print('8. two reward models, each judged on the half that the other learnt from')
+  print(f'   {aligning.preferred(tuned, short=short)}')
   judged = aligning.judges(tuned, short=short)
   if judged is not None:
     print(table(*rewards.rows(judged)) + ''.join(f'\n   {line}' for line in rewards.lines(judged)))
