@@ -43,7 +43,7 @@ def judging(tuned: Pretrain, *, short: bool = False) -> Pretrain:
     data=Data(path=f'{tuned.run}/preferences.jsonl', seq_len=256, packing='best_fit', global_batch=8),
     optim=Optim(lr=5e-4, warmup_steps=5, weight_decay=0.0, final_ratio=0.0),
     compute=Compute(unroll=4),
-    watch=Watch(log_every=1, eval_every=0, save_every=20, prompts=(), keep_last=1),
+    watch=Watch(log_every=1, eval_every=0, eval_batches=4, save_every=20, prompts=(), keep_last=1),
     preference=Preference(stage='reward', folds=FOLDS),
     steps=2 if short else 1,
     epochs=0.0 if short else 1.0,
@@ -58,9 +58,9 @@ def reinforcing(tuned: Pretrain, *, short: bool = False) -> Pretrain:
     run=_beside(tuned, 'ppo'),
     init=tuned.run,
     data=Data(path=f'{tuned.run}/prompts.jsonl', seq_len=128, global_batch=16 if short else 32),
-    optim=Optim(lr=1e-4, schedule='constant', warmup_steps=4, weight_decay=0.0, b2=0.99),
+    optim=Optim(lr=2e-4, schedule='constant', warmup_steps=4, weight_decay=0.0, b2=0.99),
     compute=Compute(unroll=4),
-    watch=Watch(log_every=1, eval_every=20, save_every=20, prompts=(), keep_last=1),
+    watch=Watch(log_every=1, eval_every=30, save_every=20, prompts=(), keep_last=1),
     rl=Rl(
       algo='ppo',
       reward=f'run:{judge_runs(tuned)[0]}',
@@ -71,7 +71,7 @@ def reinforcing(tuned: Pretrain, *, short: bool = False) -> Pretrain:
       value_coef=0.1,
       **sizes,
     ),
-    steps=2 if short else 80,
+    steps=2 if short else 60,
   )
 
 

@@ -1,5 +1,8 @@
 """Questions made of texts by rule: their answers are what the text says."""
 
+import numpy as np
+import pytest
+
 from jaxlm import lessons
 from jaxlm.data import sources
 from jaxlm.data.sources import Document
@@ -27,3 +30,44 @@ def test_of_the_sample_no_more_than_so_many_of_a_kind():
   assert len(set(kinds)) == 9 and max(map(kinds.count, set(kinds))) == lessons.EACH
   assert all(len(rows) > 1000 for rows in found.values())
   assert found == lessons.lessons(sources.documents(TEXT))
+
+
+def test_every_prompt_once():
+  row = lessons.row
+  found = lessons.prompts([row('Continue.\na', 'b'), row('Continue.\na', 'c'), row('Continue.\nd', 'e')])
+  assert found == [{'prompt': 'Continue.\na', 'answer': 'b'}, {'prompt': 'Continue.\nd', 'answer': 'e'}]
+
+
+def test_preferences_are_matched_in_length():
+  rng = np.random.default_rng(0)
+  rows = [{'prompt': f'p{i}', 'answer': f'a{i} ' * int(rng.integers(3, 9))} for i in range(500)]
+  said = [f'b{i} ' * int(rng.integers(1, 8)) for i in range(500)]
+  size = lambda text: len(text.split())
+  pairs = lessons.preferences(rows, said, size)
+  apart = [size(pair['chosen']) - size(pair['rejected']) for pair in pairs]
+  assert 200 < len(pairs) < 500 and set(apart) > {-1, 0, 1}
+  assert all(apart.count(d) == apart.count(-d) for d in apart)
+  there = {(row['prompt'], row['answer'], text) for row, text in zip(rows, said, strict=True)}
+  assert {(pair['prompt'], pair['chosen'], pair['rejected']) for pair in pairs} <= there
+  nothing = [{'prompt': 'p', 'answer': 'The line.'}] * 3
+  assert lessons.preferences(nothing, ['', ' .', 'the line'], size) == []  # said nothing, or just what is right
+
+
+def test_invented_words_are_told():
+  share = lessons.known(['And God said', 'गांव में'])
+  assert share('God, and Gord: said!') == 0.75 and share('में') == 1.0 and share('') == share(' .') == 0.0
+
+
+def test_variety_tells_what_repeats_itself():
+  found = lessons.variety(['the king', 'the king', 'a queen', 'the end'])
+  assert found == {'different answers': 75.0, 'different words': pytest.approx(100 * 5 / 8), 'words': 2.0}
+
+
+def test_rows_are_written_once(tmp_path):
+  path = tmp_path / 'new' / 'rows.jsonl'
+  lessons.write(path, [{'prompt': 'सभी'}])
+  first = path.stat().st_ino, path.stat().st_mtime_ns
+  lessons.write(path, [{'prompt': 'सभी'}])
+  assert (path.stat().st_ino, path.stat().st_mtime_ns) == first and 'सभी' in path.read_text()
+  lessons.write(path, [{'prompt': 'all'}])
+  assert path.read_text() == '{"prompt": "all"}\n'
