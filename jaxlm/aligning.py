@@ -41,7 +41,7 @@ def judging(tuned: Pretrain, *, short: bool = False) -> Pretrain:
     run=_beside(tuned, 'reward'),
     init=tuned.run,
     data=Data(path=f'{tuned.run}/preferences.jsonl', seq_len=256, packing='best_fit', global_batch=8),
-    optim=Optim(lr=5e-4, warmup_steps=5, weight_decay=0.0, final_ratio=0.0),
+    optim=Optim(lr=5e-4, warmup_steps=0 if short else 5, weight_decay=0.0, final_ratio=0.0),
     compute=Compute(unroll=4),
     watch=Watch(log_every=1, eval_every=0, eval_batches=4, save_every=20, prompts=(), keep_last=1),
     preference=Preference(stage='reward', folds=FOLDS),
@@ -58,7 +58,7 @@ def reinforcing(tuned: Pretrain, *, short: bool = False) -> Pretrain:
     run=_beside(tuned, 'ppo'),
     init=tuned.run,
     data=Data(path=f'{tuned.run}/prompts.jsonl', seq_len=128, global_batch=16 if short else 32),
-    optim=Optim(lr=2e-4, schedule='constant', warmup_steps=4, weight_decay=0.0, b2=0.99),
+    optim=Optim(lr=2e-4, schedule='constant', warmup_steps=0 if short else 4, weight_decay=0.0, b2=0.99),
     compute=Compute(unroll=4),
     watch=Watch(log_every=1, eval_every=30, save_every=20, prompts=(), keep_last=1),
     rl=Rl(
@@ -93,8 +93,11 @@ def asked(tuned: Pretrain, rows: Sequence[lessons.Row], *, short: bool = False) 
   return {row['prompt'] for row in rollouts.held_out(config)}
 
 
-def answers(run: str, rows: Sequence[Any], seed: int, template: str) -> list[str]:
-  """What a run answers to prompts in a template, drawn at temperature 1; equal seeds draw alike."""
+def answers(run: str, rows: Sequence[Any], seed: int, template: str, *, cut: bool = False) -> list[str]:
+  """What a run answers to prompts in a template, drawn at temperature 1; equal seeds draw alike.
+
+  With `cut` an answer that found no end is cut to the length of the row's own.
+  """
   model = foreign.open_model(run)
   tokenizer: Any = model.tokenizer
   params = {name: x for name, x in model.params.items() if name != 'value'}
@@ -104,6 +107,9 @@ def answers(run: str, rows: Sequence[Any], seed: int, template: str) -> list[str
   seeds = np.asarray(jax.random.randint(jax.random.key(seed), (len(rows),), 0, 2**31 - 1), np.int32)
   made = engine(params, prompts, seeds)
   kept = made.lengths_M - made.stopped_M
+  if cut:
+    own = np.array([len(tokenizer.encode(row['answer'])) for row in rows])
+    kept = np.where(made.stopped_M, kept, np.minimum(kept, own))
   return [tokenizer.decode(ids[:n].tolist()).strip() for ids, n in zip(made.tokens_MN, kept, strict=True)]
 
 
@@ -114,8 +120,8 @@ def preferred(tuned: Pretrain, *, short: bool = False) -> str:
     out = {row['prompt'] for row in rollouts.held_out(config)}
     rows = list(map(json.loads, epath.Path(config.data.path).read_text().splitlines()))
     rows = [row for row in rows if row['prompt'] not in out]
-    rows = rows[:64] if short else rows * SAMPLES
-    said = answers(tuned.run, rows, 1, (epath.Path(tuned.run) / TEMPLATE).read_text())
+    rows = rows[:128] if short else rows * SAMPLES
+    said = answers(tuned.run, rows, 1, (epath.Path(tuned.run) / TEMPLATE).read_text(), cut=True)
     tokenizer: Any = foreign.open_model(tuned.run).tokenizer
     pairs = lessons.preferences(rows, said, lambda text: len(tokenizer.encode(text)))
     lessons.write(path, pairs)
