@@ -198,12 +198,12 @@ def compared(tuned: Pretrain, ppo: Pretrain) -> Verdict:
 
 
 def tables(found: Verdict) -> list[tuple[tuple[str, ...], list[tuple[Any, ...]]]]:
-  """Headers and rows: win-rates in percent with their 95 % intervals, and what the answers are like."""
-  percent = lambda rate: tuple(100 * x for x in (rate.rate, rate.low, rate.high))
-  wins = [(f'{a} over {b}', name, *percent(rate)) for (a, b, name), rate in found.rates.items()]
-  names = list(next(iter(found.variety.values())))
-  like = [(name, *of.values()) for name, of in found.variety.items()]
-  return [(('', 'judge', 'wins, %', 'from', 'to (95 %)'), wins), (('answers of', *names), like)]
+  """Headers and rows: win-rates with their 95 % intervals, and what the answers are like, in percent."""
+  order = sorted(found.rates.items(), key=lambda item: item[0][0])
+  wins = [(f'{a} over {b}', name, *rate[:3]) for (a, b, name), rate in order]
+  names = [f'{name}, %' if name != 'words' else 'words an answer' for name in next(iter(found.variety.values()))]
+  like = [(name, *map(round, of.values())) for name, of in found.variety.items()]
+  return [(('', 'judge', 'wins', 'from', 'to (95 %)'), wins), (('answers of', *names), like)]
 
 
 def noted(ppo: Pretrain, found: Verdict) -> None:

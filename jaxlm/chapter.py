@@ -21,6 +21,7 @@ Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 # PPO reads each answer four times besides learning from it, a third of a step's FLOPs each time: it is written, read by
 # the policy, by its reference, and by the reward model.
 PASSES = 1 + 4 / 3
+COSTS = ('cost: FLOPs', 'cost: seconds of steps', 'cost: tokens of steps', 'cost: parameters that learn')
 SHOWN = 2  # held-out prompts with their answers
 
 
@@ -32,19 +33,11 @@ class Cost(NamedTuple):
   seconds: float
   parameters: int
 
-  @property
-  def said(self) -> str:
-    """In words."""
-    return (
-      f'{self.flops / 1e12:,.1f} TFLOP, {self.seconds:,.0f} s, '
-      f'{self.tokens:,.0f} tokens, {self.parameters / 1e6:.2f} M parameters learn'
-    )
-
 
 def cost(run: str) -> Cost:
   """From the rows that a run wrote, one a step, by the counter that perf/mfu is computed with."""
   folder = epath.Path(run)
-  config = from_json(Pretrain, (folder / 'config.json').read_text())
+  config = _config(run)
   steps = [row for row in read_rows(folder / 'metrics.jsonl') if 'perf/step_s' in row]
   tokens = sum(row['perf/tokens_per_s'] * row['perf/step_s'] for row in steps)
   flops = tokens * program.flops_per_token(config) * (PASSES if config.rl.algo else 1)
@@ -56,27 +49,28 @@ def rows(
   base: str, sft: str, judges: Sequence[str], ppo: str, found: 'Mapping[str, Answers]', verdict: 'Verdict'
 ) -> Table:
   """Header and rows; `found` are answers of the runs to the same questions, `verdict` those to held-out prompts."""
-  header = ('', 'pre-trained', 'fine-tuned: instructions (SFT)', 'fine-tuned: rewards (PPO)')
+  header = ('', 'pre-trained', 'fine-tuned on instructions (SFT)', 'fine-tuned on rewards (PPO)')
+  runs, names = (base, sft, ppo), ('base', 'SFT', 'PPO')
+  both = zip(_cost(*judges), _cost(ppo), strict=True)
   cells = [
-    (
-      'purpose',
-      'know the language: the next token of any text',
-      'do as asked: the answer to a question',
-      'answer better: what is preferred, near to SFT',
-    ),
-    ('data', _text(base), _questions(sft), _preferences(judges[0], ppo)),
-    ('cost', cost(base).said, cost(sft).said, _both(judges, ppo)),
+    ('purpose', 'know the language: the next token', 'do as asked: an answer', 'answer better, and stay near to SFT'),
+    *_lines(('data: rows', 'data: size', 'data: labels'), _text(base), _questions(sft), _preferences(judges[0], ppo)),
+    *_lines(COSTS, _cost(base), _cost(sft), [f'{a} (reward models), {b} (PPO)' for a, b in both]),
     ('held out', *_held_out(base, sft, ppo, verdict)),
-    ('behaviour', *(_right(found[run]) for run in (base, sft, ppo))),
-    ('answers that differ, words of the text', *(_like(verdict.variety[name]) for name in ('base', 'SFT', 'PPO'))),
+    ('behaviour: right on held-out questions', *(_right(found[run]) for run in runs)),
+    ('behaviour: drawn answers', *(_like(verdict.variety[name]) for name in names)),
   ]
   i = next(i for i, one in enumerate(found[sft].examples) if one.kind == 'kind')
-  said = (repr(found[run].texts[i]) for run in (base, sft, ppo))
-  cells.append((f'says to: Which kind of text is this? (right: {found[sft].examples[i].reference})', *said))
+  said = (repr(found[run].texts[i]) for run in runs)
+  cells.append((f'output: which kind of text is this? (right: {found[sft].examples[i].reference})', *said))
   for i, row in enumerate(verdict.rows[:SHOWN]):
-    said = (repr(verdict.said[name][i]) for name in ('base', 'SFT', 'PPO'))
-    cells.append((f'says to: {row["prompt"]!r} (the text: {row["answer"]!r})', *said))
+    said = (repr(verdict.said[name][i]) for name in names)
+    cells.append((f'output: {row["prompt"]} (the text: {row["answer"]})', *said))
   return header, cells
+
+
+def _lines(*columns: Sequence[str]) -> list[tuple[str, ...]]:
+  return list(zip(*columns, strict=True))
 
 
 def write(run: str, header: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
@@ -87,31 +81,37 @@ def write(run: str, header: Sequence[str], cells: Sequence[Sequence[str]]) -> No
   write_whole(f'{run}/chapter.json', json.dumps({'header': header, 'rows': cells}, ensure_ascii=False, indent=1))
 
 
-def _text(base: str) -> str:
+def _text(base: str) -> tuple[str, ...]:
   count = prepare.load(f'{base}/data').summary.splits['train']
-  return f'{count.documents:,} documents, {count.tokens:,} tokens, {count.bytes:,} bytes of plain text, no labels'
+  return f'{count.documents:,} documents of plain text', _size(*count.figures[1:]), 'none'
 
 
-def _questions(sft: str) -> str:
-  path = from_json(Pretrain, (epath.Path(sft) / 'config.json').read_text()).data.path
-  count = prepare.load(path).summary.splits['train']
-  what = 'questions with answers, made of the same text by rule'
-  return f'{count.documents:,} {what}: {count.tokens:,} tokens, {count.bytes:,} bytes; labels: the answers'
+def _questions(sft: str) -> tuple[str, ...]:
+  count = prepare.load(_config(sft).data.path).summary.splits['train']
+  return f'{count.documents:,} questions', _size(*count.figures[1:]), 'answers, made of the same text by rule'
 
 
-def _preferences(judge: str, ppo: str) -> str:
-  path = from_json(Pretrain, (epath.Path(judge) / 'config.json').read_text()).data.path
-  counts = prepare.load(path).summary.splits.values()
-  pairs, tokens, size = (sum(of) for of in zip(*(count.figures for count in counts), strict=True))
+def _preferences(judge: str, ppo: str) -> tuple[str, ...]:
+  splits = prepare.load(_config(judge).data.path).summary.splits.values()
+  answers, tokens, size = (sum(of) for of in zip(*(count.figures for count in splits), strict=True))
   prompts = json.loads((epath.Path(ppo) / 'facts.json').read_text())['data']['prompts']
-  what = 'pairs, the better one of each known by rule'
-  return f'{pairs // 2:,} {what}: {tokens:,} tokens, {size:,} bytes; then {prompts:,} prompts without answers'
+  rows = f'{answers // 2:,} pairs for the reward models, {prompts:,} prompts for PPO'
+  return rows, _size(tokens, size), "which of two answers is the text's own, known by rule; no person judged"
 
 
-def _both(judges: Sequence[str], ppo: str) -> str:
-  parts = [cost(run) for run in judges]
-  together = Cost(*(sum(of) for of in list(zip(*parts, strict=True))[:3]), parts[0].parameters)
-  return f'two reward models: {together.said}; PPO: {cost(ppo).said}'
+def _size(tokens: int, size: int) -> str:
+  return f'{tokens:,} tokens, {size:,} bytes'
+
+
+def _config(run: str) -> Pretrain:
+  return from_json(Pretrain, (epath.Path(run) / 'config.json').read_text())
+
+
+def _cost(*runs: str) -> tuple[str, ...]:
+  """Of runs together, in words."""
+  found = [cost(run) for run in runs]
+  tokens, flops, seconds = (sum(of) for of in list(zip(*found, strict=True))[:3])
+  return f'{flops / 1e12:,.1f} T', f'{seconds:,.0f}', f'{tokens:,.0f}', f'{found[0].parameters:,}'
 
 
 def _held_out(base: str, sft: str, ppo: str, verdict: 'Verdict') -> tuple[str, ...]:
@@ -126,9 +126,7 @@ def _held_out(base: str, sft: str, ppo: str, verdict: 'Verdict') -> tuple[str, .
 
 
 def _right(found: 'Answers') -> str:
-  return 'right: ' + ', '.join(
-    f'{kind} {of["exact_match"]:.0f} % (F1 {of["f1"]:.0f})' for kind, of in found.scores.items()
-  )
+  return ', '.join(f'{kind} {of["exact_match"]:.0f} % (F1 {of["f1"]:.0f})' for kind, of in found.scores.items())
 
 
 def _like(of: Mapping[str, float]) -> str:

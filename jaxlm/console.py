@@ -59,13 +59,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
   return '\n'.join(f'| {" | ".join(line)} |' for line in (lines[0], rule, *lines[1:]))
 
 
-def wrapped(header: Sequence[str], rows: Sequence[Sequence[str]], narrowest: int = 110) -> None:
+def wrapped(header: Sequence[str], rows: Sequence[Sequence[str]], narrowest: int = 120) -> None:
   """Prints a table whose cells are texts that may be longer than a line."""
   console = Console(highlight=False)
+  if not console.is_terminal:
+    console.width = max(narrowest, console.width)
   shown = Table(*header, show_lines=True)
   for row in rows:
     shown.add_row(*map(Text, row))
-  console.print(shown, width=max(narrowest, console.width) if not console.is_terminal else None)
+  console.print(shown)
 
 
 def figures(row: dict[str, float]) -> str:

@@ -32,7 +32,6 @@ def test_costs_are_those_of_the_steps(tmp_path):
   per_token = metrics.flops_per_token(MODEL, 29)
   plain = chapter.cost(furnished(tmp_path / 'plain'))
   assert plain == pytest.approx((160, 160 * per_token, 2.5, 1234))
-  assert '160 tokens' in plain.said and '2 s' in plain.said
   judge = chapter.cost(furnished(tmp_path / 'judge', preference=config.Preference(stage='reward')))
   assert judge.flops == pytest.approx(160 * (per_token - 6 * 24 * 131))  # no head
   ppo = chapter.cost(furnished(tmp_path / 'ppo', rl=config.Rl(algo='ppo')))
@@ -50,4 +49,4 @@ def test_it_is_written_for_readers(tmp_path, capsys):
   assert 'Pre-trained against' in text and '1 TFLOP &lt;all&gt;' in text
   wrapped(HEADER, [(*CELLS[0][:2], 'long ' * 40 + 'end'), CELLS[1]])
   shown = capsys.readouterr().out
-  assert 'end' in shown and max(map(len, shown.splitlines())) <= 110
+  assert 'end' in shown and max(map(len, shown.splitlines())) <= 120
