@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from rich.cells import cell_len
 
 from jaxlm import chapter, config, report
 from jaxlm.console import wrapped
@@ -49,4 +50,4 @@ def test_it_is_written_for_readers(tmp_path, capsys):
   assert 'Pre-trained against' in text and '1 TFLOP &lt;all&gt;' in text
   wrapped(HEADER, [(*CELLS[0][:2], 'long ' * 40 + 'end'), CELLS[1]])
   shown = capsys.readouterr().out
-  assert 'end' in shown and max(map(len, shown.splitlines())) <= 120
+  assert 'end' in shown and max(map(cell_len, shown.splitlines())) <= 120
