@@ -11,7 +11,7 @@ from etils import epath
 from jaxlm import lessons
 from jaxlm.config import Compute, Data, Optim, Preference, Pretrain, Rl, Watch
 from jaxlm.console import Training, terminable
-from jaxlm.data import chat, sources, turns
+from jaxlm.data import chat, sources, tokenizer, turns
 from jaxlm.data.prepared import TEMPLATE
 from jaxlm.evals import rewards, winrate
 from jaxlm.files import write_whole
@@ -20,7 +20,6 @@ from jaxlm.rl import rollout
 from jaxlm.train.metrics import read_rows
 
 HELD_OUT = 160  # prompts that no stage after pre-training learns from
-SAMPLES = 2  # answers to a prompt that are compared with the text's own line
 NEW = 40  # tokens of an answer at most
 KL_TARGET = 0.25  # nats a token that PPO may be away from the model that it begins with
 FOLDS = 2
@@ -93,42 +92,32 @@ def asked(tuned: Pretrain, rows: Sequence[lessons.Row], *, short: bool = False) 
   return {row['prompt'] for row in rollouts.held_out(config)}
 
 
-def answers(run: str, rows: Sequence[Any], seed: int, template: str, *, cut: bool = False) -> list[str]:
-  """What a run answers to prompts in a template, drawn at temperature 1; equal seeds draw alike.
-
-  With `cut` an answer that found no end is cut to the length of the row's own.
-  """
+def answers(run: str, rows: Sequence[Any], seed: int, template: str) -> list[str]:
+  """What a run answers to prompts in a template, drawn at temperature 1; equal seeds draw alike."""
   model = foreign.open_model(run)
-  tokenizer: Any = model.tokenizer
+  vocabulary: Any = model.tokenizer
   params = {name: x for name, x in model.params.items() if name != 'value'}
-  ends = sorted({*chatting.stop_ids(model), *turns.end_ids(template, tokenizer)})
+  ends = sorted({*chatting.stop_ids(model), *turns.end_ids(template, vocabulary)})
   engine = rollout.engine(model.cfg, max_new_tokens=NEW, stop_ids=ends, rows=min(64, len(rows)))
-  prompts = [chat.encode(template, rollouts.messages(row), tokenizer, generation=True) for row in rows]
+  prompts = [chat.encode(template, rollouts.messages(row), vocabulary, generation=True) for row in rows]
   seeds = np.asarray(jax.random.randint(jax.random.key(seed), (len(rows),), 0, 2**31 - 1), np.int32)
   made = engine(params, prompts, seeds)
   kept = made.lengths_M - made.stopped_M
-  if cut:
-    own = np.array([len(tokenizer.encode(row['answer'])) for row in rows])
-    kept = np.where(made.stopped_M, kept, np.minimum(kept, own))
-  return [tokenizer.decode(ids[:n].tolist()).strip() for ids, n in zip(made.tokens_MN, kept, strict=True)]
+  return [vocabulary.decode(ids[:n].tolist()).strip() for ids, n in zip(made.tokens_MN, kept, strict=True)]
 
 
 def preferred(tuned: Pretrain, *, short: bool = False) -> str:
-  """Makes the preference rows, in the folder of the run whose answers they hold; what they are, in words."""
+  """Makes the preference rows; what they are, in words."""
   config, path = reinforcing(tuned, short=short), epath.Path(judging(tuned).data.path)
-  if not path.exists():  # drawn once: rows that change are other rows to whoever learnt from them
-    out = {row['prompt'] for row in rollouts.held_out(config)}
-    rows = list(map(json.loads, epath.Path(config.data.path).read_text().splitlines()))
-    rows = [row for row in rows if row['prompt'] not in out]
-    rows = rows[:128] if short else rows * SAMPLES
-    said = answers(tuned.run, rows, 1, (epath.Path(tuned.run) / TEMPLATE).read_text(), cut=True)
-    tokenizer: Any = foreign.open_model(tuned.run).tokenizer
-    pairs = lessons.preferences(rows, said, lambda text: len(tokenizer.encode(text)))
-    lessons.write(path, pairs)
-  count = len(path.read_text().splitlines())
+  out = {row['prompt'] for row in rollouts.held_out(config)}
+  rows = map(json.loads, epath.Path(config.data.path).read_text().splitlines())
+  vocabulary = tokenizer.load(f'{tuned.run}/tokenizer.json')
+  pairs = lessons.preferences([row for row in rows if row['prompt'] not in out], vocabulary.encode, vocabulary.decode)
+  pairs = pairs[:64] if short else pairs
+  lessons.write(path, pairs)
   return (
-    f'{count:,} pairs, derived by rule (no human judged them): chosen is the line that the text goes on with, '
-    'rejected the one that the fine-tuned model wrote in its place; lengths are matched'
+    f'{len(pairs):,} pairs, derived by rule (no human judged them): chosen is the line that the text goes on with, '
+    'rejected the same line with a fifth to a half of its tokens replaced; both have equally many'
   )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from jaxlm.data.sources import Document
@@ -20,6 +21,8 @@ Row = dict[str, Any]
 
 CHARACTERS = 160  # of a passage, about
 WORDS = (5, 14)  # of a line that is asked about
+SPOILT, SHARE, TRIES = 2, (0.2, 0.5), 16  # rejected answers of a line, the share of its tokens that is replaced
+BROKEN = '\ufffd'  # what a part of a character decodes to
 EACH = 240  # rows of a task and a kind of text, at most
 
 
@@ -87,17 +90,26 @@ def prompts(rows: Iterable[Row]) -> list[Row]:
   return list(found.values())
 
 
-def preferences(rows: Sequence[Row], said: Sequence[str], size: Callable[[str], int]) -> list[Row]:
-  """Pairs by rule: `chosen` is the line that the text goes on with, `rejected` what a model said in its place.
+def preferences(
+  rows: Sequence[Row], encode: Callable[[str], list[int]], decode: Callable[[list[int]], str], *, seed: int = 0
+) -> list[Row]:
+  """Pairs by rule: `chosen` is the line that the text goes on with, `rejected` it with some tokens replaced.
 
-  Lengths tell nothing: by whatever `size` the one exceeds the other, as often the other exceeds the one.
+  A fifth to a half of its tokens are replaced by ones of all the lines, `SPOILT` times a line. Lengths tell nothing:
+  both answers have equally many tokens. Lines of which that does not come about are left out.
   """
-  apart: dict[int, list[Row]] = {}
-  for one, text in zip(rows, said, strict=True):
-    if words(text) and words(text) != words(one['answer']):
-      pair = {'prompt': one['prompt'], 'chosen': one['answer'], 'rejected': text}
-      apart.setdefault(size(one['answer']) - size(text), []).append(pair)
-  return [pair for by in sorted(apart) for pair in apart[by][: len(apart.get(-by, ()))]]
+  rng, lines = np.random.default_rng(seed), [encode(row['answer']) for row in rows]
+  pool, found = np.concatenate(lines), []
+  for row, ids in list(zip(rows, lines, strict=True)) * SPOILT:
+    for _ in range(TRIES):
+      places = rng.choice(len(ids), max(1, round(len(ids) * rng.uniform(*SHARE))), replace=False)
+      new = np.array(ids)
+      new[places] = rng.choice(pool, len(places))
+      text = decode(new.tolist()).strip()
+      if text != row['answer'] and BROKEN not in text and len(encode(text)) == len(ids):
+        found.append({'prompt': row['prompt'], 'chosen': row['answer'], 'rejected': text})
+        break
+  return found
 
 
 def known(texts: Iterable[str]) -> Callable[[str], float]:

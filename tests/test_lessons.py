@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxlm import lessons
-from jaxlm.data import sources
+from jaxlm.data import sources, tokenizer
 from jaxlm.data.sources import Document
 from jaxlm.quickstart import TEXT
 
@@ -39,18 +39,21 @@ def test_every_prompt_once():
 
 
 def test_preferences_are_matched_in_length():
-  rng = np.random.default_rng(0)
-  rows = [{'prompt': f'p{i}', 'answer': f'a{i} ' * int(rng.integers(3, 9))} for i in range(500)]
-  said = [f'b{i} ' * int(rng.integers(1, 8)) for i in range(500)]
-  size = lambda text: len(text.split())
-  pairs = lessons.preferences(rows, said, size)
-  apart = [size(pair['chosen']) - size(pair['rejected']) for pair in pairs]
-  assert 200 < len(pairs) < 500 and set(apart) > {-1, 0, 1}
-  assert all(apart.count(d) == apart.count(-d) for d in apart)
-  there = {(row['prompt'], row['answer'], text) for row, text in zip(rows, said, strict=True)}
-  assert {(pair['prompt'], pair['chosen'], pair['rejected']) for pair in pairs} <= there
-  nothing = [{'prompt': 'p', 'answer': 'The line.'}] * 3
-  assert lessons.preferences(nothing, ['', ' .', 'the line'], size) == []  # said nothing, or just what is right
+  made = [row for rows in lessons.lessons(sources.documents(TEXT)).values() for row in rows][-400:]
+  rows = lessons.prompts(made)
+  vocabulary = tokenizer.train((row['answer'] for row in rows), 400)
+  encode, decode = vocabulary.encode, vocabulary.decode
+  pairs = lessons.preferences(rows, encode, decode)
+  assert len(pairs) > 1.8 * len(rows) and pairs == lessons.preferences(rows, encode, decode)
+  right = {row['prompt']: row['answer'] for row in rows}
+  apart = []
+  for pair in pairs:
+    assert pair['chosen'] == right[pair['prompt']] != pair['rejected'] and '\ufffd' not in pair['rejected']
+    ids, spoilt = encode(pair['chosen']), encode(pair['rejected'])
+    assert len(ids) == len(spoilt)
+    apart.append(np.mean(np.array(ids) != spoilt))
+  assert 0.2 < np.mean(apart) < 0.5  # tokens that join others count as well
+  assert lessons.preferences(rows[:1], lambda text: [1], lambda ids: rows[0]['answer']) == []  # never another line
 
 
 def test_invented_words_are_told():
