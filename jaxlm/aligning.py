@@ -21,7 +21,7 @@ from jaxlm.train.metrics import read_rows
 
 HELD_OUT = 160  # prompts that no stage after pre-training learns from
 NEW = 40  # tokens of an answer at most
-KL_TARGET = 0.25  # nats a token that PPO may be away from the model that it begins with
+KL_TARGET = 0.3  # nats a token that PPO may be away from the model that it begins with
 FOLDS = 2
 
 
@@ -66,7 +66,7 @@ def reinforcing(tuned: Pretrain, *, short: bool = False) -> Pretrain:
       samples=1,
       held_out=held_out,
       max_new_tokens=NEW,
-      kl_coef=0.05,
+      kl_coef=0.1,
       value_coef=0.1,
       **sizes,
     ),
