@@ -13,10 +13,10 @@ from jaxlm.errors import InputError, at_least, within
 
 @dataclasses.dataclass(frozen=True)
 class Quickstart:
-  """From raw text to a model that writes: tokenizer, data, pre-training, samples, report."""
+  """The whole life of a model: tokenizer, data, pre-training, instructions, reward models, PPO, who wins, reports."""
 
   run: str = 'runs/quickstart'  # where everything goes; run again, it goes on where it stopped
-  short: bool = False  # a minute instead of five: fewer steps, the same path
+  short: bool = False  # a few minutes instead of twelve: fewer steps, the same path
 
 
 @dataclasses.dataclass(frozen=True)

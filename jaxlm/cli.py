@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 HELP = """\
 usage: jaxlm VERB ...          `jaxlm VERB --help` explains a verb
 
-  quickstart   from raw text to a model that writes, on this machine, in a few minutes
+  quickstart   from raw text to a model that answers and is rewarded, on this machine, in minutes
   tokenizer    train a tokenizer on text
   prepare      turn text, conversations or preferences into a prepared data set
   inspect      rows as the model will see them, and what is wrong with them

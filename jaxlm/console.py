@@ -20,6 +20,7 @@ from rich.progress import (
   TimeRemainingColumn,
   TransferSpeedColumn,
 )
+from rich.table import Table
 from rich.text import Text
 
 from jaxlm.errors import InputError
@@ -60,6 +61,17 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
   align = lambda text, width, right: text.rjust(width) if right else text.ljust(width)
   lines = [[align(*one) for one in zip(row, widths, numeric, strict=True)] for row in cells]
   return '\n'.join(f'| {" | ".join(line)} |' for line in (lines[0], rule, *lines[1:]))
+
+
+def wrapped(header: Sequence[str], rows: Sequence[Sequence[str]], narrowest: int = 120) -> None:
+  """Prints a table whose cells are texts that may be longer than a line."""
+  console = Console(highlight=False)
+  if not console.is_terminal:
+    console.width = max(narrowest, console.width)
+  shown = Table(*header, show_lines=True)
+  for row in rows:
+    shown.add_row(*map(Text, row))
+  console.print(shown)
 
 
 def figures(row: dict[str, float]) -> str:

@@ -1,21 +1,20 @@
-"""The life of a language model on a laptop, from shipped text to samples, through the functions behind the verbs."""
+"""The life of a language model on a laptop, from shipped text to rewards, through the functions behind the verbs."""
 
-import json
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
 from jaxlm.config import Compute, Data, Optim, Pretrain, Watch
-from jaxlm.console import Training, clock, table, terminable
+from jaxlm.console import clock, table
+from jaxlm.lessons import SAMPLE as SAMPLE
+from jaxlm.lessons import TEXT
 from jaxlm.models.config import ModelConfig
 
 if TYPE_CHECKING:
+  from jaxlm.aligning import Verdict
   from jaxlm.data.tokenizer import Tokenizer
-
-SAMPLE = Path(__file__).parent / 'assets' / 'sample'
-TEXT = (f'{SAMPLE}/*.jsonl',)
+  from jaxlm.evals.tasks import Answers
 VOCAB_SIZE = 2048
 VAL_FRACTION = 0.06
 PROMPTS = ('The whale', 'And the king said', 'सभी')
@@ -46,12 +45,13 @@ def settings(run: str, *, short: bool = False) -> Pretrain:
 def tuning(run: str, *, short: bool = False) -> Pretrain:
   """The run that follows it: all weights learn to answer the instructions of `lessons`.
 
-  The short form has a folder of its own: its base is another.
+  The short form has folders of its own, as all that follows it: its base is another.
   """
+  form = '-short' if short else ''
   return Pretrain(
-    run=f'{run}/sft-short' if short else f'{run}/sft',
+    run=f'{run}/sft{form}',
     init=run,
-    data=Data(path=f'{run}/instructions', seq_len=256, packing='best_fit', global_batch=8),
+    data=Data(path=f'{run}/instructions{form}', seq_len=256, packing='best_fit', global_batch=8),
     optim=Optim(lr=1e-3, warmup_steps=10, weight_decay=0.0, final_ratio=0.0),
     compute=Compute(unroll=4),
     watch=Watch(log_every=1, eval_every=40, eval_batches=16, save_every=40, prompts=()),
@@ -61,7 +61,7 @@ def tuning(run: str, *, short: bool = False) -> Pretrain:
 
 def quickstart(run: str, *, short: bool = False) -> epath.Path:
   """Runs or continues the whole life in the folder `run`; prints what happens and returns the report's path."""
-  from jaxlm import report
+  from jaxlm import aligning, report
 
   began = time.monotonic()
   config = settings(run, short=short)
@@ -70,9 +70,12 @@ def quickstart(run: str, *, short: bool = False) -> epath.Path:
   baselines = _data(config, vocabulary)
   _pretrained(config, baselines)
   _writes(run)
-  tuned = tuning(run, short=short)
-  _tuned(tuned, vocabulary, 5 if short else 60)
-  pages = [report.write(run), report.write(tuned.run)]
+  tuned, most = tuning(run, short=short), 5 if short else 60
+  found = _tuned(tuned, vocabulary, most, short)
+  reward, ppo = aligning.judge_runs(tuned)[0], aligning.reinforcing(tuned, short=short)
+  verdict = _rewarded(tuned, ppo, short)
+  _chapter(run, tuned, ppo, found, verdict, most)
+  pages = [report.write(one) for one in (run, tuned.run, reward, ppo.run)]
   print(f'reports: {", ".join(map(str, pages))}  ({clock(time.monotonic() - began)})')
   return pages[0]
 
@@ -114,18 +117,12 @@ def _counted(summary: Any) -> None:
     print(f'   {split}: {count.documents:,} documents, {count.tokens:,} tokens, {count.bytes:,} bytes')
 
 
-def _trained(config: Pretrain) -> None:
-  from jaxlm.loops import pretrain
-
-  with terminable() as stop, Training(config.steps) as shown:
-    pretrain.pretrain(config, say=shown.say, on_step=shown.step, stop=stop)
-
-
 def _pretrained(config: Pretrain, baselines: dict[str, float]) -> None:
+  from jaxlm.aligning import trained
   from jaxlm.loops import pretrain
 
   print(f'3. pre-training: {config.steps} steps')
-  _trained(config)
+  trained(config)
   print('4. held-out bits per byte (less is better)')
   found = baselines | {'this model': final_bits_per_byte(epath.Path(config.run))}
   for name, value in sorted(found.items(), key=lambda item: -item[1]):
@@ -146,24 +143,24 @@ def _writes(run: str) -> None:
     print(f'   {prompt}{text}'.replace('\n', '\n   '))
 
 
-def _tuned(config: Pretrain, vocabulary: 'Tokenizer', most: int) -> None:
+def _tuned(config: Pretrain, vocabulary: 'Tokenizer', most: int, short: bool) -> 'dict[str, Answers]':
   """Instruction tuning, and what both models answer to `most` held-out instructions of each task."""
-  from jaxlm import lessons
+  from jaxlm import aligning, lessons
   from jaxlm.data import prepare, sources
   from jaxlm.evals import tasks
-  from jaxlm.files import write_whole
   from jaxlm.loops import pretrain
 
   print(f'6. instruction tuning: {config.steps} steps on questions made of the same text by rule')
-  folder = epath.Path(config.init) / 'lessons'
-  folder.mkdir(exist_ok=True)
-  for task, rows in lessons.lessons(sources.documents(TEXT)).items():
-    text, path = '\n'.join(json.dumps(row, ensure_ascii=False) for row in rows) + '\n', folder / f'{task}.jsonl'
-    if not path.exists() or path.read_text() != text:  # what was prepared of it goes by its time
-      write_whole(path, text)
+  folder, made = (
+    epath.Path(config.data.path.replace('instructions', 'lessons')),
+    lessons.lessons(sources.documents(TEXT)),
+  )
+  held_out = aligning.asked(config, made['continue'], short=short)
+  for task, rows in made.items():
+    lessons.write(folder / f'{task}.jsonl', [row for row in rows if row['messages'][0]['content'] not in held_out])
   _, known, chat = prepare.chat_of('plain', None, vocabulary, max_len=config.data.seq_len)
   _counted(prepare.prepare((f'{folder}/*.jsonl',), known, config.data.path, chat=chat, val_fraction=0.1))
-  _trained(config)
+  aligning.trained(config)
 
   print('7. held-out questions: how many percent are answered right, before and after')
   data, runs = prepare.load(config.data.path), (config.init, config.run)
@@ -176,12 +173,43 @@ def _tuned(config: Pretrain, vocabulary: 'Tokenizer', most: int) -> None:
     for task, values in after.scores.items()
     for name, value in values.items()
   }
-  said = {}
-  for task in after.scores:
-    i = next(i for i, example in enumerate(after.examples) if example.kind == task)
-    said[task] = f'{before.texts[i]!r} before, {after.texts[i]!r} after; right: {after.examples[i].reference!r}'
-    print(f'   {task}: {said[task]}')
-  pretrain.add_facts(epath.Path(config.run), {'percent right, before to after': percent, 'one answer each': said})
+  pretrain.add_facts(epath.Path(config.run), {'percent right, before to after': percent})
+  return found
+
+
+def _rewarded(tuned: Pretrain, ppo: Pretrain, short: bool) -> 'Verdict':
+  """Preferences, reward models, PPO, and who wins."""
+  from jaxlm import aligning
+  from jaxlm.evals import rewards
+
+  print('8. two reward models, each judged on the half that the other learnt from')
+  print(f'   {aligning.preferred(tuned, short=short)}')
+  judged = aligning.judges(tuned, short=short)
+  if judged is not None:
+    print(table(*rewards.rows(judged)) + ''.join(f'\n   {line}' for line in rewards.lines(judged)))
+  print(f'9. PPO on the scores of one of them: {ppo.steps} steps')
+  for name, (first, last) in aligning.reinforced(ppo).items():
+    print(f'   {name}: {first:.3f} at first, {last:.3f} at last')
+  verdict = aligning.compared(tuned, ppo)
+  print(f'10. {len(verdict.rows)} prompts that no stage after pre-training has seen, answers drawn: who wins')
+  print('\n'.join(table(*one) for one in aligning.tables(verdict)))
+  aligning.noted(ppo, verdict)
+  return verdict
+
+
+def _chapter(run: str, tuned: Pretrain, ppo: Pretrain, found: Any, verdict: 'Verdict', most: int) -> None:
+  """The table of the whole life, from this run's own figures."""
+  from jaxlm import aligning, chapter
+  from jaxlm.console import wrapped
+  from jaxlm.data import prepare
+  from jaxlm.evals import tasks
+
+  print('11. pre-trained against fine-tuned')
+  found |= tasks.compare((ppo.run,), prepare.load(tuned.data.path), most, new=24, names=('exact_match', 'f1'))
+  shown = chapter.rows(run, tuned.run, aligning.judge_runs(tuned), ppo.run, found, verdict)
+  wrapped(*shown)
+  for folder in (run, ppo.run):
+    chapter.write(folder, *shown)
 
 
 def final_bits_per_byte(folder: epath.Path) -> float:

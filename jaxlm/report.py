@@ -53,6 +53,7 @@ table{border-collapse:collapse;margin:.4rem 0} td,th{padding:.15rem 1.2rem .15re
 td.n{text-align:right;font-variant-numeric:tabular-nums} .tables{display:flex;flex-wrap:wrap;gap:2.5rem}
 .sample{white-space:pre-wrap;background:#f5f7fa;border-radius:8px;padding:.6rem 1rem;margin:.4rem 0}
 .sample{overflow-wrap:anywhere}
+.chapter td,.chapter th{border-top:1px solid #e4e7eb;padding:.4rem .8rem .4rem 0;max-width:20rem;overflow-wrap:anywhere}
 .sample small{color:#7b8794;display:block} .sample b{color:#0b69a3}
 details pre{background:#f5f7fa;padding:1rem;border-radius:8px;overflow:auto} h3{font-size:1rem;margin:.8rem 0 .2rem}
 """
@@ -74,6 +75,7 @@ def write(run: Any) -> epath.Path:
     '<h2>Curves</h2><div class="curves">' + ''.join(_curves(rows, facts.get('held-out bits per byte', {}))) + '</div>',
     _warned(rows, run / 'config.json'),
     _gained(rows),
+    _chapter(run / 'chapter.json'),
     _rewinds(run / 'rewinds.json'),
     _samples(read_rows(run / 'samples.jsonl')),
     '<h2>Facts</h2><div class="tables">' + ''.join(_table(name, values) for name, values in facts.items()) + '</div>',
@@ -196,6 +198,16 @@ def _table(title: str, values: Mapping[str, Any]) -> str:
 
   body = ''.join(f'<tr><td>{html.escape(k)}</td>{cell(v)}</tr>' for k, v in values.items())
   return f'<div><h3>{html.escape(title)}</h3><table>{body}</table></div>'
+
+
+def _chapter(path: epath.Path) -> str:
+  """A table with a header, from JSON that a run holds."""
+  if not path.exists():
+    return ''
+  found = read_json(path)
+  line = lambda tag, cells: '<tr>' + ''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells) + '</tr>'
+  body = line('th', found['header']) + ''.join(line('td', cells) for cells in found['rows'])
+  return f'<h2>Pre-trained against fine-tuned</h2><table class="chapter">{body}</table>'
 
 
 def _rewinds(path: epath.Path) -> str:

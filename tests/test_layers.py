@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / 'jaxlm'
 # from the top down; a module may import its own layer and those below it
 LAYERS = (
   ('cli', 'stages', '__main__'),
-  ('quickstart',),
+  ('quickstart', 'aligning', 'chapter'),
   (
     'report',
     'evals',

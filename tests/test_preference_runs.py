@@ -219,6 +219,8 @@ def test_scores_of_conversations_are_those_of_the_rows(home, judge):
   held = rewards.judge(str(judge))
   there = np.stack([held.chosen, held.rejected], 1)
   assert np.abs(there[:, None] - scores).max(-1).min(1).max() < 1e-4 * np.abs(scores).max() and len(there) > 5
+  empty = [{'role': 'user', 'content': rows[0]['prompt']}, {'role': 'assistant', 'content': ''}]
+  assert np.isfinite(scoring.score(model, [Conversation(empty)])).all()  # a policy may say nothing
   with pytest.raises(InputError, match='ends with a turn of the user'):
     scoring.score(model, [Conversation([*talks[0].messages, {'role': 'user', 'content': 'And?'}])])
 

@@ -73,6 +73,7 @@ def test_it_goes_on_bitwise(home):
   for path, x in whole.items():
     np.testing.assert_array_equal(x, parts[path], err_msg=path)
   assert series(home, 'whole', 'reward/mean') == series(home, 'parts', 'reward/mean')
+  assert cli.main(['export', str(home / 'whole'), str(home / 'out')]) == 0  # a policy, its value function left out
 
 
 @pytest.mark.slow

@@ -130,9 +130,12 @@ class Reader:
     return Document(text, source if isinstance(source, str) else file.kind, where, file.kind)
 
 
-def checked(conversation: Conversation) -> Conversation:
-  """The same, plain: without nulls, text in parts as one. Raises InputError for what nothing can be learned from."""
-  messages = [_checked(message, i) for i, message in enumerate(conversation.messages, 1)]
+def checked(conversation: Conversation, *, empty: bool = False) -> Conversation:
+  """The same, plain: without nulls, text in parts as one. Raises InputError for what nothing can be learned from.
+
+  With `empty` turns of the assistant may be so, as what a model has answered may be.
+  """
+  messages = [_checked(message, i, empty) for i, message in enumerate(conversation.messages, 1)]
   if not messages:
     raise InputError('an empty conversation')
   if not any(message['role'] == 'assistant' for message in messages):
@@ -140,7 +143,7 @@ def checked(conversation: Conversation) -> Conversation:
   return Conversation(messages, conversation.tools)
 
 
-def _checked(message: Any, number: int) -> Message:
+def _checked(message: Any, number: int, empty: bool) -> Message:
   where = f'message {number}'
   if not isinstance(message, Mapping):
     raise InputError(f'{where}: expected an object, found {_short(message)}')
@@ -154,7 +157,7 @@ def _checked(message: Any, number: int) -> Message:
     found['tool_calls'] = [_call(call, where) for call in _list(calls, f'{where}: tool_calls')]
   if found['role'] == 'user' and not found['content'].strip():
     raise InputError(f'{where}: the user says nothing')
-  if found['role'] == 'assistant' and not found['content'].strip() and not calls:
+  if found['role'] == 'assistant' and not (found['content'].strip() or calls or empty):
     raise InputError(f'{where}: a turn of the assistant without text and tool calls')
   return found
 

@@ -56,7 +56,9 @@ def export_run(run: Any, directory: Any, *, dtype: str = 'float32', merge: bool 
   """
   model = as_model(run)
   if 'value' in model.params:
-    raise InputError(f'{run}: is a reward model, which has a head of its own: it stays a run')
+    if bases.newest(run).config.preference.stage == 'reward':
+      raise InputError(f'{run}: is a reward model, which has a head of its own: it stays a run')
+    model = model._replace(params={name: x for name, x in model.params.items() if name != 'value'})  # of PPO
   if lora.adapted(model.params) and not merge:
     config = bases.newest(run).config
     if config.lora.also:

@@ -76,7 +76,7 @@ def _scores(cfg: models.ModelConfig, params: Any, batch: Any) -> jax.Array:
 
 
 def _encode(model: RewardModel, talk: Conversation, number: int) -> turns.Encoded:
-  talk = conversations.checked(talk)
+  talk = conversations.checked(talk, empty=True)  # an answer may be empty, and is then worth little, not an error
   if talk.messages[-1]['role'] != 'assistant':
     raise InputError(f'conversation {number}: ends with a turn of the {talk.messages[-1]["role"]}')
   found = turns.encode(model.template, talk, model.tokenizer, 'last')
