@@ -22,7 +22,7 @@ class Part(NamedTuple):
 
   name: str
   traced: Any
-  times: float  # in an optimizer step, at most; 0: for comparison, no run has it
+  times: float  # in an optimizer step, of one round of answers; 0: for comparison, no run has it
   beside: int = 0  # bytes of a device that hold what is no argument of it
   rounds: int = 1  # of its loop, where that has no count
 

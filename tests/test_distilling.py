@@ -106,7 +106,8 @@ def test_parts_of_the_sequence_are_all_that_is_there():
 @pytest.mark.parametrize('loss', ['forward_kl', 'reverse_kl', 'jensen_shannon'])
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(loss):
   value, grad = both(objective(LLAMA, LLAMA, loss=loss), BATCH | {'teacher': STUDENT})
-  assert abs(float(value)) < 1e-6 and max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grad)) < 1e-6
+  # of both programs each sum may be taken in another order
+  assert abs(float(value)) < 1e-6 and max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grad)) < 3e-5
   value, grad = both(objective(LLAMA, LLAMA, loss=loss), BATCH | {'teacher': params_of(LLAMA, 5)})
   assert float(value) > 1e-2 and max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grad)) > 1e-3
 
