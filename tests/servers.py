@@ -18,7 +18,7 @@ def served(handler):
 
   @contextlib.contextmanager
   def running():
-    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
+    server = Patient(('127.0.0.1', 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
@@ -29,6 +29,10 @@ def served(handler):
       thread.join()
 
   return running()
+
+
+class Patient(http.server.ThreadingHTTPServer):
+  request_queue_size = 128  # of connections that wait: past the five of the library they are reset
 
 
 class Json(http.server.BaseHTTPRequestHandler):
