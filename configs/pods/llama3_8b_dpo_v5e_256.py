@@ -1,6 +1,8 @@
 """DPO of Llama 3.1 8B on a v5e-256: all weights learn, the reference reads every pair once before the first step; FSDP.
 
-jaxlm plan configs/pods/llama3_8b_dpo_v5e_256.py --topology v5e-256
+jaxlm plan configs/pods/llama3_8b_dpo_v5e_256.py --topology v5e-256 (libtpu 0.0.42.1): peak 1.73 of 15.75 GiB a
+chip in the step, 0.66 in the reference's pass; 7.7 GiB of collectives waited for and 38 beside work; at best 69 % MFU
+and 719,000 tokens/s. Compiled for, not run on.
 
   jaxlm preference configs/pods/llama3_8b_dpo_v5e_256.py --run gs://BUCKET/runs/dpo --init gs://BUCKET/runs/8b-sft \
     --data.path gs://BUCKET/preferences
