@@ -103,8 +103,9 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(loss):
   most = lambda grad: max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grad))
   value, grad = both(objective(LLAMA, LLAMA, loss=loss), BATCH | {'teacher': STUDENT})
   other, wanted = both(objective(LLAMA, LLAMA, loss=loss), BATCH | {'teacher': randomized(LLAMA, 7)})
-  assert float(other) > 1e-2 and abs(float(value)) < 1e-5 * float(other)
-  assert most(wanted) > 1e-3 and most(grad) < 1e-5 * most(wanted)
+  # not 0: of both programs each sum may be taken in another order
+  assert float(other) > 1e-3 and abs(float(value)) < 1e-4 * float(other)
+  assert most(wanted) > 1e-3 and most(grad) < 1e-4 * most(wanted)
 
 
 def test_the_teacher_gets_no_gradient():
