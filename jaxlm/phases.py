@@ -65,34 +65,45 @@ def _reference(config: Pretrain, params: Any) -> Any:
 def _rollout(
   config: Pretrain, built: program.Program, mesh: Mesh, compile_: Compile, reference: Any, compare: bool
 ) -> Held:
+  params, size = built.abstract.params, program.local_bytes
+  always = size(built.abstract) + size(reference)
+  held = Held(reference)
+  if not config.rl.engine:  # a server decodes elsewhere
+    held = Held(reference, *_decoded(config, built, mesh, compile_, always, compare))
+  if program.reads(config):
+    some = {name: built.batch[name] for name in episodic.READS}
+    traced = built.read.trace(params, some, reference or None)  # ty: ignore
+    compile_(Part('read', traced, 1 / config.rl.epochs, always - size(params) - size(reference)))
+  return held
+
+
+def _decoded(
+  config: Pretrain, built: program.Program, mesh: Mesh, compile_: Compile, always: int, compare: bool
+) -> tuple[Any, Any]:
+  """The programs that write answers beside what is `always` there; their weights, and their cache."""
   rl, params, size = config.rl, built.abstract.params, program.local_bytes
-  always, updates, count = size(built.abstract) + size(reference), program.updates(config), rl.prompts * rl.samples
+  updates, count = program.updates(config), rl.prompts * rl.samples
   ready = rollout.readied(config.model, built.run, mesh)
   compile_(Part('reshard', ready.trace(params), 1 / updates, always - size(params)))  # ty: ignore
   weights = _placed(jax.eval_shape(ready, params), rollout.layout(config.model, mesh, rollout.DECODE))
   decoding = Decoding(config, built, weights, min(rl.decode_rows, count))
   first = decoding.prefill(decoding.rows)
   compiled = compile_(Part('prefill', first, 1 / updates, always))
-  cache: Any = {}
-  if compiled is not None:
-    state = _placed(first.out_info, compiled.output_shardings)
-    cache, waiting = state.cache, count - decoding.rows
-    if waiting:
-      joining = rollout.replaced_at_once(decoding.rows)
-      traced, times = decoding.prefill(joining), -(-waiting // joining) / updates
-      compile_(Part('join', traced, times, always + size(state)))
-    steps = PIECE if waiting else rl.max_new_tokens
-    times = -(-count // decoding.rows) * rl.max_new_tokens / steps / updates
-    compile_(Part('decode', decoding.advance(weights, state, steps), times, always, steps))
-    if compare and mesh.size > 1:
-      other = _placed(weights, rollout.layout(config.model, mesh, sharding.RULES))
-      traced = decoding.advance(other, state, steps, sharding.RULES)
-      compile_(Part(COMPARED, traced, 0.0, always, steps))
-  if program.reads(config):
-    some = {name: built.batch[name] for name in episodic.READS}
-    traced = built.read.trace(params, some, reference or None)  # ty: ignore
-    compile_(Part('read', traced, 1 / rl.epochs, always - size(params) - size(reference)))
-  return Held(reference, weights, cache)
+  if compiled is None:
+    return weights, {}
+  state, waiting = _placed(first.out_info, compiled.output_shardings), count - decoding.rows
+  if waiting:
+    joining = rollout.replaced_at_once(decoding.rows)
+    traced, times = decoding.prefill(joining), -(-waiting // joining) / updates
+    compile_(Part('join', traced, times, always + size(state)))
+  steps = PIECE if waiting else rl.max_new_tokens
+  times = -(-count // decoding.rows) * rl.max_new_tokens / steps / updates
+  compile_(Part('decode', decoding.advance(weights, state, steps), times, always, steps))
+  if compare and mesh.size > 1:
+    other = _placed(weights, rollout.layout(config.model, mesh, sharding.RULES))
+    traced = decoding.advance(other, state, steps, sharding.RULES)
+    compile_(Part(COMPARED, traced, 0.0, always, steps))
+  return weights, state.cache
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,6 +58,7 @@ def planned(monkeypatch, config, **kwargs):
     (rl(algo='grpo', kl_coef=0.0), ['reshard', 'prefill', 'read']),
     (rl(algo='grpo', kl_coef=0.0, prompts=2), ['reshard', 'prefill']),  # one update: ratio 1, nothing is to be read
     (dataclasses.replace(RL, **ADAPTED), ['reshard', 'prefill', 'read']),
+    (rl(engine='http://host:1'), ['read']),  # a server writes
   ],
 )
 def test_which_programs_a_stage_has(config, names):

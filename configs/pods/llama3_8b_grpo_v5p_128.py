@@ -2,7 +2,8 @@
 
 jaxlm plan configs/pods/llama3_8b_grpo_v5p_128.py --topology v5p-128 (libtpu 0.0.42.1): peak 26.31 of 95.74 GiB a
 chip, while weights are laid out for decoding; 20.34 in decoding (weights 14.96, cache 2.00), 6.12 in the step. A token
-sends 4 bytes, with the layout of training 14 GiB. At best 1.13 s a step and 7.0 s a rollout. Compiled for, not run on.
+sends 4 bytes, with the layout of training 14 GiB. At best 1.13 s a step and 7.0 s to write a rollout.
+Compiled for, not run on.
 
   jaxlm rl configs/pods/llama3_8b_grpo_v5p_128.py --run gs://BUCKET/runs/grpo --init gs://BUCKET/runs/8b-sft \
     --data.path gs://BUCKET/math.jsonl

@@ -41,7 +41,7 @@ def readied(cfg: ModelConfig, run: Run, mesh: Mesh, rules: sharding.Rules = DECO
   """`fn(params)`: what training holds as decoding reads it, in one program, once for a whole phase.
 
   Adapters are folded in, a value head is left out, layers stand apart, and matrices are in the dtype of matmuls, laid
-  out by `rules`: of no weight is there a second copy on the way.
+  out by `rules`.
   """
 
   def fn(params: Any) -> Any:
