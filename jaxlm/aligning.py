@@ -21,7 +21,7 @@ from jaxlm.train.metrics import read_rows
 
 HELD_OUT = 160  # prompts that no stage after pre-training learns from
 NEW = 40  # tokens of an answer at most
-KL_TARGET = 0.3  # nats a token that PPO may be away from the model that it begins with
+KL_TARGET = 0.25  # nats a token that PPO may be away from the model that it begins with
 FOLDS = 2
 
 
