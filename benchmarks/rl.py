@@ -31,9 +31,10 @@ from jaxlm import config, interop, models, program, sharding
 from jaxlm.config import Lora, Optim, Pretrain, Rl
 from jaxlm.console import table
 from jaxlm.data import chat, tokenizer, turns
-from jaxlm.loops import bases, feeds, tuning
+from jaxlm.loops import answers, bases, feeds, tuning
 from jaxlm.models import ModelConfig
 from jaxlm.rl import rollout
+from jaxlm.train import metrics
 
 WHAT = 'grpo', 'grpo-lora', 'dpo', 'dpo-lora'
 RANK, ALPHA, KL = 16, 32.0, 0.04
@@ -138,23 +139,27 @@ def ours(folder: Path, args: argparse.Namespace) -> Iterator[dict[str, float]]:
     feed.attach(built, state, lambda line: None)
     spent: dict[str, float] = {'tokens': 0.0}
     if args.what[0].startswith('grpo'):
-      engine = rollout.engine(
-        settled.model, max_new_tokens=args.new, rows=args.decode_rows, run=built.run
-      )  # no stop ids
+      asker, ready = feed.asker, feed.asker._readied  # ty: ignore
+      engine = answers.engine(settled, built.run, mesh, (), answers.drawing(settled.rl))  # no stop ids
+
+      def laid_out(params: Any) -> Any:
+        clock, found = Clock(), jax.block_until_ready(ready(params))
+        spent.update(clock.told('rollout'))
+        return found
 
       def timed(*given: Any) -> rollout.Completions:
         clock, made = Clock(), engine(*given)
-        spent.update(clock.told('rollout'))
+        spent.update({name: spent[name] + time_ for name, time_ in clock.told('rollout').items()})
         spent['tokens'] = float(made.lengths_M.sum())
         return made
 
-      feed._engine = timed  # ty: ignore
-    after = feed.stream(state, settled.steps, lambda step, row: None)
+      asker._readied, asker._sampled = laid_out, timed
+    after = feed.stream(state, settled.steps, metrics.Unwritten())
     yield {}
     while True:
       clock = Clock()
-      state, metrics = built.step(state, after(state))
-      loss = float(metrics['loss'])
+      state, told = built.step(state, after(state))
+      loss = float(told['loss'])
       yield clock.told('step') | spent | {'loss': loss}
 
 
