@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 CHARACTERS = 160  # of a passage, about
 WORDS = (5, 14)  # of a line that is asked about
-SPOILT, SHARE, TRIES = 1, (0.2, 0.5), 16  # rejected answers of a line, the share of its tokens that is replaced
+SPOILT, SHARE, TRIES = 2, (0.2, 0.5), 16  # rejected answers of a line, the share of its tokens that is replaced
 BROKEN = '\ufffd'  # what a part of a character decodes to
 EACH = 240  # rows of a task and a kind of text, at most
 

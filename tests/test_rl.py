@@ -58,6 +58,7 @@ def test_every_algorithm_begins_at_ratio_one(home, algo):
     assert row['train/policy/ratio_max'] == pytest.approx(1, abs=1e-5)
   assert all(row['train/policy/sampler_gap_max'] < 2e-5 for row in trained)
   assert {'reward/mean', 'policy/kl', 'answers/length', 'answers/truncated'} <= rows_of(home, algo)[1].keys()
+  assert ('reward/equal_groups' in rows_of(home, algo)[1]) == ALGORITHMS[algo].grouped  # else a warning of nothing
   assert series(home, algo, 'policy/kl')[0] == pytest.approx(0, abs=1e-6)  # the policy is its reference at first
   assert ('value' in bases.read(bases.newest(home / algo))[1]) == ALGORITHMS[algo].valued
 

@@ -130,7 +130,8 @@ class Rollouts(Feed):
       rows = [self.rows[i] for i in self._orders[turn].row_ids(number) for _ in range(rl.samples)]
       answers = self.asker.answer(decoding, rows, jax.random.fold_in(_key(self.config.seed, number), turn))
       mixed_P = _mixed(answers, rl.samples)
-      told.append(self.asker.told(answers) | {'reward/equal_groups': float(1 - mixed_P.mean())})
+      alike = {'reward/equal_groups': float(1 - mixed_P.mean())} if how.grouped else {}
+      told.append(self.asker.told(answers) | alike)
       if how.overlong:
         answers = answers._replace(scores_M=answers.scores_M + self.asker.shaped(answers.made))
       # those that differ first: what is left over in the last round fills the batch, and is masked
