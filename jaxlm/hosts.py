@@ -142,13 +142,12 @@ def joined(step_timeout: float) -> Generator[None]:
     _end(_watch)
     raise
   except (InputError, OSError, KeyboardInterrupt) as error:
+    blame(error)
     _watch.fail(str(error) or 'interrupted')
     raise
   except BaseException as error:
-    lines = [*str(error).splitlines(), ''][0]
-    if type(error).__name__ == 'JaxRuntimeError' and not lines.startswith('RESOURCE_EXHAUSTED'):
-      _watch.suspect()
-    _watch.fail(f'{type(error).__name__}: {lines}')
+    blame(error)
+    _watch.fail(f'{type(error).__name__}: {[*str(error).splitlines(), ""][0]}')
     traceback.print_exc()
     leave(1)
   else:
@@ -222,6 +221,20 @@ def from_first(make: Callable[[], T], channel: str = 'main') -> T:
   if 'os' in told:
     raise OSError(*told['os'])
   return told['value']
+
+
+def blame(error: BaseException) -> None:
+  """Where `error` is of a broken connection between processes, waits; if another process is at fault, does not return.
+
+  Orbax makes a TimeoutError of it, which is an OSError as those of a disk are, but without their number.
+  """
+  chain: BaseException | None = error
+  while _watch and chain:
+    timed_out = isinstance(chain, TimeoutError) and chain.errno is None
+    if timed_out or (type(chain).__name__ == 'JaxRuntimeError' and not str(chain).startswith('RESOURCE_EXHAUSTED')):
+      _watch.suspect()
+      return
+    chain = chain.__cause__ or chain.__context__
 
 
 def broken(line: str) -> None:

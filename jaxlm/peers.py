@@ -20,6 +20,7 @@ CODE = 76  # the exit code of those that leave because of another; EX_PROTOCOL o
 BEAT = 1.0  # seconds between beats
 DEAD = 15.0  # without one for so long a process counts as dead,
 BROKEN = 8.0  # or for so long, where a connection to some process broke
+GRACE = 10.0  # seconds in which a process that fails has said why and is gone
 SLOW = 10  # times the step timeout: for what compiles, evaluates or saves
 FOLDER = 'jaxlm/beat/'
 
@@ -34,7 +35,7 @@ class Watch:
     self._client, self._address, self._timeout = client, address, step_timeout
     self._state, self._leaving, self._ended = threading.Condition(), threading.Lock(), threading.Event()
     self._asked: Callable[[], int] = lambda: 0
-    self._calls = 0
+    self._calls, self._failing = 0, False
     self._own: dict[str, Any] = {'host': socket.gethostname(), 'number': 0, 'asked': 0, 'calls': None, 'fault': ''}
     self._own |= {'broken': False, 'stop_at': 0}
     self._beats: dict[int, dict[str, Any]] = {}  # by rank, the newest of each
@@ -79,6 +80,7 @@ class Watch:
 
   def fail(self, line: str) -> None:
     """Tells the others why this process leaves; to be called before it does."""
+    self._failing = True
     self._ended.set()
     self._publish(f'rank {self.rank} ({self._own["host"]}) left: {line}')
 
@@ -201,7 +203,9 @@ class Watch:
     Its port may take connections for a while still (a process that is killed gives its sockets back one after the
     other), but only one that lives speaks there.
     """
-    if not self._ended.is_set() and not any(_speaks(self._address) for _ in range(3)):
+    if self._failing:
+      time.sleep(GRACE)  # it has its own line to say, and ends with its own code
+    elif not self._ended.is_set() and not any(_speaks(self._address) for _ in range(3)):
       last_line(f'{self._named([0])}, the coordinator, is gone; the same command goes on from the last save')
 
 

@@ -254,6 +254,53 @@ def test_an_abort_is_told_as_the_loss_of_process_0_where_that_one_is_gone_or_dyi
   assert ('jaxlm: rank 0, the coordinator, is gone' in done.stderr) == bool(code)
 
 
+FAILING = """
+import os, threading, time
+from jaxlm import peers
+watch = peers.Watch(None, 1, 2, 'localhost:9', 5.0)
+peers.on_abort(watch._aborted)
+threading.Timer(0.3, os.abort).start()
+watch.fail('its disk is full')
+time.sleep(1)
+os._exit(1)
+"""
+
+
+def test_a_process_that_fails_keeps_its_own_code_through_an_abort():
+  assert subprocess.run([sys.executable, '-c', FAILING], timeout=60).returncode == 1
+
+
+def barrier(said: str) -> TimeoutError:
+  """What Orbax makes of a barrier that could not be waited at."""
+  try:
+    try:
+      raise jax.errors.JaxRuntimeError(said)
+    except jax.errors.JaxRuntimeError as error:
+      raise TimeoutError('Timeout waiting at barrier') from error
+  except TimeoutError as error:
+    return error
+
+
+@pytest.mark.parametrize(
+  'error, between',
+  [
+    (barrier('UNAVAILABLE: Failed to send RPC'), True),
+    (TimeoutError('Timeout waiting at barrier'), True),
+    (TimeoutError(110, 'Connection timed out'), False),
+    (jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: out of memory'), False),
+    (jax.errors.JaxRuntimeError('UNKNOWN: Gloo all-reduce failed'), True),
+    (OSError(28, 'No space left on device'), False),
+  ],
+)
+def test_what_broke_between_processes_is_not_taken_for_a_fault_of_its_own(error, between, monkeypatch):
+  watch = peers.Watch(None, 1, 2, 'localhost:9', 5.0)
+  monkeypatch.setattr(hosts, '_watch', watch)
+  monkeypatch.setattr(peers, 'BROKEN', 0.0)
+  monkeypatch.setattr(peers, 'BEAT', 0.0)
+  hosts.blame(error)
+  assert watch._own['broken'] == between
+
+
 @pytest.mark.slow
 def test_what_a_wreck_had_saved_goes_on(home, wrecks):
   run = shutil.copytree(wrecks['rank 1 killed'][0], home / 'mended')

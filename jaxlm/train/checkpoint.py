@@ -161,6 +161,7 @@ class Checkpoints:
       try:
         _written(response, self.path(step))
       except OSError as error:
+        hosts.blame(error)
         hosts.broken(f'step {step} could not be saved: {error.strerror or error}')
         raise
       hosts.from_first(lambda: self._acknowledge(self.path(step), meta), 'saved')
@@ -178,6 +179,7 @@ class Checkpoints:
     try:
       yield
     except OSError as error:
+      hosts.blame(error)
       line = f'step {step} could not be saved: {error.strerror or error}'
       self.failed, self._failure = self.failed + 1, OSError(error.errno, line, str(self.directory))
       self._say(f'{self.directory}: {line}; older steps stay')
