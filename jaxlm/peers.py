@@ -46,7 +46,7 @@ class Watch:
 
   def begin(self) -> None:
     """Starts the threads."""
-    on_abort(self._aborted if self.rank else None)  # XLA aborts at once when process 0 is gone
+    on_abort(self._aborted)  # XLA aborts at once when process 0 is gone, and Gloo may where another is
     for act in (self._talk, self._judge):
       threading.Thread(target=act, daemon=True, name=f'peers{act.__name__}').start()
 
@@ -198,15 +198,17 @@ class Watch:
       _in_time(act, 3 * BEAT)
 
   def _aborted(self) -> None:
-    """Where the abort was for the loss of process 0, that is the last line; else it takes its course.
+    """Where the abort was for the loss of another process, that is the last line; else it takes its course.
 
-    Its port may take connections for a while still (a process that is killed gives its sockets back one after the
-    other), but only one that lives speaks there.
+    The port of process 0 may take connections for a while still (a process that is killed gives its sockets back one
+    after the other), but only one that lives speaks there.
     """
     if self._failing:
       time.sleep(GRACE)  # it has its own line to say, and ends with its own code
-    elif not self._ended.is_set() and not any(_speaks(self._address) for _ in range(3)):
-      last_line(f'{self._named([0])}, the coordinator, is gone; the same command goes on from the last save')
+    elif not self._ended.is_set():
+      if self.rank and not any(_speaks(self._address) for _ in range(3)):
+        last_line(f'{self._named([0])}, the coordinator, is gone; the same command goes on from the last save')
+      self.suspect()
 
 
 def _speaks(address: str) -> bool:

@@ -234,7 +234,9 @@ def test_when_a_peer_dies_or_hangs_the_other_leaves_and_names_it(wrecks, name):
 
 ABORTED = """
 import jax, socket, sys, threading
+from jaxlm import peers
 from jaxlm.peers import Watch
+peers.BROKEN = 0.0
 port = socket.create_server(('127.0.0.1', 0))
 address = '127.0.0.1:%d' % port.getsockname()[1]
 if sys.argv[1] == 'alive':
