@@ -252,6 +252,37 @@ def test_scripts_that_are_started_exist():
         assert (ROOT / call[1]).exists(), f'{block.where}: {call[1]}'
 
 
+def said():
+  """Every text of the package, what is filled in as '\\0', adjacent pieces joined."""
+  found = []
+  for path in sorted(ROOT.glob('jaxlm/**/*.py')):
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.JoinedStr):
+        found.append(''.join(part.value if isinstance(part, ast.Constant) else '\0' for part in node.values))
+      elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+        found.append(node.value)
+  return found
+
+
+def test_messages_that_are_quoted_are_said():
+  """Tables of what goes wrong: each line's parts between '...' stand in one text of the package."""
+  texts, count = said(), 0
+  for page, path in PAGES.items():
+    for message in re.findall(
+      r'^\| `([^`]+)` \| [^|]+ \|$', part_of(path.read_text(), 'What goes wrong'), re.MULTILINE
+    ):
+      parts = [part.strip(' :(),;') for part in message.split('...')]
+      parts = [part for part in parts if len(part) > 3]
+      assert parts and any(all(part in text for part in parts) for text in texts), f'{page}: {message}'
+      count += 1
+  assert count > 60
+
+
+def part_of(text, title):
+  """A section of a page; '' where it has none."""
+  return (re.findall(rf'^## {title}\n(.*?)(?=^## |\Z)', text, re.DOTALL | re.MULTILINE) or [''])[0]
+
+
 def test_configs_say_their_commands(parsed):
   """The first lines of every config."""
   found = 0
