@@ -22,6 +22,8 @@ ALL = [block for page in PAGES for block in blocks(page)]
 BASH = [block for block in ALL if block.language == 'bash']
 LANGUAGES = {'bash', 'python', 'yaml', 'json', 'toml', 'text', ''}
 OWN_TEST = {'docs/new-algorithm.md', 'docs/adding-a-model.md'}  # whose code is run by a test of its own
+# what was printed, what others published, what a cloud asks for
+OWN_FIGURES = {'docs/log.md', 'docs/quickstart.md', 'docs/comparison.md', 'docs/pods.md'}
 STAND_INS = ('my_config.py', 'MY_CONFIG.py')  # configs of the reader's
 OTHER_FLAGS = {
   '--num-nodes',
@@ -276,6 +278,15 @@ def test_messages_that_are_quoted_are_said():
       assert parts and any(all(part in text for part in parts) for text in texts), f'{page}: {message}'
       count += 1
   assert count > 60
+
+
+@pytest.mark.parametrize('page', [page for page in PAGES if page not in OWN_FIGURES])
+def test_figures_are_those_of_the_log(page):
+  """Decimals and grouped thousands of the text stand in the log too, or in what the quickstart printed."""
+  known = PAGES['docs/log.md'].read_text() + PAGES['docs/quickstart.md'].read_text()
+  text = re.sub(r'`[^`]*`|\]\([^)]*\)|[Pp]ython 3\.\d+|Llama [\d.]+|Qwen [\d.]+|arXiv:\S+', '', prose(page))
+  for figure in re.findall(r'(?<![\w.,])(?:\d[\d,]*\.\d+|\d{1,3}(?:,\d{3})+)(?![\w.])', text):
+    assert figure in known, f'{page}: {figure}'
 
 
 def part_of(text, title):
