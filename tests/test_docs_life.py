@@ -42,13 +42,12 @@ COLOURS = ('red', 'green', 'blue', 'gold', 'grey', 'pink')
 PAIRS = [(a, b) for a in COLOURS for b in COLOURS if a != b]
 
 
-def of(*titles):
-  """The commands under these headings of README."""
-  found, page = [], PAGES['README.md'].read_text()
-  for title in titles:
-    (text,) = re.findall(rf'^##+ {title}\n(.*?)(?=^##|\Z)', page, re.DOTALL | re.MULTILINE)
-    for script in re.findall(r'^```bash\n(.*?)^```', text, re.DOTALL | re.MULTILINE):
-      found += commands(script)
+def of(title, page='README.md'):
+  """The commands under a heading of a page."""
+  text, found = PAGES[page].read_text(), []
+  (part,) = re.findall(rf'^##+ {title}\n(.*?)(?=^##|\Z)', text, re.DOTALL | re.MULTILINE)
+  for script in re.findall(r'^```bash\n(.*?)^```', part, re.DOTALL | re.MULTILINE):
+    found += commands(script)
   assert found
   return found
 
@@ -56,6 +55,8 @@ def of(*titles):
 def done(command, **more):
   """Runs a command with its sizes made small, and says which one failed."""
   sizes = SMALLER.get(command[0], {}) | more
+  if '--init' in command:  # the base says what the model is
+    sizes = {flag: size for flag, size in sizes.items() if not flag.startswith('--model.')}
   kept, skip = [], False
   for word in command:
     if not skip and word not in sizes:
@@ -79,6 +80,7 @@ def home(tmp_path, monkeypatch):
   for i, document in enumerate(sources.documents((str(SAMPLE / 'play.jsonl'),))):
     (tmp_path / 'my_text' / f'{i}.txt').write_text(document.text[:2000])
   rows(tmp_path / 'pairs.jsonl', [{'question': f'Say {a}, {b}.', 'answer': f'{a} {b}'} for a, b in PAIRS])
+  rows(tmp_path / 'medical.jsonl', [{'text': f'{a} fever with {b} spots. ' * 20} for a, b in PAIRS])
   rows(tmp_path / 'dpo.jsonl', [{'prompt': f'Say {a}.', 'chosen': f'{a} {b}', 'rejected': b} for a, b in PAIRS])
   rows(tmp_path / 'prompts.jsonl', [{'prompt': f'Say {a}, {b}.', 'answer': a} for a, b in PAIRS])
   return tmp_path
@@ -91,6 +93,11 @@ def test_own_text(home, capsys):
   assert bases.newest('runs/answers').step == 4
   assert (home / 'runs/answers/report.html').exists()
   assert 'Once upon a time' in capsys.readouterr().out
+  for command in of('Another domain', 'docs/tuning.md'):
+    done(command)
+  shutil.copytree('runs/mine', 'runs/big')
+  done(of('A student and its teacher')[0])
+  assert [bases.newest(run).step for run in ('runs/medical', 'runs/small')] == [4, 4]
 
 
 @pytest.mark.slow
@@ -107,8 +114,8 @@ def test_a_model_of_others(home):
   done(first)
   for command in inspected:
     done(command)
-  for command in of('Tuning a model'):
-    if command[0] != 'import':
+  for command in of('Tuning a model') + of('Models of others'):
+    if command[0] != 'import' and command[1] != 'runs/smol':
       done(command)
   for command in of('Preferences and rewards'):
     done(command)
@@ -116,6 +123,12 @@ def test_a_model_of_others(home):
   done(sums)
   done(ppo)
   done(of('Which model answers better')[0], **{'--max-new-tokens': '4'})
-  for file in ('runs/tuned/answers.jsonl', 'out/config.json', 'runs/judge/rewards.json', 'runs/judge/report.html'):
+  for file in (
+    'runs/tuned/answers.jsonl',
+    'out/config.json',
+    'domain/config.json',
+    'runs/judge/rewards.json',
+    'runs/judge/report.html',
+  ):
     assert (home / file).exists(), file
   assert (home / 'runs/ppo/winrate.json').exists()
