@@ -74,7 +74,8 @@ class Rollouts(Feed):
         hosts.mark(f'rollout before batch {cursor}', slow=True)
         answers, self._told = self._roll(state, cursor // self.updates)
         writer.row(step, self._told)
-        if step == 1 or step % self.config.watch.sample_every == 0:
+        every = self.config.watch.sample_every
+        if every and (step == 1 or step % every == 0):
           _show(answers, step, writer)
       hosts.mark(f'batch {cursor}', slow=part == 0)
       return self._part(cursor // self.updates, part)
