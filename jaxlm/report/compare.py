@@ -10,6 +10,7 @@ from jaxlm.report import curves, lineage, markup, page, runs
 from jaxlm.report.runs import Run, series
 
 FILE = 'comparison.html'
+KINDS = (*curves.LEARNING, *curves.MACHINE)
 ENVIRONMENT = ('devices', 'mesh', 'dtype', 'jax')
 
 
@@ -57,53 +58,54 @@ def _heads(found: Sequence[Run], names: Sequence[str], out: epath.Path) -> str:
 
 def _ends(found: Sequence[Run], names: Sequence[str]) -> str:
   """The newest values side by side; the best of a line is bold where better has a direction."""
-  lines = [
-    ('steps', [run.rows[-1]['step'] for run in found], 0),
-    ('parameters', [run.facts.get('model', {}).get('parameters') for run in found], 0),
-  ]
-  for name in _shared(found, least=1):
-    kind = next(kind for kind in (*curves.LEARNING, *curves.MACHINE) if name in curves.found(kind, [name, kind.needs]))
-    if name not in ('train/lr',):
-      lines.append((name, [run.last(name) for run in found], kind.better))
-  lines += [('perf/device_gib', [run.last('perf/device_gib') for run in found], -1)]
+  lines = [('steps', [run.rows[-1]['step'] for run in found], 0)]
+  lines += [('parameters', [run.facts.get('model', {}).get('parameters') for run in found], 0)]
+  alike = len({run.stage.removesuffix(' (LoRA)') for run in found}) == 1  # losses of other stages say nothing here
+  for kind in KINDS:
+    better = kind.better if alike or kind in curves.MACHINE else 0
+    for name in _metrics(kind, found, 1) if kind.title != 'Learning rate' else ():
+      said, of = (f'{name}, median', _median) if kind in curves.MACHINE else (name, Run.last)
+      lines.append((said, [of(run, name) for run in found], better))
   body = ''.join(_end(*line) for line in lines if any(value is not None for value in line[1]))
   head = ''.join(f'<th class="n">{markup.chip(i)}{markup.escape(name)}</th>' for i, name in enumerate(names))
-  said = '<p class="faint">The newest value of each; bold: the best of the line, where one is better than another.</p>'
-  return f'{said}<div class="wide"><table class="ruled"><tr><th></th>{head}</tr>{body}</table></div>'
+  said = 'The newest value of each; bold: the best of a line in which runs can be compared.'
+  table = f'<div class="wide"><table class="ruled"><tr><th></th>{head}</tr>{body}</table></div>'
+  return f'<p class="faint">{said}</p>{table}'
+
+
+def _median(run: Run, name: str) -> float | None:
+  values = sorted(series(run.rows, name)[1])
+  return values[len(values) // 2] if values else None
 
 
 def _end(name: str, values: Sequence[float | None], better: int) -> str:
   there = [value for value in values if value is not None]
   best = max(there, key=lambda value: better * value) if better and len(there) > 1 else None
-  shown = lambda value: (
-    f'<b>{markup.number(value)}</b>' if value is not None and value == best else markup.number(value)
-  )
-  cells = ''.join(f'<td class="n">{shown(value)}</td>' for value in values)
+  plain = map(markup.number, values)
+  shown = (f'<b>{x}</b>' if value is not None and value == best else x for value, x in zip(values, plain, strict=True))
+  cells = ''.join(f'<td class="n">{one}</td>' for one in shown)
   return f'<tr><td>{markup.escape(name)}</td>{cells}</tr>'
 
 
-def _shared(found: Sequence[Run], least: int) -> list[str]:
-  """The metrics of pictures that so many runs have, in the order of the pictures."""
-  there = dict.fromkeys(name for run in found for name in run.names)
-  wanted = dict.fromkeys(
-    name for kind in (*curves.LEARNING, *curves.MACHINE) for name in curves.found(kind, there) if name in there
-  )
-  return [name for name in wanted if sum(bool(series(run.rows, name)[0]) for run in found) >= least]
+def _metrics(kind: curves.Kind, found: Sequence[Run], least: int) -> list[str]:
+  """Those of a kind that so many runs have values of."""
+  of_each = [[n for n in curves.found(kind, run.names) if run.last(n) is not None] for run in found]
+  names = dict.fromkeys(name for one in of_each for name in one)
+  return [name for name in names if sum(name in one for one in of_each) >= least]
 
 
 def _pictures(found: Sequence[Run], names: Sequence[str]) -> tuple[str, str]:
   """What two runs or more have, a colour a run, what is held out dashed; and which metrics only one has."""
-  drawn, shared = [], _shared(found, least=2)
-  for kind in (*curves.LEARNING, *curves.MACHINE):
-    mine = [name for name in curves.found(kind, [*shared, kind.needs]) if name in shared]
+  drawn, alone = [], []
+  for kind in KINDS:
     groups: dict[str, list[str]] = {}
-    for name in mine:
+    for name in (shared := _metrics(kind, found, 2)):
       groups.setdefault(name.removeprefix('train/').removeprefix('eval/'), []).append(name)
     for label, together in zip(curves.labels(list(groups)), groups.values(), strict=True):
       lines = [line for i, run in enumerate(found) for line in _lines(run, names[i], i, together)]
       title = f'{kind.title}: {label}' if label else kind.title
       drawn.append(curves.draw(curves.Picture(kind._replace(title=title), lines)))
-  alone = [name for name in _shared(found, least=1) if name not in shared]
+    alone += [name for name in _metrics(kind, found, 1) if name not in shared]
   said = f'<p class="faint">Of one run alone, on its own page: {markup.escape(", ".join(alone))}</p>' if alone else ''
   return ''.join(drawn), said
 
@@ -134,9 +136,8 @@ def _times(found: Sequence[Run], names: Sequence[str]) -> str:
 
 def _settings(found: Sequence[Run], names: Sequence[str]) -> str:
   """Every setting, and what it ran on, in which they are not all alike."""
-  flat = [
-    _flat(run.config) | {f'on {k}': run.facts.get('environment', {}).get(k) for k in ENVIRONMENT} for run in found
-  ]
+  on = lambda run: {f'on {name}': run.facts.get('environment', {}).get(name) for name in ENVIRONMENT}
+  flat = [_flat(run.config) | on(run) for run in found]
   settings = list(dict.fromkeys(name for one in flat for name in one))
   told = lambda value: '' if value is None else str(value)
   lines = [

@@ -107,7 +107,7 @@ def of_run(kinds: Iterable[Kind], run: runs.Run) -> list[Picture]:
       continue
     lines = [
       Line(label, *runs.series(run.rows, name), colour, name.startswith('eval/'))
-      for colour, (name, label) in enumerate(zip(names, labels(names), strict=True))
+      for colour, (name, label) in enumerate(zip(names, labels(names) if names[1:] else names, strict=True))
     ]
     levels = run.facts.get('held-out bits per byte', {}) if kind.title == 'Compression' else {}
     pictures.append(Picture(kind, lines, {k: v for k, v in levels.items() if k != 'this model'}))
@@ -119,14 +119,17 @@ def draw(picture: Picture, events: Mapping[str, Sequence[int]] | None = None) ->
   kind = picture.kind
   unit = f' <small>{markup.escape(kind.unit)}</small>' if kind.unit else ''
   key = ''.join(
-    f'<span>{markup.chip(line.colour, line.dotted)}{markup.escape(line.label)} <b>{markup.number(line.values[-1])}</b></span>'
+    _legend(markup.chip(line.colour, line.dotted) if len(picture.lines) > 1 else '', line.label, line.values[-1])
     for line in picture.lines
   )
   for i, (name, value) in enumerate(picture.levels.items()):
-    chip = markup.chip(len(picture.lines) + i, dashed=True)
-    key += f'<span>{chip}{markup.escape(name)} <b>{markup.number(value)}</b></span>'
+    key += _legend(markup.chip(len(picture.lines) + i, dashed=True), name, value)
   title = f'<figcaption>{markup.escape(kind.title)}{unit}</figcaption>'
   return f'<figure>{title}<div class="key">{key}</div>{_svg(picture, events or {})}</figure>'
+
+
+def _legend(chip: str, label: str, value: float) -> str:
+  return f'<span>{chip}{markup.escape(label)} <b>{markup.number(value)}</b></span>'
 
 
 def thinned(steps: Sequence[int], values: Sequence[float]) -> tuple[list[int], list[float]]:
@@ -150,19 +153,31 @@ def _colour(name: str) -> str:
 def _svg(picture: Picture, events: Mapping[str, Sequence[int]]) -> str:
   import matplotlib
   from matplotlib.figure import Figure
+  from matplotlib.ticker import LogLocator, MaxNLocator
 
   fg, faint, line = _colour('fg'), _colour('faint'), _colour('line')
-  style = {'xtick.color': faint, 'ytick.color': faint, 'axes.edgecolor': line, 'xtick.labelcolor': fg, 'font.size': 8}
+  style: Any = {
+    'xtick.color': faint,
+    'ytick.color': faint,
+    'axes.edgecolor': line,
+    'xtick.labelcolor': fg,
+    'font.size': 8,
+  }
   style |= {'ytick.labelcolor': fg, 'svg.hashsalt': 'jaxlm', 'axes.facecolor': 'none', 'axes.labelcolor': faint}
   with matplotlib.rc_context(style):
     figure = Figure(figsize=(5.2, 2.5), layout='constrained', facecolor='none')
     axes = figure.subplots()
     _plot(axes, picture)
     _mark(axes, events)
-    axes.set(xlabel='step', yscale='log' if _positive(picture) else 'linear')
+    axes.set_xlabel('step')
+    if _logarithmic(picture):
+      axes.set_yscale('log')
+      axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+      axes.yaxis.set_major_formatter('{x:g}')
+      axes.yaxis.set_minor_formatter('{x:g}')
     axes.spines[['top', 'right']].set_visible(False)
     axes.grid(axis='y', color=line, linewidth=0.5, alpha=0.6)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     out = io.StringIO()
     figure.savefig(out, format='svg', metadata=dict.fromkeys(('Date', 'Creator', 'Format', 'Type')))
   return _inline(out.getvalue(), f'{picture.kind.title} by step')
@@ -182,8 +197,12 @@ def _plot(axes: Any, picture: Picture) -> None:
     axes.set_ylim(top=min(axes.get_ylim()[1], 5))  # the first steps would flatten the rest
 
 
-def _positive(picture: Picture) -> bool:
-  return picture.kind.logarithmic and all(value > 0 for line in picture.lines for value in line.values)
+def _logarithmic(picture: Picture) -> bool:
+  """Whether the kind is, and these values span enough for it."""
+  if not picture.kind.logarithmic:
+    return False
+  least, most = (of(of(line.values) for line in picture.lines) for of in (min, max))
+  return least > 0 and most > 4 * least
 
 
 def _mark(axes: Any, events: Mapping[str, Sequence[int]]) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -28,14 +29,18 @@ class Node:
 Nodes = dict[str, Node]
 
 
+def _key(path: Any) -> str:
+  return str(path) if remote(path) else os.path.normpath(Path(path).absolute())
+
+
 def place(path: epath.Path, config: Mapping[str, Any], source: str) -> epath.Path | None:
   """The folder of a run that a config names, also where both were moved together; None if it is no run, or gone.
 
   `path` is where the folder of that config is now.
   """
   own, candidates = str(config.get('run') or ''), []
-  if not remote(path) and not remote(source) and own and os.path.isabs(own) == os.path.isabs(source):
-    candidates.append(os.path.normpath(os.path.join(os.path.abspath(path), os.path.relpath(source, own))))
+  if not remote(path) and not remote(source) and own and Path(own).is_absolute() == Path(source).is_absolute():
+    candidates.append(os.path.normpath(Path(path).absolute() / os.path.relpath(source, own)))
   if not source.startswith('hf://'):
     candidates.append(source)
   for one in map(epath.Path, candidates):
@@ -65,7 +70,7 @@ def family(paths: Iterable[Any], *, descendants: bool) -> Nodes:
 
 def _near(folders: Iterable[epath.Path]) -> Iterable[epath.Path]:
   found: dict[str, epath.Path] = {}
-  for folder in map(epath.Path, dict.fromkeys(os.path.abspath(f) for f in folders)):
+  for folder in map(epath.Path, dict.fromkeys(map(_key, folders))):
     for config in (*folder.parent.glob(NEAR[0]), *(one for pattern in NEAR for one in folder.glob(pattern))):
       if len(found) < MOST and 'checkpoints' not in config.parts:
         found.setdefault(str(config.parent), config.parent)
@@ -74,7 +79,7 @@ def _near(folders: Iterable[epath.Path]) -> Iterable[epath.Path]:
 
 def _add(nodes: Nodes, path: epath.Path) -> str:
   """The key of a run, which is put into `nodes` with all that it came from."""
-  key = str(path) if remote(path) else os.path.abspath(path)
+  key = _key(path)
   if key in nodes:
     return key
   config = runs.config(path)
@@ -138,4 +143,4 @@ def reference(target: epath.Path, page: epath.Path) -> str:
   """What a link says: relative on a disk, so that pages that are moved together still find each other."""
   if remote(target) or remote(page):
     return str(target)
-  return os.path.relpath(os.path.abspath(target), os.path.dirname(os.path.abspath(page))).replace(os.sep, '/')
+  return Path(os.path.relpath(_key(target), Path(_key(page)).parent)).as_posix()

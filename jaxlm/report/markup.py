@@ -4,15 +4,15 @@ import html
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-COLOURS = 8  # of curves, as --s0 to --s7
+COLOURS = 10  # of curves, as --s0 to --s9
 
 STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--fg:#1f2933;--soft:#f4f6f9;--line:#dde2e8;--faint:#616e7c;--link:#0b69a3;
 --alert:#c81e1e;--good:#1b7a43;--s0:#0072b2;--s1:#d55e00;--s2:#00916a;--s3:#b5488a;--s4:#c98a00;--s5:#3aa0de;
---s6:#5f3dc4;--s7:#7a5230}
+--s6:#5f3dc4;--s7:#7a5230;--s8:#7b8794;--s9:#8aa800}
 @media (prefers-color-scheme:dark){:root{--bg:#14181d;--fg:#e4e7eb;--soft:#1f252d;--line:#36404c;--faint:#9aa5b1;
 --link:#6cb8f0;--alert:#ff7b72;--good:#5fd38d;--s0:#4ea8de;--s1:#ff8c42;--s2:#2ec4a0;--s3:#ee8fc4;--s4:#f2c14e;
---s5:#a5d8ff;--s6:#a48bff;--s7:#c9a083}}
+--s5:#a5d8ff;--s6:#a48bff;--s7:#c9a083;--s8:#9aa5b1;--s9:#c0d838}}
 *{box-sizing:border-box}
 body{font:15px/1.5 system-ui,sans-serif;color:var(--fg);background:var(--bg);max-width:1100px;margin:1.6rem auto;
 padding:0 1rem}
@@ -31,6 +31,7 @@ svg{width:100%;height:auto;display:block}
 .key b{color:var(--fg);font-weight:500;font-variant-numeric:tabular-nums}
 .chip{display:inline-block;width:1.1em;border-top:3px solid;margin-right:.35em;vertical-align:middle}
 .chip.dashed{border-top-style:dotted}
+.spot{display:inline-block;width:.8em;height:.8em;border-radius:3px;margin-right:.35em;vertical-align:-.05em}
 .wide{overflow-x:auto} table{border-collapse:collapse;margin:.4rem 0}
 td,th{padding:.15rem 1.2rem .15rem 0;text-align:left;vertical-align:top} th{font-weight:600}
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums} .ruled td,.ruled th{border-top:1px solid var(--line)}
@@ -74,7 +75,8 @@ def number(value: float | None) -> str:
     return ''
   if float(value).is_integer():
     return f'{value:,.0f}'
-  return f'{value:,.0f}' if abs(value) >= 1e4 else f'{value:.3f}' if abs(value) >= 0.01 else f'{value:.2e}'
+  digits = next((f',.{n}f' for n, least in ((0, 1e3), (1, 1e2), (3, 1e-2)) if abs(value) >= least), '.2e')
+  return f'{value:{digits}}'
 
 
 def duration(seconds: float) -> str:
@@ -106,7 +108,8 @@ def grid(header: Sequence[str], rows: Iterable[Sequence[Any]], kind: str = 'rule
 
 def chip(colour: int, dashed: bool = False) -> str:
   """A piece of a curve, for its legend."""
-  return f'<span class="chip{" dashed" * dashed}" style="border-top-color:var(--s{colour % COLOURS})" aria-hidden="true"></span>'
+  look = f'class="chip{" dashed" * dashed}" style="border-top-color:var(--s{colour % COLOURS})"'
+  return f'<span {look} aria-hidden="true"></span>'
 
 
 def shares(values: Mapping[str, float], said: Mapping[str, str]) -> str:
@@ -118,6 +121,6 @@ def shares(values: Mapping[str, float], said: Mapping[str, str]) -> str:
   for i, (name, value) in enumerate(values.items()):
     colour = f'background:var(--s{i})' if i < COLOURS else f'background:var(--s{i % COLOURS});opacity:.55'
     bar.append(f'<i style="width:{100 * value / whole:.3f}%;{colour}" title="{escape(name)}"></i>')
-    spot = f'<span class="chip" style="border-top-width:.7em;{"opacity:.55;" * (i >= COLOURS)}border-top-color:var(--s{i % COLOURS})"></span>'
+    spot = f'<span class="spot" style="{colour}"></span>'
     key.append(f'<span>{spot}{escape(name)} <b>{value / whole:.1%}</b> {escape(said[name])}</span>')
   return f'<div class="bar">{"".join(bar)}</div><div class="key">{"".join(key)}</div>'

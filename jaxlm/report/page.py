@@ -78,7 +78,7 @@ def _figures(run: Run) -> str:
     'parameters': f'{parameters / 1e6:.2f} M' if parameters else '',
     **{label: markup.number(run.last(name)) for label, name in FIGURES},
     'tokens a second (median)': f'{speeds[len(speeds) // 2]:,.0f}' if speeds else '',
-    'hours, minutes, seconds': markup.duration(runs.clock(run)) if runs.clock(run) else '',
+    'time at work': markup.duration(runs.clock(run)) if runs.clock(run) else '',
   }
   boxes = (f'<div>{markup.escape(k)}<b>{v}</b></div>' for k, v in shown.items() if v)
   return f'<div class="figures">{"".join(boxes)}</div>'

@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -70,7 +71,7 @@ def config(path: epath.Path) -> dict[str, Any]:
 
 def called(paths: Sequence[Any]) -> list[str]:
   """Short names of folders: as many of the last parts as tell them apart, and more than a bare number."""
-  parts = [(str(path) if remote(path) else os.path.abspath(path)).strip('/').split('/') for path in paths]
+  parts = [(str(path) if remote(path) else os.fspath(Path(path).absolute())).strip('/').split('/') for path in paths]
   names = []
   for one in parts:
     least = next((n for n in range(1, len(one)) if not one[-n].isdecimal() and one[-n] != 'folds'), len(one))
@@ -122,7 +123,10 @@ def events(run: Run) -> dict[str, list[int]]:
 
 
 def spent(run: Run) -> dict[str, float]:
-  """Seconds by what they went into, {} where rows say no times; what is left of the clock's is 'start and else'."""
+  """Seconds by what they went into, {} where rows say no times; what is left of the clock's comes last.
+
+  Runs that wrote no timeline do not tell what evaluations, samples and saves took.
+  """
   timed = [row for row in run.rows if row.get('perf/step_s') is not None]
   if not timed:
     return {}
@@ -139,7 +143,9 @@ def spent(run: Run) -> dict[str, float]:
   found = {'steps': sum(steps) - waits, **parts, 'waiting for data': max(0.0, waits - answers)}
   for what, name in (('evaluation', 'evaluations'), ('samples', 'samples'), ('save', 'saves')):
     found[name] = sum(row.get('seconds') or 0.0 for row in run.happened if row.get('what') == what)
-  found['start and else'] = max(0.0, clock(run) - sum(found.values()))
+  found['start and else' if run.happened else 'else, saves and evaluations among it'] = max(
+    0.0, clock(run) - sum(found.values())
+  )
   return {name: seconds for name, seconds in found.items() if seconds > 0}
 
 
