@@ -161,6 +161,8 @@ class Watch:
   patience: int = 0  # evaluations in a row without a better held-out loss after which the run ends; 0: none
   spike: float = 0.0  # go back to the last save where the loss exceeds that many times its recent median; 0: never
   most_rewinds: int = 5  # and give up after so many
+  # what is given every row beside metrics.jsonl; trackio and wandb are extras of their names
+  tracker: Literal['none', 'tensorboard', 'trackio', 'wandb'] = 'tensorboard'
   step_timeout: float = 120.0  # several processes: seconds that one may stay behind the others; 0: for ever
 
   def __post_init__(self):

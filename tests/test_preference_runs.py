@@ -117,7 +117,7 @@ def test_a_run_goes_on_bitwise_in_the_middle_of_an_epoch(home, full):
   assert rows_and_samples(home / 'parts') == rows_and_samples(full)
   for a, b in zip(*(jax.tree.leaves(saved_state(home / name, 6)) for name in ('full', 'parts')), strict=True):
     np.testing.assert_array_equal(a, b)
-  config, rows = bases.newest(full).config, evaluated(home, 'full', 'data//epochs')
+  config, rows = bases.newest(full).config, evaluated(home, 'full', 'data/epochs')
   stream = next(pairing.leaves(pairing.rows(config, prepared.load(full / 'data'), held_out=False)))
   assert rows[3] == pytest.approx(4 * 5 / len(stream)) and rows[3] % 1  # step 4 is in the middle of an epoch
 

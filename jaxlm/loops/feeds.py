@@ -70,6 +70,10 @@ class Feed(Protocol):
     """What the report says of the data."""
     ...
 
+  def composition(self) -> dict[str, int]:
+    """Tokens to train on by their kind, or by the source that is mixed."""
+    return {}
+
 
 class Prepared(Feed):
   """Rows of prepared folders, text or preferences, made ahead in the background."""
@@ -137,6 +141,14 @@ class Prepared(Feed):
   def facts(self) -> dict[str, Any]:
     summaries = [one.summary for one in self.corpus.folders.values()]
     return {s: sum(summary.splits[s].tokens for summary in summaries) for s in ('train', 'validation')}
+
+  def composition(self) -> dict[str, int]:
+    first, names = next(iter(self.corpus.folders.values())), self.names
+    kinds = {kind: count.tokens for kind, count in first.summary.kinds('train').items() if count.tokens}
+    if not any(names):
+      return kinds
+    others = {name: one.summary.splits['train'].tokens for name, one in self.corpus.folders.items()}
+    return {name: others.get(name, kinds.get(name, 0)) for name in names}
 
 
 def open_feed(config: Pretrain) -> tuple[Pretrain, Feed]:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import platform
+import time
 from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from jaxlm.loops import bases, feeds, rewind, train, writing
 from jaxlm.loops.feeds import Feed, Writer
 from jaxlm.loops.trace import Trace
 from jaxlm.program import Program
-from jaxlm.train import lock, metrics
+from jaxlm.train import lock, metrics, trackers
 from jaxlm.train.checkpoint import Checkpoints
 
 Say = Callable[[str], None]
@@ -51,6 +52,7 @@ def pretrain(
   Once `stop()` is true the step that is running is saved and Stopped raised. Raises InputError when data, config and
   what the folder already holds do not belong together, or when another process writes to it.
   """
+  trackers.check(config.watch.tracker)
   config, feed = feeds.open_feed(config)
   mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
   run, watch = epath.Path(config.run), config.watch
@@ -98,7 +100,7 @@ def _train(wired: Wired, state: Any, mesh: Any, on_step: OnStep, stop: Any) -> A
   """From `state` to the end of the run, or to the SIGTERM or the spike that ends it before."""
   config, checkpoints = wired.config, wired.checkpoints
   profile = Trace(config.run, config.profiled if hosts.first() else None)
-  writer = metrics.Writer(config.run, int(state.step), wired.say) if hosts.first() else metrics.Unwritten()
+  writer = _writer(wired, int(state.step))
   try:
     patience = Patience(config.watch.patience, **_past(checkpoints, int(state.step)))
     hooks = _hooks(wired, writer, patience)
@@ -124,6 +126,14 @@ def _train(wired: Wired, state: Any, mesh: Any, on_step: OnStep, stop: Any) -> A
   finally:
     profile.close()
     writer.close()
+
+
+def _writer(wired: Wired, step: int) -> Writer:
+  if not hosts.first():
+    return metrics.Unwritten()
+  config = wired.config
+  told = json.loads(configs.to_json(config))
+  return metrics.Writer(config.run, step, wired.say, tracker=config.watch.tracker, config=told)
 
 
 @dataclasses.dataclass
@@ -255,6 +265,8 @@ def _describe(wired: Wired, mesh: Any) -> None:
       'system': platform.platform(),
     },
   }
+  if kinds := wired.feed.composition():
+    facts[metrics.COMPOSITION] = kinds
   add_facts(run, facts | ({'lineage': {'first weights': config.init}} if config.init else {}))
 
 
@@ -299,19 +311,21 @@ def _hooks(wired: Wired, writer: Writer, patience: Patience) -> tuple:
       wired.checkpoints.save(step, kept, meta | score, first=writer.flush)  # it stands on rows that are down
       saved['step'] = step
 
-  hooks = [(watch.eval_every, _marked('evaluation', evaluate))] if wired.feed.watches else []
+  hooks = [(watch.eval_every, _marked('evaluation', evaluate, writer))] if wired.feed.watches else []
   if watch.prompts:
     _check_room(config, tokenizer)
-    hooks.append((watch.sample_every, _marked('samples', show)))
-  return (*hooks, (watch.save_every, _marked('save', save)))
+    hooks.append((watch.sample_every, _marked('samples', show, writer)))
+  return (*hooks, (watch.save_every, _marked('save', save, writer)))
 
 
-def _marked(name: str, act: Callable[[int, Any], None]) -> Callable[[int, Any], None]:
-  """A hook that says to the other processes where it begins and ends."""
+def _marked(name: str, act: Callable[[int, Any], None], writer: Writer) -> Callable[[int, Any], None]:
+  """A hook that says to the other processes where it begins and ends, and to the timeline how long it took."""
 
   def hook(step: int, state: Any) -> None:
     hosts.mark(f'{name} at step {step}', slow=True)
+    began = time.perf_counter()
     act(step, state)
+    writer.happened(step, name, time.perf_counter() - began)
     hosts.mark(f'after {name} at step {step}')
 
   return hook
@@ -341,7 +355,7 @@ def _logger(wired: Wired, mesh: Any, writer: Writer, on_step: OnStep, offset: in
     epochs = feed.epochs(step + offset)
     row |= (
       {f'data/{name}/epochs': n for name, n in zip(feed.names, epochs, strict=True)}
-      if feed.names
+      if any(feed.names)
       else {'data/epochs': epochs[0]}
     )
     if config.data.batch_warmup:
@@ -351,6 +365,7 @@ def _logger(wired: Wired, mesh: Any, writer: Writer, on_step: OnStep, offset: in
     if wired.rewinds.entries:
       row['train/rewinds'] = len(wired.rewinds.entries)
     row |= {'perf/tokens_per_s': tokens / seconds, 'perf/data_wait': wait / seconds, 'perf/step_s': seconds}
+    row |= metrics.memory()
     if peak:
       row['perf/mfu'] = tokens * flops / seconds / peak
     writer.row(step, row)

@@ -12,9 +12,9 @@ from jaxlm.files import read_json
 from jaxlm.report import curves, lineage, markup, runs
 from jaxlm.report.runs import Rows, Run, series
 from jaxlm.rl import collapse
+from jaxlm.train.metrics import COMPOSITION
 
 FILE = 'report.html'
-COMPOSITION = 'training tokens by kind'  # a section of the facts
 SHOWN = 6  # samples of a prompt, and prompts
 
 # (what it is called, its metric): the first of each that are there

@@ -1,23 +1,23 @@
-"""What a run writes down: metrics.jsonl is the truth, TensorBoard and the progress line are views of it."""
+"""What a run writes down: metrics.jsonl is the truth, trackers and the progress line are views of it."""
 
 import json
 import math
-import socket
-import struct
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from etils import epath
-from tensorboardX import summary
-from tensorboardX.proto import event_pb2, summary_pb2
-from tensorboardX.record_writer import masked_crc32c
 
 from jaxlm.errors import InputError
 from jaxlm.files import Appended, write_whole
 from jaxlm.models import ModelConfig
+from jaxlm.train import trackers
+
+COMPOSITION = 'training tokens by kind'  # a section of a run's facts
 
 # Peak dense bfloat16 FLOP/s of a device, by the start of its `device_kind` (vendors' data sheets).
 PEAK_FLOPS = {
@@ -74,47 +74,64 @@ def matmul_rate(size: int = 1024, tries: int = 5) -> float:
   return 2.0 * size**3 / min(times)
 
 
-_events: Any = event_pb2  # generated modules: no type checker sees what is in them
-_summaries: Any = summary_pb2
+def memory() -> dict[str, float]:
+  """GiB: the most that one of this process's devices held so far, where they tell, and what the process holds now."""
+  peaks = [(one.memory_stats() or {}).get('peak_bytes_in_use', 0) for one in jax.local_devices()]
+  found = {'perf/device_gib': max(peaks) / 2**30} if max(peaks, default=0) else {}
+  pages = Path('/proc/self/statm')  # of Linux alone
+  if pages.exists():
+    found['perf/host_gib'] = int(pages.read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 2**30
+  return found
 
 
 class Writer:
-  """Appends rows to `metrics.jsonl` and scalars to TensorBoard's event file in the run's folder.
+  """Appends rows to `metrics.jsonl` in the run's folder, and gives them to its tracker.
 
   Opening it at a step cuts the rows after that step, so that a restored run continues as if it had never stopped.
+  `timeline.jsonl` says what happened when, and how long it took, and is never cut: lost work took its time too.
   What cannot be written, `say` is told; nothing here ends a run but `flush`.
   """
 
-  def __init__(self, run: Any, step: int = 0, say: Callable[[str], None] = lambda line: None):
+  def __init__(
+    self,
+    run: Any,
+    step: int = 0,
+    say: Callable[[str], None] = lambda line: None,
+    *,
+    tracker: trackers.Kind = 'tensorboard',
+    config: Mapping[str, Any] = {},
+  ):
     run = epath.Path(run)
     run.mkdir(parents=True, exist_ok=True)
     self._rows, self._samples = (_continued(run / name, step or -1, say) for name in ('metrics.jsonl', 'samples.jsonl'))
-    events = run / f'events.out.tfevents.{time.time():.6f}.{socket.gethostname()}'
-    self._board = Appended(events, say)
-    self._board.add(_event(file_version='brain.Event:2'))
-    if step:  # hides what an interrupted run showed after it
-      self._board.add(_event(step=step + 1, session_log=_events.SessionLog(status=_events.SessionLog.START)))
+    self._timeline = _continued(run / 'timeline.jsonl', math.inf, say)
+    self._tracker = trackers.open_tracker(tracker, run, step, say, config)
+    self.happened(step, 'start')
 
   def row(self, step: int, values: dict[str, float]) -> None:
     """One line of metrics; a value that is not finite is written as null."""
     clean = {k: float(v) if math.isfinite(v) else None for k, v in values.items()}
     self._rows.add(_line({'step': step, 'time': round(time.time(), 3), **clean}))
-    scalars = [summary.scalar(name, value).value[0] for name, value in clean.items() if value is not None]
-    self._board.add(_event(step=step, summary=_summaries.Summary(value=scalars)))
+    self._tracker.row(step, {name: value for name, value in clean.items() if value is not None})
 
   def sample(self, step: int, prompt: str, text: str, **scores: float) -> None:
     """One generated text, and what it is worth by name."""
     self._samples.add(_line({'step': step, 'prompt': prompt, 'text': text, **scores}))
-    self._board.add(_event(step=step, summary=summary.text('sample', f'**{prompt}** {text}')))
+    self._tracker.sample(step, prompt, text)
+
+  def happened(self, step: int, what: str, seconds: float = 0.0) -> None:
+    """A start, an evaluation, samples or a save, which ended now and took so long."""
+    line = {'step': step, 'time': round(time.time(), 3), 'what': what, 'seconds': round(seconds, 3)}
+    self._timeline.add(_line(line))
 
   def flush(self) -> None:
     """Returns once all rows are on disk, or in the store. Raises OSError if they cannot be."""
-    for file in (self._rows, self._samples, self._board):
+    for file in (self._rows, self._samples, self._timeline, self._tracker):
       file.flush()
 
   def close(self) -> None:
     """Closes the files."""
-    for file in (self._rows, self._samples, self._board):
+    for file in (self._rows, self._samples, self._timeline, self._tracker):
       file.close()
 
 
@@ -127,6 +144,9 @@ class Unwritten:
   def sample(self, step: int, prompt: str, text: str, **scores: float) -> None:
     """Nothing."""
 
+  def happened(self, step: int, what: str, seconds: float = 0.0) -> None:
+    """Nothing."""
+
   def flush(self) -> None:
     """Nothing."""
 
@@ -134,7 +154,7 @@ class Unwritten:
     """Nothing."""
 
 
-def _continued(path: epath.Path, step: int, say: Callable[[str], None]) -> Appended:
+def _continued(path: epath.Path, step: float, say: Callable[[str], None]) -> Appended:
   """The file with its rows up to that step, to be appended to."""
   kept = b''.join(_line(row) for row in read_rows(path) if row['step'] <= step)
   write_whole(path, kept.decode())
@@ -143,17 +163,6 @@ def _continued(path: epath.Path, step: int, say: Callable[[str], None]) -> Appen
 
 def _line(row: dict[str, Any]) -> bytes:
   return json.dumps(row, ensure_ascii=False).encode() + b'\n'
-
-
-def _event(**fields: Any) -> bytes:
-  """One record of an event file: its length, the event, and a checksum of each."""
-  data = _events.Event(wall_time=time.time(), **fields).SerializeToString()
-  length = struct.pack('<Q', len(data))
-  return b''.join((length, _checksum(length), data, _checksum(data)))
-
-
-def _checksum(data: bytes) -> bytes:
-  return struct.pack('<I', masked_crc32c(data))
 
 
 def read_rows(path: Any) -> list[dict[str, Any]]:
