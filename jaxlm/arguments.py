@@ -227,9 +227,14 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """Write a run's report.html."""
+  """Write the report.html of each run; of several, also a page that compares them."""
 
-  run: Positional[str]
+  runs: Positional[tuple[str, ...]]
+  out: str = 'comparison.html'  # the page that compares
+
+  def __post_init__(self):
+    if not self.runs:
+      raise InputError('jaxlm report RUN...: names no run')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,7 +38,7 @@ usage: jaxlm VERB ...          `jaxlm VERB --help` explains a verb
   import       make a run of a model that others trained: a Hugging Face folder, hf://ORG/NAME or a GGUF file
   export       write a run's weights as a folder that transformers opens
   plan         what a step costs on a pod that is not here: memory, communication, speed at best
-  report       write a run's report.html
+  report       a run as an HTML page, or several beside each other
   verify       check every file of a run's checkpoints, or of prepared data, against its digest
 """
 
@@ -353,7 +353,10 @@ def _report(args: Sequence[str]) -> None:
   options = arguments.parse(arguments.Report, args, 'report')
   from jaxlm import report
 
-  print(report.write(options.run))
+  if options.runs[1:]:
+    print(report.compare(options.runs, options.out))
+  else:
+    print(report.write(options.runs[0]))
 
 
 def _verify(args: Sequence[str]) -> None:

@@ -175,9 +175,11 @@ def _svg(picture: Picture, events: Mapping[str, Sequence[int]]) -> str:
       axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
       axes.yaxis.set_major_formatter('{x:g}')
       axes.yaxis.set_minor_formatter('{x:g}')
+    if picture.kind in MACHINE:
+      axes.set_ylim(bottom=0)
     axes.spines[['top', 'right']].set_visible(False)
     axes.grid(axis='y', color=line, linewidth=0.5, alpha=0.6)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 2.5, 5, 10)))
     out = io.StringIO()
     figure.savefig(out, format='svg', metadata=dict.fromkeys(('Date', 'Creator', 'Format', 'Type')))
   return _inline(out.getvalue(), f'{picture.kind.title} by step')
