@@ -65,7 +65,8 @@ def open_tracker(kind: Kind, run: epath.Path, step: int, say: Say, config: Mappi
   if kind == 'tensorboard':
     return Board(run, step, say)
   try:
-    return Told(_began(kind, run, config), kind, say)
+    package = importlib.import_module(kind)
+    return Told(_began(package, run, config), package.finish, kind, say)
   except Exception as error:  # whatever a tracker raises: no key, no disk, no server
     say(f'{kind}: {type(error).__name__}: {error}; the run goes on without it, metrics.jsonl has all')
     return Tracker()
@@ -97,8 +98,8 @@ class Board(Tracker):
 class Told(Tracker):
   """A run of trackio or wandb, which log alike; the first failure is told, and ends no training."""
 
-  def __init__(self, run: Any, kind: str, say: Say):
-    self._run, self._kind, self._say, self._failed = run, kind, say, False
+  def __init__(self, run: Any, finish: Callable[[], Any], kind: str, say: Say):
+    self._run, self._finish, self._kind, self._say, self._failed = run, finish, kind, say, False
 
   def row(self, step: int, values: Values) -> None:
     if self._kind == 'wandb':  # it drops what has a step that it has seen, as after a resume
@@ -107,7 +108,7 @@ class Told(Tracker):
       self._try(lambda: self._run.log(dict(values), step=step))
 
   def close(self) -> None:
-    self._try(self._run.finish)
+    self._try(self._finish)
 
   def _try(self, act: Callable[[], Any]) -> None:
     try:
@@ -118,13 +119,12 @@ class Told(Tracker):
       self._failed = True
 
 
-def _began(kind: Kind, run: epath.Path, config: Mapping[str, Any]) -> Any:
+def _began(package: Any, run: epath.Path, config: Mapping[str, Any]) -> Any:
   """A run of the tracker, the same one whenever the folder's run goes on."""
-  name = _name(run)
-  project = os.environ.get('WANDB_PROJECT') or PROJECT if kind == 'wandb' else PROJECT
-  what = {'project': project, 'name': name, 'config': dict(config), 'resume': 'allow'}
-  package = importlib.import_module(kind)
-  if kind == 'trackio':
+  name, wandb = _name(run), package.__name__ == 'wandb'
+  project = os.environ.get('WANDB_PROJECT') if wandb else None
+  what = {'project': project or PROJECT, 'name': name, 'config': dict(config), 'resume': 'allow'}
+  if not wandb:
     return package.init(**what, embed=False)
   began = package.init(**what, id=name, dir=None if '://' in str(run) else os.fspath(run))
   began.define_metric('*', step_metric='step')
