@@ -1,5 +1,6 @@
 """What a run left in its folder, read once: rows, samples, facts, configuration, and what happened when."""
 
+import bisect
 import itertools
 import json
 import os
@@ -157,8 +158,10 @@ def clock(run: Run) -> float:
     return 0.0
   if not starts:
     return times[-1] - times[0] + (run.rows[0].get('perf/step_s') or 0.0)
-  ends = [max(t for t in times if t < after) for after in starts[1:]] + [times[-1]]
-  return sum(end - start for start, end in zip(starts, ends, strict=True))
+  if times[0] < starts[0]:  # of a run that began before there was a timeline
+    starts.insert(0, times[0])
+  ends = [times[max(0, bisect.bisect_left(times, after) - 1)] for after in starts[1:]] + [times[-1]]
+  return sum(max(0.0, end - start) for start, end in zip(starts, ends, strict=True))
 
 
 def differences(old: Any, new: Any, prefix: str = '') -> list[tuple[str, Any, Any]]:
