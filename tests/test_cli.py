@@ -153,6 +153,24 @@ def test_the_verbs_in_a_row(trained, capsys):
   assert '<script' not in page
 
 
+def test_a_run_says_what_happened_what_it_held_and_what_it_read(trained, capsys, tmp_path):
+  timeline = [json.loads(line) for line in (trained / 'timeline.jsonl').read_text().splitlines()]
+  assert [(one['what'], one['step']) for one in timeline] == [
+    ('start', 0), ('evaluation', 3), ('samples', 3), ('save', 3),
+  ]  # fmt: skip
+  assert all(one['seconds'] > 0 for one in timeline[1:]) and timeline == sorted(timeline, key=lambda one: one['time'])
+  rows = [json.loads(line) for line in (trained / 'metrics.jsonl').read_text().splitlines()]
+  assert 0.05 < rows[0]['perf/host_gib'] < 100 and rows[0]['data/epochs'] > 0  # what JAX alone takes, and no more
+  facts = json.loads((trained / 'facts.json').read_text())
+  kinds = facts['training tokens by kind']
+  assert len(kinds) == 2 and sum(kinds.values()) == facts['data']['train'] and all(kinds.values())
+  again = tmp_path / 'again'
+  shutil.copytree(trained, again)
+  code, out, _ = run(capsys, 'report', str(trained), str(again), '--out', str(tmp_path / 'both.html'))
+  assert code == 0 and out.strip() == str(tmp_path / 'both.html')
+  assert '<h1>2 runs</h1>' in (tmp_path / 'both.html').read_text()
+
+
 def test_bad_text(capsys, tmp_path, prepared):
   tokenizer = ['--tokenizer', str(prepared / 'tokenizer.json'), '--out', str(tmp_path / 'out')]
   empty = tmp_path / 'empty.txt'

@@ -17,7 +17,7 @@ from jaxlm.data import tokenizer as tok
 from jaxlm.data.mixture import Mixture, interleave, parse, parse_phase
 from jaxlm.data.prepare import prepare
 from jaxlm.errors import InputError
-from jaxlm.loops import corpus
+from jaxlm.loops import corpus, feeds
 from jaxlm.masked import Sum
 
 
@@ -133,6 +133,8 @@ def test_weights_that_data_was_prepared_with_are_what_training_draws(home):
   stream = corpus.training(opened, config)
   assert stream.names == ['sea', 'land']
   assert stream.batches.mixture.drawn(40).tolist() == [30, 10]
+  tokens = {kind: count.tokens for kind, count in opened.folders[str(home / 'both')].summary.kinds('train').items()}
+  assert feeds.Prepared(config, opened).composition() == tokens and len(tokens) == 2
   text = lambda batch: opened.tokenizer.decode(batch['tokens'].reshape(-1).tolist())
   assert 'sea' in text(stream.batches(0)) and 'land' in text(stream.batches(0))
 
@@ -149,6 +151,9 @@ def test_phases_and_further_folders(home):
   text = opened.tokenizer.decode(stream.batches(9)['tokens'].reshape(-1).tolist())
   assert 'sky' in text and 'sea' not in text
   assert opened.contents.count(' ') == 1
+  sky = opened.folders[f'{home}/more'].summary.splits['train'].tokens
+  found = feeds.Prepared(config, opened).composition()
+  assert list(found) == stream.names and found[f'{home}/more'] == sky and found['sea'] != sky
 
 
 @pytest.mark.parametrize(
