@@ -177,7 +177,7 @@ def test_lineage_of_runs_that_were_moved(life):
   assert 'href="../report.html"' in source and 'href="../sft/report.html"' in source
   assert '<td>rl.algo</td><td></td><td>ppo</td>' in source and '<td>steps</td><td class="n">' not in source
   assert '<td>steps</td><td>77</td><td>1000</td>' in source
-  assert 'seed' not in text[: text.index('Configuration')]  # alike in both
+  assert '3 settings are not those of its parent, sft' in text and 'seed' not in text[: text.index('Configuration')]
   assert (life / 'base/ppo/chapter.md').read_text() == '| stays |'
 
 
@@ -186,7 +186,7 @@ def test_a_link_is_to_what_is_there(life):
   assert '<a ' not in source and 'base' in text
   (life / 'base' / 'config.json').unlink()
   text = read(report.write(life / 'base/sft'))[1]
-  assert 'runs/base a model of others, or a run that is not there' in text and 'Set otherwise' not in text
+  assert 'runs/base a model of others, or a run that is not there' in text and 'its parent' not in text
 
 
 def test_the_run_beside_it_is_meant_and_not_one_of_that_name_here(life, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from jaxlm.train.metrics import COMPOSITION
 
 FILE = 'report.html'
 SHOWN = 6  # samples of a prompt, and prompts
+FEW = 8  # settings that are not folded away
 
 # (what it is called, its metric): the first of each that are there
 FIGURES = (
@@ -78,7 +79,9 @@ def _figures(run: Run) -> str:
     'parameters': f'{parameters / 1e6:.2f} M' if parameters else '',
     **{label: markup.number(run.last(name)) for label, name in FIGURES},
     'tokens a second (median)': f'{speeds[len(speeds) // 2]:,.0f}' if speeds else '',
-    'time at work': markup.duration(runs.clock(run)) if runs.clock(run) else '',
+    'time at work' if run.happened else 'from the first row to the last': markup.duration(runs.clock(run))
+    if runs.clock(run)
+    else '',
   }
   boxes = (f'<div>{markup.escape(k)}<b>{v}</b></div>' for k, v in shown.items() if v)
   return f'<div class="figures">{"".join(boxes)}</div>'
@@ -94,7 +97,10 @@ def _lineage(run: Run, page: epath.Path) -> str:
   told = lambda value: '' if value is None else str(value)
   changed = [(n, told(was), told(now)) for n, was, now in runs.differences(runs.config(from_), dict(run.config))]
   names = runs.called([from_, run.path])
-  return drawn + '<h3>Set otherwise than in its parent</h3>' + markup.grid(('', *names), changed)
+  said = f'{len(changed)} settings are not those of its parent, {names[0]}'
+  opened = ' open' if len(changed) <= FEW else ''
+  table = markup.grid(('', *names), changed)
+  return f'{drawn}<details{opened}><summary>{markup.escape(said)}</summary>{table}</details>'
 
 
 def _spent(run: Run) -> str:
