@@ -202,7 +202,9 @@ def test_the_run_beside_it_is_meant_and_not_one_of_that_name_here(life, tmp_path
 def test_a_circle_of_runs_ends(tmp_path):
   make(tmp_path / 'a', losses(), init=str(tmp_path / 'b'))
   make(tmp_path / 'b', losses(), init=str(tmp_path / 'a'))
-  assert read(report.write(tmp_path / 'a'))[1]
+  make(tmp_path / 'self', losses(), init=str(tmp_path / 'self'))
+  assert 'a fine-tuningb fine-tuning' in read(report.write(tmp_path / 'a'))[1]
+  assert 'self' in read(report.write(tmp_path / 'self'))[1]
 
 
 def test_samples_stand_by_prompt_and_in_time(tmp_path):

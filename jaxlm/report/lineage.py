@@ -114,12 +114,21 @@ def tree(nodes: Nodes, page: epath.Path, marks: Mapping[str, str], written: Iter
     tag = runs.stage(node.config) or ('a run' if node.path else 'a model of others, or a run that is not there')
     helped = ''.join(f' <small>{what}: {linked(other)}</small>' for what, other in node.helpers)
     own = f'{marks.get(key, "")}{linked(key)} <span class="tag">{markup.escape(tag)}</span>{helped}'
-    below = [one for one, child in nodes.items() if child.parent == key and one not in above]
-    inner = ''.join(item(one, above | {key}) for one in below)
+    above |= {key}
+    inner = ''.join(item(one, above) for one, child in nodes.items() if child.parent == key and one not in above)
     return f'<li>{own}{f"<ul>{inner}</ul>" if inner else ""}</li>'
 
-  roots = [key for key, node in nodes.items() if not node.parent or node.parent == key]
+  roots = [key for key in nodes if _top(nodes, key) == key]
   return f'<div class="tree"><ul>{"".join(item(key, frozenset()) for key in roots)}</ul></div>'
+
+
+def _top(nodes: Nodes, key: str) -> str:
+  """What a run comes from in the end; of a circle, which only a config that was changed can make, its least key."""
+  passed = []
+  while key not in passed:
+    passed.append(key)
+    key = nodes[key].parent or key
+  return min(passed[passed.index(key) :])
 
 
 def runs_of(nodes: Nodes) -> list[str]:
