@@ -267,6 +267,15 @@ def test_losses_of_different_stages_are_not_ranked(life, tmp_path):
   assert source.count('class="this"') == 3 and '>reward/folds/0</a>' not in source  # which has no page
 
 
+def test_every_run_that_is_compared_is_marked(life, tmp_path, monkeypatch):
+  monkeypatch.chdir(life / 'base')
+  source = report.compare(
+    ['ppo', 'reward/folds/0'], 'page.html'
+  ).read_text()  # the one is met first as the other's judge
+  tree = source[source.index('<div class="tree">') : source.index('At the end')]
+  assert 'var(--s0)' in tree and 'var(--s1)' in tree and tree.count('class="this"') == 2 + 1
+
+
 def test_comparing_is_refused(three):
   with pytest.raises(InputError, match='named twice'):
     report.compare([three[1], three[2], str(three[1]) + '/.'])

@@ -20,18 +20,18 @@ def write(paths: Sequence[Any], out: Any = FILE) -> epath.Path:
   Raises InputError if a folder holds no metrics, or is named twice.
   """
   found, out = [runs.read(path) for path in paths], epath.Path(out)
-  nodes = lineage.family([run.path for run in found], descendants=False)
-  keys = list(nodes) if len(nodes) == len(found) else [key for key in nodes if _is(nodes[key], found)]
-  if len(keys) < len(found):
+  keys = [lineage.key_of(run.path) for run in found]
+  if len(set(keys)) < len(keys):
     raise InputError('the same run is named twice: each once')
-  order = {key: i for i, run in enumerate(found) for key in keys if _is(nodes[key], [run])}
-  marks = {key: markup.chip(i) for key, i in order.items()}
+  nodes = lineage.family([run.path for run in found], descendants=False)
+  marks = {key: markup.chip(i) for i, key in enumerate(keys)}
   names = runs.called([run.path for run in found])
-  written = {key: page.write(nodes[key].path).name for key in keys}
+  for run in found:
+    page.write(run.path)
   drawn, alone = _pictures(found, names)
   parts = [
     f'<h1>{len(found)} runs</h1>{_heads(found, names, out)}',
-    markup.section('Lineage', lineage.tree(nodes, out, marks, written)),
+    markup.section('Lineage', lineage.tree(nodes, out, marks, keys)),
     markup.section('At the end', _ends(found, names)),
     markup.section('Curves', f'<div class="curves">{drawn}</div>' if drawn else '', alone),
     markup.section('Time', _times(found, names)),
@@ -40,10 +40,6 @@ def write(paths: Sequence[Any], out: Any = FILE) -> epath.Path:
   out.parent.mkdir(parents=True, exist_ok=True)
   out.write_text(markup.document(' · '.join(names), parts))
   return out
-
-
-def _is(node: lineage.Node, found: Sequence[Run]) -> bool:
-  return any(node.path is not None and node.path == run.path for run in found)
 
 
 def _heads(found: Sequence[Run], names: Sequence[str], out: epath.Path) -> str:
@@ -69,7 +65,7 @@ def _ends(found: Sequence[Run], names: Sequence[str]) -> str:
   body = ''.join(_end(*line) for line in lines if any(value is not None for value in line[1]))
   head = ''.join(f'<th class="n">{markup.chip(i)}{markup.escape(name)}</th>' for i, name in enumerate(names))
   said = 'The newest value of each; bold: the best of a line in which runs can be compared.'
-  table = f'<div class="wide"><table class="ruled"><tr><th></th>{head}</tr>{body}</table></div>'
+  table = f'<div class="wide"><table class="ruled ends"><tr><th></th>{head}</tr>{body}</table></div>'
   return f'<p class="faint">{said}</p>{table}'
 
 

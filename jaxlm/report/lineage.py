@@ -29,7 +29,8 @@ class Node:
 Nodes = dict[str, Node]
 
 
-def _key(path: Any) -> str:
+def key_of(path: Any) -> str:
+  """What names a run's folder, whichever way it is written."""
   return str(path) if remote(path) else os.path.normpath(Path(path).absolute())
 
 
@@ -70,7 +71,7 @@ def family(paths: Iterable[Any], *, descendants: bool) -> Nodes:
 
 def _near(folders: Iterable[epath.Path]) -> Iterable[epath.Path]:
   found: dict[str, epath.Path] = {}
-  for folder in map(epath.Path, dict.fromkeys(map(_key, folders))):
+  for folder in map(epath.Path, dict.fromkeys(map(key_of, folders))):
     for config in (*folder.parent.glob(NEAR[0]), *(one for pattern in NEAR for one in folder.glob(pattern))):
       if len(found) < MOST and 'checkpoints' not in config.parts:
         found.setdefault(str(config.parent), config.parent)
@@ -79,7 +80,7 @@ def _near(folders: Iterable[epath.Path]) -> Iterable[epath.Path]:
 
 def _add(nodes: Nodes, path: epath.Path) -> str:
   """The key of a run, which is put into `nodes` with all that it came from."""
-  key = _key(path)
+  key = key_of(path)
   if key in nodes:
     return key
   config = runs.config(path)
@@ -152,4 +153,4 @@ def reference(target: epath.Path, page: epath.Path) -> str:
   """What a link says: relative on a disk, so that pages that are moved together still find each other."""
   if remote(target) or remote(page):
     return str(target)
-  return Path(os.path.relpath(_key(target), Path(_key(page)).parent)).as_posix()
+  return Path(os.path.relpath(key_of(target), Path(key_of(page)).parent)).as_posix()

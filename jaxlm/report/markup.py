@@ -34,8 +34,11 @@ svg{width:100%;height:auto;display:block}
 .spot{display:inline-block;width:.8em;height:.8em;border-radius:3px;margin-right:.35em;vertical-align:-.05em}
 .wide{overflow-x:auto} table{border-collapse:collapse;margin:.4rem 0}
 td,th{padding:.15rem 1.2rem .15rem 0;text-align:left;vertical-align:top} th{font-weight:600}
-td.n,th.n{text-align:right;font-variant-numeric:tabular-nums} .ruled td,.ruled th{border-top:1px solid var(--line)}
-.ruled td{overflow-wrap:anywhere;max-width:20rem} .tables{display:flex;flex-wrap:wrap;gap:.5rem 2.5rem}
+td.n,th.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
+.ruled td,.ruled th{border-top:1px solid var(--line)}
+.ruled td{overflow-wrap:anywhere;max-width:20rem}
+.ruled td:not(.n){min-width:7rem} .ends td:first-child{white-space:nowrap}
+.tables{display:flex;flex-wrap:wrap;gap:.5rem 2.5rem}
 .tables td{overflow-wrap:anywhere}
 .chapter td,.chapter th{border-top:1px solid var(--line);padding:.4rem .8rem .4rem 0;min-width:8rem;max-width:20rem;
 overflow-wrap:anywhere}
