@@ -193,6 +193,10 @@ class Preference:
   margin: float = 1.0  # reward: times the margins that rows say, which scores are to keep
   folds: int = 0  # reward: cross-validate over so many parts of all rows first; 0: not
   fold: int = -1  # the part that is held out, of a run that is one of these
+  features: str = (
+    'features'  # reward, where only the value head learns: folder, seen from the run's, that keeps what the
+  )
+  # trunk makes of answers, computed once; '': the trunk is read in every step
 
   def __post_init__(self):
     within('(0, inf)', 'preference', beta=self.beta)

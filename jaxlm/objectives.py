@@ -94,10 +94,31 @@ def answers(cfg: ModelConfig, run: Run, *, scored: bool, chunks: int = 1) -> Cal
 
 
 def _answers(cfg: ModelConfig, run: Run, params: Any, batch: Any, key: Any, scored: bool, chunks: int) -> Answers:
+  if scored and 'features' in batch:
+    scores_BS, T = models.value(params, batch['features']), batch['loss_mask'].shape[1]
+    return _in_two(jnp.pad(scores_BS, ((0, 0), (0, T - scores_BS.shape[1]))))
   if scored:
     params, out = hidden(cfg, run, params, batch, key)
     return of_answers(models.value(params, out.x_BTD), batch)
   return of_answers(_of_targets(cfg, run, params, batch, chunks, key)[0], batch)
+
+
+def ends(cfg: ModelConfig, run: Run, *, segments: int) -> Callable[[Any, Any], Answers]:
+  """`fn(params, batch)`: what the trunk makes of each answer's end, float32 [B * segments / 2, D]. No dropout.
+
+  `segments` is even, and no row has more. The values of this are the scores of `answers`.
+  """
+  still = quiet(run)
+
+  def fn(params: Any, batch: Any) -> Answers:
+    _, out = hidden(cfg, still, params, batch, None)
+    slots_S = jnp.arange(1, segments + 1, dtype=jnp.int32)
+    ends_BST = (batch['segment_ids'][:, None] == slots_S[:, None]) & (batch['loss_mask'][:, None] > 0)
+    x_BSD = jnp.take_along_axis(out.x_BTD, jnp.argmax(ends_BST, -1)[..., None], axis=1).astype(jnp.float32)
+    x_BSD = masked.kept(x_BSD, jnp.any(ends_BST, -1)[..., None])
+    return Answers(*(x_BSD[:, i::2].reshape(-1, cfg.d_model) for i in range(2)))
+
+  return fn
 
 
 def quiet(run: Run) -> Run:

@@ -47,11 +47,18 @@ def visit(config: Pretrain, built: program.Program, mesh: Mesh, compile_: Compil
   held = Held(reference=_reference(config, built.abstract.params))
   step = built.step.trace(built.abstract, built.batch)  # ty: ignore
   compile_(Part('learn', step, 1.0, program.local_bytes(held.reference)))
-  if config.reference == 'cached':
-    bare = {name: spec for name, spec in built.batch.items() if name != 'ref_logps'}
+  if config.reference == 'cached' or program.frozen(config):
+    bare = program.bare(built.batch)
     beside = program.local_bytes(built.abstract) - program.local_bytes(built.abstract.params)
     times = 1 / max(1.0, config.epochs)  # every row once, before the first step
-    compile_(Part('reference', built.answers.trace(built.abstract.params, bare), times, beside))  # ty: ignore
+    compile_(
+      Part(
+        'reference' if config.reference == 'cached' else 'features',
+        built.answers.trace(built.abstract.params, bare),
+        times,
+        beside,
+      )
+    )  # ty: ignore
   if program.algorithm(config):
     held = _rollout(config, built, mesh, compile_, held.reference, compare)
   return held

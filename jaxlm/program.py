@@ -65,12 +65,16 @@ class Program(NamedTuple):
   held_out: Any  # the same of a batch to evaluate on, whose targets have groups
   schedule: Callable[[Any], Any]
   run: Run
-  answers: Callable[[Any, Any], Any] | None = None  # of preferences: (params, batch without ref_logps) -> their sums
+  answers: Callable[[Any, Any], Any] | None = None  # of preferences: (params, `bare` batch) -> what is kept of them
   read: Callable[..., Any] | None = None  # of rollouts: (params, batch, reference or None) -> `episodic.read`
 
 
-def build(config: Pretrain, mesh: Mesh, rules: sharding.Rules = sharding.RULES, *, groups: int = 1) -> Program:
+def build(
+  config: Pretrain, mesh: Mesh, rules: sharding.Rules = sharding.RULES, *, groups: int = 1, segments: int = 2
+) -> Program:
   """Wires model, loss, optimizer and shardings; `groups` is how many the held-out text is counted in.
+
+  `segments` is how many a row may have, of a batch that holds what a frozen trunk makes of them.
 
   Raises InputError for sizes that do not divide.
   """
@@ -124,6 +128,10 @@ def build(config: Pretrain, mesh: Mesh, rules: sharding.Rules = sharding.RULES, 
   held_out = {name: jax.ShapeDtypeStruct(shape, t) for name, t in (dtypes | {'group': jnp.int32}).items()}
   held_out = jax.tree.map(place, held_out, sharding.batch_shardings(held_out, mesh, rules))
   batch = {name: held_out[name] for name in dtypes}
+  if frozen(config):
+    batch['features'] = jax.ShapeDtypeStruct((shape[0], segments, cfg.d_model), jnp.float32)
+    rows = sharding.batch_shardings(jax.ShapeDtypeStruct(shape[:1], jnp.float32), mesh, rules)
+    batch['features'] = place(batch['features'], rows)
   text = config.preference.stage == 'none' and not config.rl.algo
   held_out = held_out if text else batch
   layout = lambda tree_: jax.tree.map(lambda x: x.sharding, tree_)
@@ -133,7 +141,8 @@ def build(config: Pretrain, mesh: Mesh, rules: sharding.Rules = sharding.RULES, 
     batch['teacher'] = held_out['teacher'] = _teacher(config, mesh, rules)
     held_out.pop('data_mask', None)
   loss_fn, evaluate, answers = _objectives(config, run, groups, mesh)
-  bare = {name: spec for name, spec in batch.items() if name != 'ref_logps'}
+  if frozen(config):
+    answers = objectives.ends(cfg, run, segments=segments)
   return Program(
     jax.jit(create, out_shardings=shardings),
     jax.jit(around, out_shardings=shardings, donate_argnums=0),
@@ -150,9 +159,14 @@ def build(config: Pretrain, mesh: Mesh, rules: sharding.Rules = sharding.RULES, 
     held_out,
     lr,
     run,
-    answers and jax.jit(answers, in_shardings=(shardings.params, layout(bare)), out_shardings=whole),
+    answers and jax.jit(answers, in_shardings=(shardings.params, layout(bare(batch))), out_shardings=whole),
     _reader(config, run),
   )
+
+
+def bare(batch: Any) -> dict[str, Any]:
+  """A batch of preferences, or what it is like, without what is computed once before the first step."""
+  return {name: x for name, x in batch.items() if name not in ('ref_logps', 'features')}
 
 
 def _reader(config: Pretrain, run: Run) -> Any:
@@ -282,6 +296,8 @@ def flops_per_token(config: Pretrain) -> float:
   flops = metrics.flops_per_token(config.model, config.data.seq_len)
   if config.distill.teacher:
     return flops + metrics.flops_per_token(taught(config), config.data.seq_len) / 3
+  if frozen(config):
+    return 6.0 * config.model.d_model  # at most: where each token ends an answer
   if config.preference.stage == 'reward':
     return flops - 6.0 * config.model.d_model * config.model.vocab_size
   return flops * (4 / 3 if config.reference == 'adapters' else 1)
@@ -326,6 +342,16 @@ def trainable(config: Pretrain) -> tree.Where:
     also = tree.matching(*config.lora.also.split(',')) if config.lora.also else lambda path, leaf: False
     return lambda path, leaf: lora.is_adapter(path, leaf) or also(path, leaf)
   return tree.matching(*config.trainable.split(',')) if config.trainable else tree.everything
+
+
+def frozen(config: Pretrain) -> bool:
+  """Whether of a reward model the value head alone learns, from what the trunk made of answers before step 0."""
+  how, compute = config.preference, config.compute
+  if how.stage != 'reward' or not how.features or config.lora.rank or not config.trainable:
+    return False
+  trunk = tree.items(jax.eval_shape(lambda: models.init(config.model, jax.random.key(0))))
+  learns = trainable(config)
+  return not (compute.dropout or compute.embed_noise or any(learns(*leaf) for leaf in trunk))
 
 
 def kept(config: Pretrain, params: Any) -> Any:
@@ -436,7 +462,7 @@ def make_optimizer(config: Pretrain) -> optax.GradientTransformation:
   return optim.make(
     o.name,
     schedule(config),
-    axes=models.axes(config.model),
+    axes=models.axes(config.model) | {'value': optim.VALUE_AXES},
     weight_decay=o.weight_decay,
     b1=o.b1,
     b2=o.b2,

@@ -165,7 +165,7 @@ def _pieces(starts: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def padded(values: np.ndarray, length: int, dtype: type, fill: int = 0) -> np.ndarray:
-  """`values` at the beginning of an array of that length."""
-  out = np.full(length, fill, dtype)
+  """`values` [n, ...] at the beginning of an array [length, ...]."""
+  out = np.full((length, *np.shape(values)[1:]), fill, dtype)
   out[: len(values)] = values
   return out

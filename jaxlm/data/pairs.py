@@ -1,6 +1,7 @@
 """Rows of whole preferences: the answers of each are segments of one row, side by side, that never see each other."""
 
 import hashlib
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -25,6 +26,8 @@ class PairRows:
   Rows are those of `packing.pack` and have as many places for what is said of segments, whose number is so bounded
   whatever the data: `labels` int32 [T] (1: the better or a good answer) and `margins` float32 [T] at place s - 1 for
   segment s, and `ref_logps` float32 [T] where `reference` [units, 2] has the log-probabilities of all units' answers.
+  Where `features` [units, 2, D] has what a trunk makes of their ends, `features` float32 [segments, D] has it in the
+  same order; `segments` is set beside it, to `most` of the streams whose rows make one batch, or to more.
   `loss_mask` is on for the targets of answers. With `ends` it is on for the last token of each answer instead, where a
   score is read; rows then hold the last token of a document, which is else predicted alone.
   `keep` (bool, one a unit) leaves out others.
@@ -44,10 +47,16 @@ class PairRows:
   ):
     """`apart`: documents from a single answer to the one that it is mismatched with; 2 where rows are pairs."""
     self.tokens, self.seq_len, self.pad_id = tokens, seq_len, tokenizer.pad_id
+    self._whole: Callable[[], PairRows] = lambda: PairRows(
+      tokens, seq_len, tokenizer, unit=unit, ends=ends, apart=apart
+    )
     self.unit, self.ends, self.apart, self.reference = unit, ends, apart, reference
     self._token_bytes, (self._labels, self._margins) = tokenizer.token_bytes(), tokens.answers()
     self._starts = tokens.document_starts()
+    self.features: np.ndarray | None = None
+    self.segments = 0
     lengths = self._unit_lengths()
+    self.most = 2 * int(np.searchsorted(np.cumsum(np.sort(lengths)), seq_len, 'right'))  # segments of any row, or more
     wanted = np.ones(len(lengths), np.bool_) if keep is None else keep
     fits = wanted & (lengths <= seq_len)
     self.units, self.count, self.dropped = np.flatnonzero(fits), len(lengths), int((wanted & ~fits).sum())
@@ -72,6 +81,10 @@ class PairRows:
     """Share of the rows' places that hold a token."""
     return self._used / (len(self) * self.seq_len) if len(self) else 0.0
 
+  def whole(self) -> 'PairRows':
+    """The rows of all units, without `keep`."""
+    return self._whole()
+
   def units_of(self, row: int) -> np.ndarray:
     """int64: the units of a row in their order, counted through the stream, those that were left out included."""
     return self.units[self._order[self._bounds[row] : self._bounds[row + 1]]]
@@ -89,7 +102,11 @@ class PairRows:
     said = {'labels': labels.astype(np.int32), 'margins': margins}
     if self.reference is not None:
       said['ref_logps'] = self.reference[units]
-    return found | {name: packing.padded(x.reshape(-1), self.seq_len, x.dtype.type) for name, x in said.items()}
+    found |= {name: packing.padded(x.reshape(-1), self.seq_len, x.dtype.type) for name, x in said.items()}
+    if self.features is not None:
+      ends = self.features[units]
+      found['features'] = packing.padded(ends.reshape(-1, ends.shape[-1]), self.segments, np.float32)
+    return found
 
   def _segments(self, unit: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """The ids of both segments, and which of them are the answer's."""

@@ -44,7 +44,11 @@ def is_reward(run: str) -> bool:
 
 def of_fold(config: Pretrain, fold: int) -> Pretrain:
   """The run that trains without a part of the pairs, in the folder of the whole one."""
-  how, watch = dataclasses.replace(config.preference, fold=fold), dataclasses.replace(config.watch, keep_last=1)
+  shared = config.preference.features and f'../../{config.preference.features}'
+  how, watch = (
+    dataclasses.replace(config.preference, fold=fold, features=shared),
+    dataclasses.replace(config.watch, keep_last=1),
+  )
   return dataclasses.replace(config, run=f'{config.run}/folds/{fold}', preference=how, watch=watch)
 
 

@@ -27,6 +27,7 @@ class Feed(Protocol):
   tokenizer: Tokenizer
   contents: str  # what a saved run must find again
   groups: int  # that held-out text is counted in
+  segments: int = 2  # a row may have, of preferences
   names: list[str]  # of the sources that are mixed
   watches: bool  # whether something is held out
 
@@ -87,6 +88,8 @@ class Prepared(Feed):
     self.names = self.training.names
     self._rows, self._groups = self._held_out()
     self.groups, self.watches = len(self._groups), len(self._rows) > 0
+    found = [*pairing.leaves(self.training.batches.rows), *pairing.leaves(self._rows)]
+    self.segments = max((stream.most for stream in found), default=2)
 
   def _held_out(self) -> tuple[data_batches.Joined, list[corpus.Group]]:
     if self.text:

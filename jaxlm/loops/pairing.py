@@ -51,13 +51,16 @@ def leaves(source: Any) -> Iterator[PairRows]:
 def of_units(
   fn: Callable[[Any, Any], Any], params: Any, stream: PairRows, size: int, place: Callable[[Any], Any]
 ) -> np.ndarray:
-  """float32 [units, 2]: what `fn(params, batch)` (`objectives.answers`) gives for each unit; NaN for those left out.
+  """float32 [units, 2, ...]: what `fn(params, batch)` (`objectives.answers`) gives for each unit; NaN where left out.
 
   `place(make)` makes a batch of `size` rows of `make(rows)`.
   """
   found, fixed = np.full((stream.count, 2), np.nan, np.float32), batches.in_order(stream, size)
   for number in range(len(fixed)):
-    both = [hosts.read(x).reshape(size, -1) for x in fn(params, place(lambda some, n=number: fixed.part(n, some)))]
+    both = map(hosts.read, fn(params, place(lambda some, n=number: fixed.part(n, some))))
+    both = [x.reshape(size, -1, *x.shape[1:]) for x in both]
+    if not number:
+      found = np.full((stream.count, 2, *both[0].shape[2:]), np.nan, np.float32)
     for place_in, row in enumerate(range(number * size, min((number + 1) * size, len(stream)))):
       units = stream.units_of(row)
       found[units] = np.stack([x[place_in, : len(units)] for x in both], 1)

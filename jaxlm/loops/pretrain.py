@@ -58,7 +58,8 @@ def pretrain(
   run, watch = epath.Path(config.run), config.watch
   with _held(run), jax.set_mesh(mesh):
     _check_same(config, feed)
-    built = program.fitting(program.build(config, mesh, groups=feed.groups), program.memory_limit(mesh))
+    built = program.build(config, mesh, groups=feed.groups, segments=feed.segments)
+    built = program.fitting(built, program.memory_limit(mesh))
     keep = {'keep_last': watch.keep_last, 'keep_every': watch.keep_every, 'keep_best': watch.keep_best}
     checkpoints = Checkpoints(run / 'checkpoints', **keep, say=say)
     rewinds = rewind.Rewinds(run, watch.spike, watch.most_rewinds)

@@ -15,6 +15,7 @@ from jaxlm.errors import InputError
 
 STACK_AXES = ('layers', 'experts')  # axes along which a leaf is several weights
 TABLE_AXES = ('vocab', 'positions')  # a lookup table or a head: not a matrix to orthogonalise
+VALUE_AXES = ('values',)  # a head of one column, kept as a vector
 
 Kind = Literal['matrix', 'table', 'vector']
 Name = Literal['adamw', 'muon', 'lion', 'adafactor', 'schedule_free']
@@ -31,6 +32,8 @@ def kinds(params: Any, axes: Any = None) -> Any:
 
   def one(path: str, leaf: Any) -> Kind:
     names = next((n for p, n in table if f'/{p}/' in f'/{path}/'), None)
+    if names == VALUE_AXES:
+      return 'table'
     if leaf.ndim - sum(name in STACK_AXES for name in names or ()) < 2:
       return 'vector'
     return 'table' if names is not None and any(name in TABLE_AXES for name in names) else 'matrix'
