@@ -149,7 +149,7 @@ def test_another_base_or_data_is_refused(home, full, capsys):
   assert 'train-0.npy' in capsys.readouterr().err
   shutil.rmtree(copy / 'reference')
   assert run(home, 'preference', 'copy', **again) == 1
-  assert 'the reference of this run is missing' in capsys.readouterr().err
+  assert 'missing, the reference of a run that has begun' in capsys.readouterr().err
 
 
 def test_what_is_wrong_is_said(home, full, capsys):
@@ -251,3 +251,58 @@ def test_intervals_and_the_baseline_of_lengths():
   low, high = rewards.bootstrap(np.repeat([1.0, 0.0], [60, 40]))
   assert 0.48 < low < 0.56 and 0.64 < high < 0.72
   assert models.value({'value': jnp.ones(3)}, jnp.ones((2, 5, 3), jnp.bfloat16)).dtype == jnp.float32
+
+
+HEAD = {'lora__rank': 0, 'trainable': 'value', 'optim__weight_decay': 0.1, 'watch__save_every': 2}
+
+
+@pytest.fixture(scope='module')
+def frozen(home):
+  """Two folds and the whole of a value head alone."""
+  assert run(home, 'reward', 'frozen', '--folds', '2', **HEAD) == 0
+  return home / 'frozen'
+
+
+def test_a_head_on_features_learns_as_on_the_trunk(home, frozen):
+  """The curves of the run and of a fold, the weights and the table; what folds share is computed once."""
+  assert run(home, 'reward', 'trunk', '--folds', '2', '--preference.features', '', **HEAD) == 0
+  folders = [home / name / part / 'features' for name in ('trunk', 'frozen') for part in ('', 'folds/0', 'folds/1')]
+  assert [path.exists() for path in folders] == [False] * 3 + [True] + [False] * 2
+  for part in ('', 'folds/1'):
+    for name in ('train/loss', 'train/grad_norm', 'train/rewards/margins', 'eval/loss', 'eval/rewards/accuracies'):
+      there = evaluated(home, f'trunk/{part}', name)
+      np.testing.assert_allclose(evaluated(home, f'frozen/{part}', name), there, rtol=1e-5, atol=1e-5)
+    values = [writing.load(home / name / part)[1]['value'] for name in ('frozen', 'trunk')]
+    np.testing.assert_allclose(*values, rtol=1e-4, atol=1e-6)
+  assert sum(len(np.load(path)) for path in (frozen / 'features').glob('*.npy')) == 48
+  told = [json.loads((home / name / 'rewards.json').read_text())['folds']['table'] for name in ('frozen', 'trunk')]
+  assert [line['right'] for line in told[0][:3]] == [line['right'] for line in told[1][:3]]
+
+
+def test_a_head_on_features_goes_on_bitwise_and_on_its_own_base_alone(home, frozen, capsys):
+  copy = home / 'head'
+  shutil.copytree(frozen, copy)
+  for step in (4, 6):
+    shutil.rmtree(bases.newest(copy).checkpoints.path(step))
+  assert run(home, 'reward', 'head', **HEAD) == 0
+  assert 'continues from step 2' in capsys.readouterr().out
+  assert evaluated(home, 'head', 'train/loss') == evaluated(home, 'frozen', 'train/loss')
+  for a, b in zip(*(jax.tree.leaves(saved_state(home / name, 6)) for name in ('frozen', 'head')), strict=True):
+    np.testing.assert_array_equal(a, b)
+  assert run(home, 'reward', 'head', '--init', str(frozen), **HEAD) == 1
+  assert 'holds the features of another base' in capsys.readouterr().err
+  damaged = next((copy / 'features').glob('*.npy'))
+  raw = damaged.read_bytes()
+  damaged.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+  assert run(home, 'reward', 'head', **HEAD) == 1
+  assert f'damaged: {damaged.name}' in capsys.readouterr().err
+  shutil.rmtree(copy / 'features')
+  assert run(home, 'reward', 'head', **HEAD) == 1
+  assert 'missing, the features of a run that has begun' in capsys.readouterr().err
+
+
+def test_weight_decay_reaches_the_value_head(home, frozen):
+  assert run(home, 'reward', 'free', **HEAD | {'optim__weight_decay': 0, 'steps': 2}) == 0
+  assert run(home, 'reward', 'held', **HEAD | {'optim__weight_decay': 50, 'steps': 2}) == 0
+  size = lambda name: float(jnp.abs(writing.load(home / name)[1]['value']).max())
+  assert 0 < size('held') < 0.8 * size('free')

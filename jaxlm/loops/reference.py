@@ -68,7 +68,7 @@ def _found(
     _check(what, facts, about, list(streams))
     return {name: _read(folder / name) for name in streams}
   if int(state.step):
-    raise InputError(f'{folder}: the {what} of this run is missing: put it back, or use another --run')
+    raise InputError(f'{folder}: missing, the {what} of a run that has begun: put it back, or use another --run')
   say(f'the {"reference" if what == "reference" else "frozen trunk"} reads all preferences once')
   found = {name: _computed(config, built, state, stream) for name, stream in streams.items()}
   hosts.from_first(lambda: _written(facts, found, about))
