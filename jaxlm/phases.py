@@ -51,14 +51,8 @@ def visit(config: Pretrain, built: program.Program, mesh: Mesh, compile_: Compil
     bare = program.bare(built.batch)
     beside = program.local_bytes(built.abstract) - program.local_bytes(built.abstract.params)
     times = 1 / max(1.0, config.epochs)  # every row once, before the first step
-    compile_(
-      Part(
-        'reference' if config.reference == 'cached' else 'features',
-        built.answers.trace(built.abstract.params, bare),
-        times,
-        beside,
-      )
-    )  # ty: ignore
+    name = 'reference' if config.reference == 'cached' else 'features'
+    compile_(Part(name, built.answers.trace(built.abstract.params, bare), times, beside))  # ty: ignore
   if program.algorithm(config):
     held = _rollout(config, built, mesh, compile_, held.reference, compare)
   return held
