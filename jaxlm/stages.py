@@ -182,12 +182,12 @@ def reward(args: Sequence[str]) -> None:
     for fold in range(options.preference.folds):
       part = rewards.of_fold(options, fold)
       _run(part)
-      parts.append(rewards.judge(part.run))
+      parts.append(rewards.judge(part.run, kept=True))
     options = dataclasses.replace(options, preference=dataclasses.replace(options.preference, folds=0))
     _run(options)
     if parts:
       _judged(options.run, rewards.pooled(parts), f'{len(parts)} folds', 'folds')
-    _judged(options.run, rewards.judge(options.run), 'held-out pairs', 'held_out')
+    _judged(options.run, rewards.judge(options.run, kept=True), 'held-out pairs', 'held_out')
 
 
 def _staged(args: Sequence[str], stage: str, short: Sequence[str]) -> 'Pretrain':

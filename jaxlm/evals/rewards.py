@@ -17,7 +17,7 @@ from jaxlm.data import batches, prepare
 from jaxlm.data.pairs import PairRows, completions
 from jaxlm.errors import InputError
 from jaxlm.files import read_json, write_whole
-from jaxlm.loops import corpus, pairing, pretrain, scoring
+from jaxlm.loops import corpus, pairing, pretrain, reference, scoring
 
 Z = 1.959963984540054  # of 95 %
 RESAMPLES = 10_000
@@ -52,8 +52,12 @@ def of_fold(config: Pretrain, fold: int) -> Pretrain:
   return dataclasses.replace(config, run=f'{config.run}/folds/{fold}', preference=how, watch=watch)
 
 
-def judge(run: str, data: Sequence[str] = (), *, batch: int = 8, seq_len: int | None = None) -> Judged | None:
+def judge(
+  run: str, data: Sequence[str] = (), *, batch: int = 8, seq_len: int | None = None, kept: bool = False
+) -> Judged | None:
   """Scores the held-out pairs of `data` (default: what the run was trained on); None where there are none.
+
+  `kept` takes what a frozen trunk made of them from the run's folder, where it is there, and does not read them again.
 
   Of a run that is a fold these are the pairs of its part. Raises InputError for a run that is no reward model, and for
   data of another tokenizer or without pairs.
@@ -72,14 +76,23 @@ def judge(run: str, data: Sequence[str] = (), *, batch: int = 8, seq_len: int | 
     return None
   seen = pairing.leaves(batches.Joined([pairing.rows(config, f, held_out=False) for f in own.folders.values()]))
   fitted = _fit(*np.concatenate([_lengths(stream) for stream in seen]).T)
-  fn = jax.jit(objectives.answers(config.model, models.Run(), scored=True))
-  place = lambda make: {name: jnp.asarray(x) for name, x in make(slice(None)).items()}
-  units = [pairing.of_units(fn, model.params, stream, batch, place)[stream.units] for stream in held_out]
+  units = _scores(config, model.params, held_out, batch, kept)
   chosen, rejected = np.concatenate(units).T.astype(np.float64)
   lengths = np.concatenate([_lengths(stream) for stream in held_out]).T
   margins = np.concatenate([stream.tokens.answers()[1][::2][stream.units] for stream in held_out])
   by_length = 1.0 / (1.0 + np.exp(-_features(*lengths) @ fitted))
   return Judged(chosen, rejected, *lengths, margins, by_length, sum(stream.dropped for stream in held_out))
+
+
+def _scores(config: Pretrain, params: Any, held_out: list[PairRows], batch: int, kept: bool) -> list[np.ndarray]:
+  """[pairs, 2] of each stream: the scores of both answers."""
+  features = reference.kept(config, [stream.whole() for stream in held_out]) if kept else None
+  if features is not None:
+    value = np.asarray(params['value'])
+    return [x[stream.units] @ value for x, stream in zip(features, held_out, strict=True)]
+  fn = jax.jit(objectives.answers(config.model, models.Run(), scored=True))
+  place = lambda make: {name: jnp.asarray(x) for name, x in make(slice(None)).items()}
+  return [pairing.of_units(fn, params, stream, batch, place)[stream.units] for stream in held_out]
 
 
 def pooled(parts: Sequence[Judged | None]) -> Judged | None:

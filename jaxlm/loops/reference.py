@@ -5,7 +5,9 @@ That is a reference's log-probabilities, and what a frozen trunk makes of the en
 
 import functools
 import hashlib
+import itertools
 import json
+import time
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +20,8 @@ from jaxlm.errors import InputError
 from jaxlm.files import read_json, write_whole
 from jaxlm.loops import bases, pairing
 from jaxlm.program import Program
+
+SILENCE = 30.0  # seconds between two lines of a long reading
 
 What = Literal['reference', 'features']  # the folder, and the attribute of a stream
 
@@ -49,6 +53,25 @@ def _name(stream: PairRows) -> str:
   return f'{digest.hexdigest()[:16]}.npy'
 
 
+def kept(config: Pretrain, streams: list[PairRows]) -> list[np.ndarray] | None:
+  """What a frozen trunk made of all units of each stream, float32 [units, 2, D]; None where the run keeps none of it.
+
+  Raises InputError for what is damaged.
+  """
+  folder, names = _folder('features', config), [_name(one) for one in streams]
+  facts = folder / 'features.json'
+  if not program.frozen(config) or not facts.exists() or not set(names) <= set(read_json(facts)['files']):
+    return None
+  _check('features', facts, {'data.seq_len': config.data.seq_len}, names)
+  return [_read(folder / name) for name in names]
+
+
+def _folder(what: What, config: Pretrain) -> epath.Path:
+  path = what if what == 'reference' else config.preference.features
+  step = lambda folder, part: folder.parent if part == '..' else folder / part
+  return functools.reduce(step, path.split('/'), epath.Path(config.run))
+
+
 def _found(
   what: What,
   config: Pretrain,
@@ -59,9 +82,7 @@ def _found(
   say: Any,
 ) -> dict[str, np.ndarray]:
   """The figures of each stream, out of the folder or computed."""
-  path = what if what == 'reference' else config.preference.features
-  step = lambda folder, part: folder.parent if part == '..' else folder / part
-  folder = functools.reduce(step, path.split('/'), epath.Path(config.run))
+  folder = _folder(what, config)
   about = hosts.from_first(lambda: _about(config, contents))
   facts = folder / f'{what}.json'
   if hosts.from_first(facts.exists):
@@ -70,7 +91,7 @@ def _found(
   if int(state.step):
     raise InputError(f'{folder}: missing, the {what} of a run that has begun: put it back, or use another --run')
   say(f'the {"reference" if what == "reference" else "frozen trunk"} reads all preferences once')
-  found = {name: _computed(config, built, state, stream) for name, stream in streams.items()}
+  found = {name: _computed(config, built, state, stream, say) for name, stream in streams.items()}
   hosts.from_first(lambda: _written(facts, found, about))
   return found
 
@@ -99,10 +120,21 @@ def _check(what: What, facts: epath.Path, about: dict[str, Any], names: list[str
     raise InputError(f'{folder}: damaged: {"; ".join(damaged) or "files are missing"}: use another --run')
 
 
-def _computed(config: Pretrain, built: Program, state: Any, stream: Any) -> np.ndarray:
+def _computed(config: Pretrain, built: Program, state: Any, stream: Any, say: Any) -> np.ndarray:
   like, size = program.bare(built.batch), config.data.global_batch
   assert built.answers is not None  # of preferences it is there
-  return pairing.of_units(built.answers, state.params, stream, size, lambda make: hosts.place(size, make, like))
+  count, begun = -(-len(stream) // size), time.monotonic()
+  numbers, told = itertools.count(1), begun
+
+  def place(make: Any) -> Any:
+    nonlocal told
+    number, now = next(numbers), time.monotonic()
+    if now - told > SILENCE:
+      told = now
+      say(f'batch {number:,} of {count:,} after {now - begun:.0f} s')
+    return hosts.place(size, make, like)
+
+  return pairing.of_units(built.answers, state.params, stream, size, place)
 
 
 def _read(path: epath.Path) -> np.ndarray:
