@@ -279,6 +279,20 @@ def test_a_head_on_features_learns_as_on_the_trunk(home, frozen):
   assert [line['right'] for line in told[0][:3]] == [line['right'] for line in told[1][:3]]
 
 
+def test_folds_are_judged_by_what_they_share(home, frozen):
+  """The scores are those of the trunk; that the folder is read is seen where it is damaged."""
+  kept, read = (rewards.judge(str(frozen / 'folds/1'), kept=kept) for kept in (True, False))
+  assert kept and read and len(kept.chosen) > 10
+  np.testing.assert_allclose(kept.chosen, read.chosen, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(kept.rejected, read.rejected, rtol=1e-5, atol=1e-5)
+  copy = home / 'shared'
+  shutil.copytree(frozen, copy)
+  for path in (copy / 'features').glob('*.npy'):
+    path.write_bytes(path.read_bytes()[:-1])
+  with pytest.raises(InputError, match='damaged'):
+    rewards.judge(str(copy / 'folds/1'), kept=True)
+
+
 def test_a_head_on_features_goes_on_bitwise_and_on_its_own_base_alone(home, frozen, capsys):
   copy = home / 'head'
   shutil.copytree(frozen, copy)

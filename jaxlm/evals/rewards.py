@@ -63,7 +63,7 @@ def judge(
   data of another tokenizer or without pairs.
   """
   model = scoring.open_model(run)
-  config = model.config
+  config = dataclasses.replace(model.config, run=run)
   if seq_len:
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=seq_len))
   own = corpus.load(config.data.path, config.data.mix, config.data.phases)
