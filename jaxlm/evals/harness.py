@@ -15,7 +15,12 @@ from jaxlm.evals.questions import Bar, Measure, Table
 from jaxlm.evals.subject import Subject
 from jaxlm.files import write_whole
 
-LONGEST = ('max_gen_toks', 'max_new_tokens', 'max_tokens', 'max_completion_tokens')  # names of one thing, the first wins
+LONGEST = (
+  'max_gen_toks',
+  'max_new_tokens',
+  'max_tokens',
+  'max_completion_tokens',
+)  # names of one thing, the first wins
 DRAWING = ('do_sample', 'temperature', 'top_p', 'top_k')
 NEW = 256  # tokens of an answer, where a task does not say
 
@@ -83,7 +88,7 @@ def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
 def lm(asked: Subject, bar: Bar) -> Any:
   """An `lm_eval.api.model.LM`, for `lm_eval.simple_evaluate(model=...)`. Raises InputError where lm-eval is missing."""
   try:
-    from lm_eval.api.model import LM
+    from lm_eval.api.model import LM  # ty: ignore
   except ImportError as error:
     raise InputError("lm-eval is not installed: pip install 'jaxlm[lm-eval]'") from error
   return type('Jaxlm', (Adapter, LM), {})(asked, bar)
@@ -104,19 +109,19 @@ def evaluate(
   Raises InputError for a task that is not there.
   """
   model = lm(asked, bar)
-  from lm_eval import simple_evaluate
-  from lm_eval.tasks import TaskManager
+  from lm_eval import simple_evaluate  # ty: ignore
+  from lm_eval.tasks import TaskManager  # ty: ignore
 
   manager = TaskManager(include_path=include)
   if missing := [name for name in tasks if not manager.match_tasks([name])]:
     raise InputError(f'lm-eval: has no task {missing[0]!r}: --include-path names a folder of your own')
   how: dict[str, Any] = {'num_fewshot': shots, 'limit': limit, 'apply_chat_template': templated}
-  return simple_evaluate(model=model, tasks=manager.match_tasks(list(tasks)), task_manager=manager, **how)  # ty: ignore
+  return simple_evaluate(model=model, tasks=manager.match_tasks(list(tasks)), task_manager=manager, **how)
 
 
 def shown(results: Mapping[str, Any]) -> str:
   """lm-eval's own table, Markdown."""
-  from lm_eval.utils import make_table
+  from lm_eval.utils import make_table  # ty: ignore
 
   groups = [make_table(results, 'groups')] if results.get('groups') else []
   return '\n'.join([make_table(results), *groups]).strip()
@@ -151,12 +156,21 @@ def _measure(name: str, values: Sequence[Any]) -> Measure | None:
 def compared(found: Mapping[str, Mapping[str, Any]]) -> Table:
   """Header and rows of a table of results by model: the metrics that all have, and the first less each other."""
   of = {name: measures(results) for name, results in found.items()}
-  return questions.rows(of)
+  first = next(iter(of.values()))
+  in_all = {
+    task: [name for name in some if all(name in one.get(task, {}) for one in of.values())]
+    for task, some in first.items()
+  }
+  kept = {
+    model: {task: {name: one[task][name] for name in names} for task, names in in_all.items()}
+    for model, one in of.items()
+  }
+  return questions.rows(kept, next(iter(found.values()))['n-shot'])
 
 
 def write(found: Mapping[str, Mapping[str, Any]], text: str, path: str) -> list[epath.Path]:
   """lm-eval's results by model as JSON at `path`, the tables (`text`) as Markdown and the rows beside it."""
-  from lm_eval.utils import handle_non_serializable as plain
+  from lm_eval.utils import handle_non_serializable as plain  # ty: ignore
 
   to = {kind: str(epath.Path(path).with_suffix(f'.{kind}')) for kind in ('json', 'md', 'jsonl')}
   whole = {name: {key: x for key, x in one.items() if key != 'samples'} for name, one in found.items()}

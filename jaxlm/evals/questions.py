@@ -1,4 +1,4 @@
-"""Tasks that are files of rows: multiple choice, continuations, texts and answers, with examples before the question."""
+"""Tasks that are files of rows: multiple choice, continuations, texts, answers, with examples before the question."""
 
 import json
 import math
@@ -144,7 +144,7 @@ def drawn(task: Task, pool: Sequence[Question], shots: int, seed: int) -> list[l
 
 def contexts(asked: Subject, task: Task, examples: Sequence[Sequence[Question]], templated: bool) -> list[str]:
   """What the model reads of each row before what follows: its examples and its prompt, as text or as turns."""
-  if not templated:
+  if not templated or task.kind == 'text':
     shown = lambda one: one.prompt + joined(one.prompt, one.options[one.gold[0]])
     return [BETWEEN.join([*map(shown, some), row.prompt]) for some, row in zip(examples, task.rows, strict=True)]
   template = asked.model.chat_template
@@ -245,13 +245,16 @@ def _percentiles(metric: Callable[[np.ndarray], np.ndarray], count: int, seed: i
   return float(low), float(high)
 
 
-def rows(found: Mapping[str, Mapping[str, Mapping[str, Measure]]], shots: int = 0) -> Table:
-  """Header and rows of a table of `found[model][task][metric]`; of several models also the first less each other."""
+def rows(found: Mapping[str, Mapping[str, Mapping[str, Measure]]], shots: Mapping[str, int]) -> Table:
+  """Header and rows of a table of `found[model][task][metric]`; of several models also the first less each other.
+
+  `shots`: the examples before each question, by task.
+  """
   first, *others = found
   lines: list[tuple[Any, ...]] = []
   for task, measures in found[first].items():
     for name, one in measures.items():
-      begins = task, len(one.values), shots, name
+      begins = task, len(one.values), shots.get(task, 0), name
       lines += [(*begins, m, float(of[task][name].of()), *interval(of[task][name])) for m, of in found.items()]
       lines += [(*begins, f'{first} - {m}', *difference(one, found[m][task][name])) for m in others]
   return ('task', 'rows', 'shots', 'metric', 'model', 'value', 'from', 'to (95 %)'), lines
@@ -265,6 +268,9 @@ def write(table: Table, shown: str, said: Sequence[Mapping[str, Any]], path: str
   write_whole(to['md'], shown + '\n')
   write_whole(to['jsonl'], ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in said))
   if run is not None and bases.is_run(run):
-    facts = {f'{task}, {name}, {model}': f'{x:.3f} ({low:.3f} to {high:.3f})' for task, _, _, name, model, x, low, high in lines}
+    facts = {
+      f'{task}, {name}, {model}': f'{x:.3f} ({low:.3f} to {high:.3f})'
+      for task, _, _, name, model, x, low, high in lines
+    }
     pretrain.add_facts(epath.Path(run), {f'scores, {lines[0][2]} shots': facts})
   return [epath.Path(one) for one in to.values()]

@@ -15,8 +15,8 @@ from jax import Array
 from jaxlm import interop, lora, models, sample
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import InputError
-from jaxlm.losses import lm
 from jaxlm.loops import chatting, foreign
+from jaxlm.losses import lm
 
 Told = Callable[[int, int], None] | None
 Pair = tuple[list[int], list[int]]  # the ids of a context and of what follows it, neither of them empty
@@ -38,18 +38,15 @@ class Subject(NamedTuple):
 
   name: str
   model: interop.Model
+  tokenizer: Tokenizer
   longest: int
   batch: int = 16
-
-  @property
-  def tokenizer(self) -> Tokenizer:
-    return self.model.tokenizer  # ty: ignore
 
   @property
   def first(self) -> int:
     """The id that stands before a text that nothing stands before: BOS where the tokenizer names one, else EOS."""
     named = self.tokenizer.bos_id is not None and 'bos' not in self.tokenizer.unnamed
-    return self.tokenizer.bos_id if named else self.tokenizer.eos_id  # ty: ignore
+    return self.tokenizer.bos_id if named else self.tokenizer.eos_id
 
 
 def opened(source: str, *, batch: int = 16, seq_len: int | None = None) -> Subject:
@@ -58,11 +55,11 @@ def opened(source: str, *, batch: int = 16, seq_len: int | None = None) -> Subje
   longest = seq_len or model.cfg.max_seq_len
   if model.cfg.positions == 'learned' and longest > model.cfg.max_seq_len:
     raise InputError(f'{source}: has {model.cfg.max_seq_len} positions, fewer than {longest}')
-  return Subject(source, model._replace(params=lora.merge(model.params)), longest, batch)
+  return Subject(source, model._replace(params=lora.merge(model.params)), model.tokenizer, longest, batch)  # ty: ignore
 
 
 def encoded(subject: Subject, text: str, *, bare: bool = False) -> list[int]:
-  """The ids of a text, control tokens in it read as such; what the tokenizer puts before a text first, unless `bare`."""
+  """The ids of a text, control tokens in it as such; first what the tokenizer puts before a text, unless `bare`."""
   tokenizer = subject.tokenizer
   ids = tokenizer.encode(text, controls=True)
   return ids if bare or ids[:1] == [subject.first] else [*tokenizer.prefix_ids, *ids]
