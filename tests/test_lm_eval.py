@@ -74,11 +74,13 @@ def rows_of(texts, count, longest, seed=0):
   return rows
 
 
-def furnish(home, count, longest):
-  """A folder with the tasks' YAML files and their rows."""
+def furnish(home, count, longest, asked):
+  """A folder with the tasks' YAML files and their rows; of some the model itself says what follows."""
   texts = [d.text for d in sources.documents([str(SAMPLE / f'{name}.jsonl') for name in ('novel', 'hindi', 'code')])]
   for split, seed in (('train', 1), ('test', 0)):
     rows = rows_of(texts, count, longest, seed)
+    for row, own in zip(rows, subject.continued(asked, [row['prompt'] for row in rows[:8]], new=3), strict=False):
+      row['continuation'] = own.rstrip() or row['continuation']
     (home / f'{split}.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
   for name, task in TASKS.items():
     data = {'data_files': {split: str(home / f'{split}.jsonl') for split in ('train', 'test')}}
@@ -139,8 +141,8 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def tasks(tmp_path_factory):
-  return furnish(tmp_path_factory.mktemp('tasks'), 61, 40)
+def tasks(tiny, tmp_path_factory):
+  return furnish(tmp_path_factory.mktemp('tasks'), 53, 40, subject.opened(str(tiny), batch=8))
 
 
 @pytest.mark.slow
@@ -148,6 +150,7 @@ def test_a_tiny_model_scores_as_by_the_hf_backend(tiny, tasks):
   names = [f'local_{name}' for name in TASKS]
   ours = harness.evaluate(subject.opened(str(tiny), batch=7), names, include=str(tasks), bar=Silent)
   agree(ours, theirs(tiny, tasks, names))
+  assert {row['resps'][0][0][1] for row in ours['samples']['local_continuations']} == {True, False}
   lengths = {len(row['resps'][0][0]) for row in ours['samples']['local_answers']}
   assert len(lengths) > 3  # some answers end before their room does
 

@@ -112,7 +112,9 @@ def evaluate(
   from lm_eval import simple_evaluate  # ty: ignore
   from lm_eval.tasks import TaskManager  # ty: ignore
 
-  manager = TaskManager(include_path=include)
+  manager = TaskManager(include_path=include, include_defaults=not include)
+  if include and not set(tasks) <= set(manager.all_subtasks):  # lm-eval's own, 14,000, take a while to list
+    manager = TaskManager(include_path=include)
   if missing := [name for name in tasks if not manager.match_tasks([name])]:
     raise InputError(f'lm-eval: has no task {missing[0]!r}: --include-path names a folder of your own')
   how: dict[str, Any] = {'num_fewshot': shots, 'limit': limit, 'apply_chat_template': templated}
