@@ -90,12 +90,13 @@ def furnish(home, count, longest, asked):
   return home
 
 
-def theirs(folder, home, names, **how):
+def theirs(folder, home, names, templated=False):
   from lm_eval.tasks import TaskManager
 
   manager = TaskManager(include_path=str(home), include_defaults=False)
-  given = {'pretrained': str(folder), 'dtype': 'float32'} | how
-  return lm_eval.simple_evaluate('hf', given, names, device='cpu', batch_size=4, task_manager=manager)
+  given = {'pretrained': str(folder), 'dtype': 'float32'}
+  how = {'device': 'cpu', 'batch_size': 4, 'task_manager': manager, 'apply_chat_template': templated}
+  return lm_eval.simple_evaluate('hf', given, names, **how)
 
 
 class Silent:
@@ -143,6 +144,18 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope='module')
 def tasks(tiny, tmp_path_factory):
   return furnish(tmp_path_factory.mktemp('tasks'), 53, 40, subject.opened(str(tiny), batch=8))
+
+
+@pytest.mark.slow
+def test_smollm2_scores_as_by_the_hf_backend(smollm2, tmp_path):
+  """It puts no token before a text, and names one for where nothing stands before; prompts in its template too."""
+  interop.export(interop.load(str(smollm2)), tmp_path / 'model')
+  asked, names = subject.opened(str(tmp_path / 'model'), batch=8), [f'local_{name}' for name in TASKS]
+  home = furnish(tmp_path, 50, 60, asked)
+  for templated in (False, True):
+    ours = harness.evaluate(asked, names, include=str(home), templated=templated, bar=Silent)
+    agree(ours, theirs(tmp_path / 'model', home, names, templated))
+    names = ['local_answers']
 
 
 @pytest.mark.slow

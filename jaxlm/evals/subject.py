@@ -124,7 +124,7 @@ def likelihoods(subject: Subject, pairs: Sequence[Pair], on_progress: Told = Non
   at = 0
   while at < len(order):
     width = min(_rounded(len(order[at])), subject.longest)
-    rows = max(1, min(subject.batch, AREA // width**2))
+    rows = max(1, min(subject.batch, len(order), AREA // width**2))
     some, at = order[at : at + rows], at + rows
     tokens_BT = np.zeros((rows, width), np.int32)
     for row, ids in zip(tokens_BT, some, strict=False):
@@ -176,9 +176,10 @@ def continued(
   order, texts = sorted(range(len(ids)), key=lambda i: len(ids[i]), reverse=True), [''] * len(ids)
   layers = jax.jit(sample.unstacked, static_argnums=0)(model.cfg, model.params)
   how: dict[str, Any] = {'max_new_tokens': new, 'sampling': sampling, 'stop': until, 'tokenizer': tokenizer}
-  for at in range(0, len(order), subject.batch):
-    some = order[at : at + subject.batch]
-    filled = some + some[-1:] * (subject.batch - len(some))  # one compiled shape for a length
+  rows = min(subject.batch, len(order))
+  for at in range(0, len(order), max(1, rows)):
+    some = order[at : at + rows]
+    filled = some + some[-1:] * (rows - len(some))  # one compiled shape for a length
     key = jax.random.fold_in(jax.random.key(0), at)
     ends = tuple(chatting.stop_ids(model))
     out = sample.generate(model.cfg, layers, [ids[i] for i in filled], key, stop_ids=ends, **how)
@@ -187,5 +188,5 @@ def continued(
       for text in until:
         texts[i] = texts[i].split(text)[0]
     if on_progress:
-      on_progress(min(at + subject.batch, len(order)), len(order))
+      on_progress(at + len(some), len(order))
   return texts
