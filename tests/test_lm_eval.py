@@ -151,7 +151,7 @@ def test_smollm2_scores_as_by_the_hf_backend(smollm2, tmp_path):
   """It puts no token before a text, and names one for where nothing stands before; prompts in its template too."""
   interop.export(interop.load(str(smollm2)), tmp_path / 'model')
   asked, names = subject.opened(str(tmp_path / 'model'), batch=8), [f'local_{name}' for name in TASKS]
-  home = furnish(tmp_path, 50, 60, asked)
+  home = furnish(tmp_path, 20, 12, asked)
   for templated in (False, True):
     ours = harness.evaluate(asked, names, include=str(home), templated=templated, bar=Silent)
     agree(ours, theirs(tmp_path / 'model', home, names, templated))

@@ -23,6 +23,7 @@ Pair = tuple[list[int], list[int]]  # the ids of a context and of what follows i
 
 PIECE = 64  # places whose logits are there at the same time
 AREA = 1 << 26  # rows x tokens^2 at most: what attention holds for a head
+EXACT = partial(jax.default_matmul_precision, 'float32')  # accelerators would else round what they multiply
 GREEDY = sample.Sampling(temperature_B=0.0)
 
 
@@ -116,6 +117,8 @@ def likelihoods(subject: Subject, pairs: Sequence[Pair], on_progress: Told = Non
   """
   if (most := max((len(said) for _, said in pairs), default=0)) > subject.longest:
     raise InputError(f'{subject.name}: a continuation of {most} tokens is longer than its {subject.longest}')
+  if (last := max((max(part) for one in pairs for part in one), default=0)) >= subject.model.cfg.vocab_size:
+    raise InputError(f'{subject.name}: a text has the id {last}, and the model {subject.model.cfg.vocab_size:,} tokens')
   asked: dict[tuple[int, ...], list[int]] = {}
   for i, (context, said) in enumerate(pairs):
     asked.setdefault(tuple([*context, *said][-(subject.longest + 1) : -1]), []).append(i)
@@ -133,7 +136,8 @@ def likelihoods(subject: Subject, pairs: Sequence[Pair], on_progress: Told = Non
     places = [(row, end - len(said) + j, token) for row, end, _, said in of for j, token in enumerate(said)]
     padded = np.zeros((PIECE << max(0, (len(places) - 1) // PIECE).bit_length(), 3), np.int32)
     padded[: len(places)] = places
-    logp_R, hit_R = map(np.asarray, _scored(subject.model.cfg, subject.model.params, tokens_BT, *padded.T))
+    with EXACT():
+      logp_R, hit_R = map(np.asarray, _scored(subject.model.cfg, subject.model.params, tokens_BT, *padded.T))
     ends = np.cumsum([len(said) for *_, said in of])
     for (_, _, i, said), end in zip(of, ends, strict=True):
       part = slice(end - len(said), end)
@@ -182,7 +186,8 @@ def continued(
     filled = some + some[-1:] * (rows - len(some))  # one compiled shape for a length
     key = jax.random.fold_in(jax.random.key(0), at)
     ends = tuple(chatting.stop_ids(model))
-    out = sample.generate(model.cfg, layers, [ids[i] for i in filled], key, stop_ids=ends, **how)
+    with EXACT():
+      out = sample.generate(model.cfg, layers, [ids[i] for i in filled], key, stop_ids=ends, **how)
     for i, row, n in zip(some, np.asarray(out.tokens_BN), np.asarray(out.lengths_B), strict=False):
       texts[i] = tokenizer.decode(row[:n].tolist())
       for text in until:
