@@ -90,13 +90,13 @@ def furnish(home, count, longest, asked):
   return home
 
 
-def theirs(folder, home, names, templated=False):
+def theirs(folder, home, names, templated=False, **more):
   from lm_eval.tasks import TaskManager
 
   manager = TaskManager(include_path=str(home), include_defaults=False)
   given = {'pretrained': str(folder), 'dtype': 'float32'}
   how = {'device': 'cpu', 'batch_size': 4, 'task_manager': manager, 'apply_chat_template': templated}
-  return lm_eval.simple_evaluate('hf', given, names, **how)
+  return lm_eval.simple_evaluate('hf', given, names, **how, **more)
 
 
 class Silent:
@@ -153,8 +153,8 @@ def test_smollm2_scores_as_by_the_hf_backend(smollm2, tmp_path):
   asked, names = subject.opened(str(tmp_path / 'model'), batch=8), [f'local_{name}' for name in TASKS]
   home = furnish(tmp_path, 20, 12, asked)
   for templated in (False, True):
-    ours = harness.evaluate(asked, names, include=str(home), templated=templated, bar=Silent)
-    agree(ours, theirs(tmp_path / 'model', home, names, templated))
+    ours = harness.evaluate(asked, names, include=str(home), shots=0, templated=templated, bar=Silent)
+    agree(ours, theirs(tmp_path / 'model', home, names, templated, num_fewshot=0))
     names = ['local_answers']
 
 
