@@ -1,6 +1,7 @@
 """lm-eval's tasks: its `LM` over a model of ours, its tables, and the difference of two models row by row."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ LONGEST = (
   'max_completion_tokens',
 )  # names of one thing, the first wins
 DRAWING = ('do_sample', 'temperature', 'top_p', 'top_k')
+RESAMPLES = 1000  # for the standard errors of perplexities
 NEW = 256  # tokens of an answer, where a task does not say
 
 
@@ -117,7 +119,9 @@ def evaluate(
     manager = TaskManager(include_path=include)
   if missing := [name for name in tasks if not manager.match_tasks([name])]:
     raise InputError(f'lm-eval: has no task {missing[0]!r}: --include-path names a folder of your own')
+  os.environ.setdefault('DISABLE_MULTIPROC', '1')  # lm-eval's bootstrap would fork, beside the threads of JAX
   how: dict[str, Any] = {'num_fewshot': shots, 'limit': limit, 'apply_chat_template': templated}
+  how |= {'bootstrap_iters': RESAMPLES}
   return simple_evaluate(model=model, tasks=manager.match_tasks(list(tasks)), task_manager=manager, **how)
 
 
