@@ -69,7 +69,12 @@ def rows_of(texts, count, longest, seed=0):
     others = [cut(texts[(i + j) % len(texts)], rng, int(rng.integers(1, 4)))[:15].strip() or 'x' for j in (1, 2, 3)]
     choices = [*others, said.strip() or 'y']
     order = rng.permutation(4).tolist()
-    row = {'prompt': '' if i % 11 == 3 else prompt, 'continuation': said, 'text': piece, 'index': i}
+    row = {
+      'prompt': '' if i % 11 == 3 or not prompt.strip() else prompt,
+      'continuation': said,
+      'text': piece,
+      'index': i,
+    }
     rows.append(row | {'choices': [choices[j] for j in order], 'answer': order.index(3)})
   return rows
 
