@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm import interop, models
+from jaxlm import cli, interop, models
 from jaxlm.data import sources, tokenizer
 from jaxlm.errors import InputError
 from jaxlm.evals import harness, subject
@@ -171,6 +171,18 @@ def test_a_tiny_model_scores_as_by_the_hf_backend(tiny, tasks):
   assert {row['resps'][0][0][1] for row in ours['samples']['local_continuations']} == {True, False}
   lengths = {len(row['resps'][0][0]) for row in ours['samples']['local_answers']}
   assert len(lengths) > 3  # some answers end before their room does
+
+
+@pytest.mark.slow
+def test_the_command_writes_tables_and_rows(tiny, tasks, tmp_path, capsys):
+  command = ['eval', str(tiny), '--lm-eval', 'local_texts,local_choices', '--include_path', str(tasks), '--limit', '5']
+  assert cli.main([*command, '--against', str(tiny), '--out', str(tmp_path / 'out.json')]) == 0
+  out = capsys.readouterr().out
+  assert '|bits_per_byte' in out and f'{tiny} - {tiny} ' in out
+  found = json.loads((tmp_path / 'out.json').read_text())[str(tiny)]['results']
+  assert found['local_texts']['byte_perplexity,none'] > 1 and (tmp_path / 'out.md').exists()
+  lines = [json.loads(line) for line in (tmp_path / 'out.jsonl').read_text().splitlines()]
+  assert len(lines) == 10 and {line['task'] for line in lines} == {'local_texts', 'local_choices'}
 
 
 def test_a_task_that_is_not_there_is_named(tiny, tasks):
