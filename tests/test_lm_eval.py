@@ -43,7 +43,7 @@ TASKS = {
   },
   'answers': {
     'output_type': 'generate_until',
-    'doc_to_text': '{{prompt}}',
+    'doc_to_text': "{{prompt or 'It'}}",  # of none the hf backend reads nothing but padding
     'doc_to_target': '{{continuation}}',
     'generation_kwargs': {'until': ['\n', 'th'], 'max_gen_toks': 13, 'do_sample': False},
     'metric_list': [{'metric': 'exact_match'}],
