@@ -175,14 +175,16 @@ def test_a_tiny_model_scores_as_by_the_hf_backend(tiny, tasks):
 
 @pytest.mark.slow
 def test_the_command_writes_tables_and_rows(tiny, tasks, tmp_path, capsys):
+  other = tmp_path / 'other'
+  other.symlink_to(tiny)
   command = ['eval', str(tiny), '--lm-eval', 'local_texts,local_choices', '--include_path', str(tasks), '--limit', '5']
-  assert cli.main([*command, '--against', str(tiny), '--out', str(tmp_path / 'out.json')]) == 0
+  assert cli.main([*command, '--against', str(other), '--out', str(tmp_path / 'out.json')]) == 0
   out = capsys.readouterr().out
-  assert '|bits_per_byte' in out and f'{tiny} - {tiny} ' in out
+  assert 'bits_per_byte' in out and f'{tiny} - {other} ' in out
   found = json.loads((tmp_path / 'out.json').read_text())[str(tiny)]['results']
   assert found['local_texts']['byte_perplexity,none'] > 1 and (tmp_path / 'out.md').exists()
   lines = [json.loads(line) for line in (tmp_path / 'out.jsonl').read_text().splitlines()]
-  assert len(lines) == 10 and {line['task'] for line in lines} == {'local_texts', 'local_choices'}
+  assert len(lines) == 20 and {line['task'] for line in lines} == {'local_texts', 'local_choices'}
 
 
 def test_a_task_that_is_not_there_is_named(tiny, tasks):
