@@ -13,11 +13,12 @@ EXTRAS = {
   'beam': ['apache-beam>=2.77'],  # apart from dev and parity: it wants an older protobuf
   'serve': [],  # empty ones are filled when what needs them is there
   'eval': ['rouge-score>=0.1.2', 'sacrebleu>=2.6'],
+  'lm-eval': ['lm-eval>=0.4.13'],
   'quant': ['qwix>=0.1.8'],
   'trackio': ['trackio>=0.40'],
   'wandb': ['wandb>=0.25'],
   'rl': ['reasoning-gym>=0.1.25', 'math-verify>=0.9'],
-  'parity': ['torch==2.13.0', 'transformers>=5.0', 'peft>=0.17', 'trl>=1.16'],
+  'parity': ['torch==2.13.0', 'transformers>=5.0', 'peft>=0.17', 'trl>=1.16', 'lm-eval>=0.4.13'],
   'dev': [
     'pytest>=8',
     'pytest-xdist>=3.6',

@@ -107,6 +107,8 @@ class Eval:
   """Perplexity and bits per byte of a run on held-out text, by kind and by source.
 
   jaxlm eval RUN_A --against RUN_B --judge WHAT: how often A's answers to held-out prompts are preferred to those of B.
+  jaxlm eval MODEL --jsonl FILE --shots 5: multiple choice, continuations, texts or answers of your own.
+  jaxlm eval MODEL --lm-eval TASK,TASK --include-path DIR: tasks of lm-eval.
   """
 
   run: Positional[str]  # a run's folder, or any model that generate takes
@@ -116,20 +118,37 @@ class Eval:
   baselines: bool = False  # beside xz -9 and a byte 5-gram of the training text, on the same documents
   out: str | None = None  # a JSON file; by default RUN/eval.json
   tasks: int = 0  # answer so many held-out conversations of each kind and score the answers, rather than perplexity
-  against: tuple[str, ...] = ()  # with tasks: further models, runs or foreign ones, as the one that the run began with
-  max_new_tokens: int = 128  # with tasks and a judge: of an answer
+  against: tuple[
+    str, ...
+  ] = ()  # further models, runs or foreign ones, on the same rows, as the one that the run began with
+  max_new_tokens: int = 128  # of an answer
   judge: str = ''  # what prefers one of two answers: a reward of `jaxlm rl` (run:FOLDER, ...), or http(s)://HOST/v1
   judge_model: str = ''  # of such a server, whose key is in OPENAI_API_KEY
   most: int = 200  # with a judge: prompts
   temperature: float = 0.0  # with a judge: of the answers; 0: the likeliest tokens
+  jsonl: tuple[str, ...] = ()  # [NAME=]FILE of rows, one task each, rather than perplexity
+  lm_eval: str = ''  # names of lm-eval's tasks, with commas between them
+  include_path: str | None = None  # with lm-eval: a folder with YAML files of further tasks
+  shots: int | None = None  # examples before each question; by default none, with lm-eval the task's own number
+  shots_from: tuple[str, ...] = ()  # with jsonl: as many files that examples are drawn from, not the other rows
+  seed: int = 0  # of which examples
+  limit: int | None = None  # only the first rows of each task
+  apply_chat_template: bool = False  # ask in the model's own chat template, examples as turns
 
   def __post_init__(self):
+    if sum(map(bool, (self.tasks, self.judge, self.jsonl, self.lm_eval))) > 1:
+      raise InputError('--tasks, --judge, --jsonl and --lm-eval: one of them at a time')
+    if self.shots_from and len(self.shots_from) != len(self.jsonl):
+      raise InputError(f'--shots-from: {len(self.shots_from)} files for {len(self.jsonl)} of --jsonl')
+    if self.include_path and not self.lm_eval:
+      raise InputError('--include-path needs --lm-eval')
     if self.judge and (len(self.against) != 1 or self.tasks):
       raise InputError('--judge compares with one other model: --against MODEL, without --tasks')
     within('[0, inf)', temperature=self.temperature)
     at_least(1, most=self.most)
     at_least(1, batch=self.batch, seq_len=self.seq_len, max_new_tokens=self.max_new_tokens)
-    at_least(0, tasks=self.tasks)
+    at_least(1, limit=self.limit)
+    at_least(0, tasks=self.tasks, shots=self.shots, seed=self.seed)
 
   def file(self, name: str) -> str:
     """Where the figures go: `out`, else a file in the folder of the run or the adapter; of what is no folder, here."""

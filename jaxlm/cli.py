@@ -31,8 +31,8 @@ usage: jaxlm VERB ...          `jaxlm VERB --help` explains a verb
   preference   learn what is preferred, by dpo, ipo, kto, orpo, simpo or cpo: jaxlm preference --loss dpo --init ...
   rl           learn from rewards, by ppo, grpo, rloo and others: jaxlm rl --algo grpo --init MODEL --reward ...
   distill      learn what another model would say: jaxlm distill --teacher MODEL --data.path DATA [--on-policy 0.5]
-  eval         perplexity and bits per byte on held-out text, what a reward model gets right, or with
-               --against MODEL --judge WHAT how often its answers are preferred
+  eval         perplexity and bits per byte on held-out text, what a reward model gets right, with --jsonl FILE or
+               --lm-eval TASKS scores, or with --against MODEL --judge WHAT how often its answers are preferred
   generate     let a model continue a text
   chat         talk to a model in the terminal
   import       make a run of a model that others trained: a Hugging Face folder, hf://ORG/NAME or a GGUF file
@@ -200,9 +200,14 @@ def _eval(args: Sequence[str]) -> None:
   if options.tasks:
     _tasks(options)
     return
-  if options.judge:
-    stages.versus(options)
-    return
+  for asked, verb in (
+    (options.judge, stages.versus),
+    (options.jsonl, stages.questions),
+    (options.lm_eval, stages.harness),
+  ):
+    if asked:
+      verb(options)
+      return
   if stages.judged(options):
     return
   found = perplexity.evaluate(

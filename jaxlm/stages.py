@@ -255,3 +255,49 @@ def versus(options: 'arguments.Eval') -> None:
   print(f'{names[0]} over {names[1]}, by {options.judge}:\n{table(*versus.rows_of(found))}')
   print('\n'.join(versus.lines(found)))
   print(versus.write(found, options.judge, options.file('winrate.jsonl'), report))
+
+
+def questions(options: 'arguments.Eval') -> None:
+  """`jaxlm eval --jsonl`: files of rows, asked of each model."""
+  from jaxlm.console import counting, table
+  from jaxlm.evals import questions, subject
+
+  shots, templated = options.shots or 0, options.apply_chat_template
+  tasks = questions.load(options.jsonl)
+  pools = questions.load(options.shots_from) if options.shots_from else tasks
+  if len(pools) != len(tasks):
+    raise InputError(f'--shots-from: {len(pools)} tasks for {len(tasks)} of --jsonl')
+  tasks = [task._replace(rows=task.rows[: options.limit]) for task in tasks]
+  pairs = list(zip(tasks, pools, strict=True))
+  examples = {task.name: questions.drawn(task, pool.rows, shots, options.seed) for task, pool in pairs}
+  found, said = {}, []
+  for name in (options.run, *options.against):
+    asked, found[name] = subject.opened(name, batch=options.batch, seq_len=options.seq_len), {}
+    for task in tasks:
+      before = questions.contexts(asked, task, examples[task.name], templated)
+      one = questions.ask(asked, task, before, new=options.max_new_tokens, templated=templated, bar=counting)
+      found[name][task.name] = one.measures
+      told = zip(before, task.rows, one.said, strict=True)
+      said += [{'model': name, 'task': task.name, 'context': b, **row._asdict(), **x} for b, row, x in told]
+  figures = questions.rows(found, dict.fromkeys(examples, shots))
+  print(shown := table(*figures))
+  report = options.run if options.out is None else None
+  for path in questions.write(figures, shown, said, options.file('scores.json'), report):
+    print(path)
+
+
+def harness(options: 'arguments.Eval') -> None:
+  """`jaxlm eval --lm-eval`: tasks of lm-eval, asked of each model."""
+  from jaxlm.console import counting, table
+  from jaxlm.evals import harness, subject
+
+  how = {'include': options.include_path, 'shots': options.shots, 'limit': options.limit}
+  names, found, parts = [name for name in options.lm_eval.split(',') if name], {}, []
+  for name in (options.run, *options.against):
+    asked = subject.opened(name, batch=options.batch, seq_len=options.seq_len)
+    found[name] = harness.evaluate(asked, names, templated=options.apply_chat_template, bar=counting, **how)
+    parts.append(f'{name}:\n\n{harness.shown(found[name])}')
+  parts.append(table(*harness.compared(found)))
+  print('\n\n'.join(parts))
+  for path in harness.write(found, '\n\n'.join(parts), options.file('lm_eval.json')):
+    print(path)
