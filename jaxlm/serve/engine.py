@@ -138,7 +138,7 @@ class Bank:
     if context > cfg.max_seq_len and cfg.positions == 'learned':
       raise InputError(f"context={context} exceeds the model's {cfg.max_seq_len} positions")
     self.cfg, self.run, self.tokenizer, self.context = cfg, run, tokenizer, context
-    self.params = jax.jit(sample.unstacked, static_argnums=0)(cfg, params)
+    self.params = params if isinstance(params['layers'], tuple) else jax.jit(sample.unstacked, static_argnums=0)(cfg, params)
     self.positions = -(-context // READ) * READ
     self.state = slots.vacant(cfg, run, rows, self.positions, READ)
     make = lambda: slots.empty(cfg, run, 1, self.positions, READ)
@@ -157,6 +157,20 @@ class Bank:
       *(full(1.0, np.float32), full(cfg.vocab_size, np.int32), full(1.0, np.float32), full(0.0, np.float32)),
       *(full(1.0, np.float32), full(0.0, np.float32), full(0.0, np.float32), full(False, bool)),
     )
+
+  def warm(self) -> None:
+    """Compiles everything, so that nobody waits for it."""
+    tokens, lobby = np.zeros(READ, np.int32), self.lobbies[0]
+    for scored in (True, False):
+      given = lobby.cache, tokens, tokens, 0, 1
+      lobby.cache, logits_1V, _ = slots.read(self.cfg, self.run, scored, self.params, *given)
+    chosen_1, V = jax.tree.map(lambda x: x[:1].copy(), self.chosen), self.cfg.vocab_size
+    blank = np.zeros(V, bool), np.zeros(V, np.float32), np.full((1, self.all_Bw.shape[1]), 0xFFFFFFFF, np.uint32)
+    self.state, _ = slots.enter(self.state, 0, lobby.cache, logits_1V, chosen_1, *blank, 1)
+    for steps in (1, PIECE):
+      given = self.state, self.chosen, self.all_Bw
+      self.state, made = slots.advance(self.cfg, self.run, steps, self.params, *given)
+      jax.block_until_ready(made)
 
   @property
   def live(self) -> int:

@@ -59,15 +59,15 @@ class Metrics:
         for (found, labels), value in sorted(self._counts.items()):
           if found == name:
             shown = ','.join(f'{key}="{_quoted(label)}"' for key, label in labels)
-            lines.append(f'{full}{{{shown}}} {value:g}' if shown else f'{full} {value:g}')
+            lines.append(f'{full}{{{shown}}} {value:.15g}' if shown else f'{full} {value:.15g}')
       for name, counts in sorted(self._seen.items()):
         full, total = head(name, 'histogram'), 0
         for edge, count in zip((*map('{:g}'.format, SECONDS), '+Inf'), counts, strict=True):
           total += count
           lines.append(f'{full}_bucket{{le="{edge}"}} {total}')
-        lines.extend([f'{full}_sum {self._sums[name]:g}', f'{full}_count {total}'])
+        lines.extend([f'{full}_sum {self._sums[name]:.15g}', f'{full}_count {total}'])
     for name, value in gauges.items():
-      lines.append(f'{head(name, "gauge")} {value:g}')
+      lines.append(f'{head(name, "gauge")} {value:.15g}')
     return '\n'.join(lines) + '\n'
 
 

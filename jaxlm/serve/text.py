@@ -81,6 +81,7 @@ class Spelling:
   def __init__(self, tokenizer: Tokenizer):
     inner: Any = tokenizer.inner
     self._inner, self._added = inner, {i: t.content for i, t in inner.get_added_tokens_decoder().items()}
+    self._controls = tokenizer.control_ids
     self._byte_level = bool(re.search(r'"type":\s*"ByteLevel"', inner.to_str()))
 
   def bytes(self, i: int) -> bytes:
@@ -101,3 +102,7 @@ class Spelling:
       return raw.decode()
     except UnicodeDecodeError:
       return 'bytes:' + ''.join(f'\\x{b:02x}' for b in raw)
+
+  def said(self, i: int) -> str:
+    """What a token adds to a text: nothing if it stands for none, or for a part of a character."""
+    return '' if i in self._controls else self.bytes(i).decode(errors='ignore')

@@ -1,0 +1,51 @@
+"""Answers that have to obey a grammar: which tokens may come next (llguidance)."""
+
+from typing import Any
+
+import numpy as np
+
+from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.errors import InputError
+
+
+class Obeying:
+  """One answer on its way through a grammar."""
+
+  def __init__(self, matcher: Any, words: int):
+    self._matcher, self._words = matcher, words
+
+  def mask(self) -> np.ndarray:
+    """uint32 [words]: the tokens that may come next; the end of an answer where it may end."""
+    found = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
+    mask = np.zeros(self._words, np.uint32)
+    mask[: len(found)] = found[: self._words]
+    return mask
+
+  def accept(self, token: int) -> bool:
+    """Takes the next token; whether nothing can follow it."""
+    self._matcher.consume_token(token)
+    return bool(self._matcher.is_stopped())
+
+
+class Grammars:
+  """Of one tokenizer; made when the first grammar is asked for."""
+
+  def __init__(self, tokenizer: Tokenizer, vocab_size: int, ends: frozenset[int]):
+    self._tokenizer, self._ends, self._words = tokenizer, sorted(ends), -(-vocab_size // 32)
+    self._made: Any = None
+
+  def matcher(self, grammar: str) -> Obeying:
+    """Raises InputError for a grammar that cannot be followed, and where llguidance is not installed."""
+    try:
+      import llguidance
+    except ImportError as error:
+      raise InputError("response_format and forced tools need llguidance: pip install 'jaxlm[serve]'") from error
+    if self._made is None:
+      self._made = llguidance.LLTokenizer(self._tokenizer.inner.to_str(), eos_token=self._ends)
+    try:
+      matcher = llguidance.LLMatcher(self._made, grammar, log_level=0)
+    except Exception as error:  # whatever the library finds wrong with a schema that somebody sent
+      raise InputError(f'the schema cannot be followed: {error}') from error
+    if matcher.is_error():
+      raise InputError(f'the schema cannot be followed: {matcher.get_error()}')
+    return Obeying(matcher, self._words)

@@ -1,0 +1,100 @@
+"""Calls of functions: how models write them, and grammars that answers have to obey (llguidance).
+
+Two ways are known: JSON between <tool_call> tags (Hermes, and with it ChatML and Qwen), and an answer that is nothing
+but JSON (Llama 3, and Mistral's list).
+"""
+
+import json
+import secrets
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+OPEN, CLOSE = '<tool_call>', '</tool_call>'
+# One way of writing each value, the commonest: where spaces are free a model may write nothing else.
+SPACES = {'whitespace_flexible': False, 'item_separator': ', ', 'key_separator': ': '}
+
+
+class Call(NamedTuple):
+  """Of a function; `arguments` is JSON."""
+
+  id: str
+  name: str
+  arguments: str
+
+
+class Calls:
+  """Splits an answer that grows into its text and its calls; only functions that there are can be called."""
+
+  def __init__(self, functions: Collection[str]):
+    self.functions = functions
+    self.found = 0
+    self._held = ''
+    self._begun = self._bare = False
+
+  def add(self, text: str, last: bool) -> tuple[str, list[Call]]:
+    """What is now known to be text, and calls that are complete."""
+    self._held += text
+    if not self._begun and (start := self._held.lstrip()):
+      self._begun, self._bare = True, start[0] in '[{'
+    if self._bare:
+      return self._whole() if last else ('', [])
+    said, calls = '', []
+    while (at := self._held.find(OPEN)) >= 0 and (end := self._held.find(CLOSE, at)) >= 0:
+      found = self._calls(self._held[at + len(OPEN) : end])
+      said += self._held[: at if found else end + len(CLOSE)]
+      calls += found
+      self._held = self._held[end + len(CLOSE) :].lstrip('\n') if found else self._held[end + len(CLOSE) :]
+    keep = len(self._held) - at if at >= 0 else _begins(self._held, OPEN)
+    if last:
+      keep = 0
+    said += self._held[: len(self._held) - keep]
+    self._held = self._held[len(self._held) - keep :]
+    return said, calls
+
+  def _whole(self) -> tuple[str, list[Call]]:
+    text, self._held = self._held, ''
+    calls = self._calls(text)
+    return ('', calls) if calls else (text, [])
+
+  def _calls(self, text: str) -> list[Call]:
+    try:
+      given = json.loads(text)
+    except (ValueError, RecursionError):
+      return []
+    found = []
+    for call in given if isinstance(given, list) else [given]:
+      arguments = call.get('arguments', call.get('parameters', {})) if isinstance(call, dict) else None
+      if not isinstance(arguments, dict) or call.get('name') not in self.functions:
+        return []
+      shown = json.dumps(arguments, ensure_ascii=False)
+      found.append(Call(f'call_{secrets.token_hex(12)}', call['name'], shown))
+    self.found += len(found)
+    return found
+
+
+def _begins(text: str, word: str) -> int:
+  """Characters at the end of a text that may become the word."""
+  return next((n for n in range(min(len(word) - 1, len(text)), 0, -1) if word.startswith(text[-n:])), 0)
+
+
+def json_grammar(schema: Mapping[str, Any]) -> str:
+  """Of answers that are JSON by a schema."""
+  return json.dumps({'grammars': [{'json_schema': {**schema, 'x-guidance': SPACES}}]})
+
+
+def grammar(template: str, functions: Mapping[str, Any]) -> str:
+  """Of answers that are one call of one of the functions, {name: schema of its parameters}."""
+  tagged = OPEN in template
+  key = 'arguments' if tagged else 'parameters'
+  one = lambda name, schema: {
+    'type': 'object',
+    'properties': {'name': {'const': name}, key: schema},
+    'required': ['name', key],
+    'additionalProperties': False,
+  }
+  schema = {'anyOf': [one(*pair) for pair in functions.items()]}
+  if not tagged:
+    return json_grammar(schema)
+  spaced = {**schema, 'x-guidance': SPACES}
+  lark = f'start: {json.dumps(OPEN)} "\\n" call "\\n" {json.dumps(CLOSE)}\ncall: %json {json.dumps(spaced)}\n'
+  return json.dumps({'grammars': [{'lark_grammar': lark}]})
