@@ -313,7 +313,7 @@ def _content(given: Any, where: str) -> str | None:
   """A string, or text parts; other kinds are refused."""
   if given is None or isinstance(given, str):
     return given
-  parts = given if isinstance(given, list) else [None]
+  parts: list[Any] = given if isinstance(given, list) else [None]
   if all(isinstance(p, dict) and p.get('type') == 'text' and isinstance(p.get('text'), str) for p in parts):
     return ''.join(p['text'] for p in parts)
   raise Refused(400, f'{where}.content must be a string or text parts', where)
@@ -322,7 +322,8 @@ def _content(given: Any, where: str) -> str | None:
 def _calls(given: Any, where: str) -> list[dict[str, Any]]:
   """Earlier calls as templates read them: with their arguments as an object."""
   found = []
-  for call in given if isinstance(given, list) else [None]:
+  calls: list[Any] = given if isinstance(given, list) else [None]
+  for call in calls:
     function = call.get('function') if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get('name'), str):
       raise Refused(400, f'{where}.tool_calls must have functions with names', where)

@@ -6,7 +6,7 @@ import hashlib
 import hmac
 import json
 import signal
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any, NamedTuple
 
 from jaxlm.errors import InputError
@@ -120,7 +120,7 @@ def _error(refused: Refused) -> Any:
 
 
 async def _body(request: Any, settings: Settings) -> bytes:
-  """Raises Refused for one that is too large, too slow, or not said to be JSON (which other sites' pages cannot say)."""
+  """Raises Refused for one that is too large or too slow, or not said to be JSON, as other sites' pages cannot say."""
   if request.headers.get('content-type', '').partition(';')[0].strip().lower() != 'application/json':
     raise Refused(415, 'the content type must be application/json')
   parts, size = [], 0
@@ -163,7 +163,7 @@ class Running:
     if self._left:
       self.service.engine.cancel(self.asks)
 
-  async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+  async def pieces(self) -> AsyncGenerator[tuple[int, Piece]]:
     """All of them. Raises Refused if the engine fails, or takes too long."""
     deadline = self._loop.time() + self.service.settings.answer_seconds
     while self._left:
@@ -178,7 +178,7 @@ class Running:
       yield choice, piece
 
 
-async def _streamed(running: Running, answer: Answer) -> AsyncIterator[bytes]:
+async def _streamed(running: Running, answer: Answer) -> AsyncGenerator[bytes]:
   """Server-sent events."""
   event = lambda told: b'data: ' + json.dumps(told, ensure_ascii=False, separators=(',', ':')).encode() + b'\n\n'
   try:
@@ -280,7 +280,7 @@ def application(service: Service) -> Any:
     return JSONResponse(api.entry(service.models[name]))
 
   @contextlib.asynccontextmanager
-  async def lifespan(app: Any) -> AsyncIterator[None]:
+  async def lifespan(app: Any) -> AsyncGenerator[None]:
     yield
     engine.close()
 

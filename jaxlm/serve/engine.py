@@ -130,7 +130,15 @@ class Bank:
   """The slots of one set of parameters."""
 
   def __init__(
-    self, cfg: ModelConfig, params: Any, tokenizer: Tokenizer, *, rows: int, context: int, lobbies: int, run: Run = Run()
+    self,
+    cfg: ModelConfig,
+    params: Any,
+    tokenizer: Tokenizer,
+    *,
+    rows: int,
+    context: int,
+    lobbies: int,
+    run: Run = Run(),
   ):
     """`rows` answers at once, `context` tokens of prompt and answer together. Raises InputError for impossible ones."""
     if rows < 2:
@@ -138,7 +146,9 @@ class Bank:
     if context > cfg.max_seq_len and cfg.positions == 'learned':
       raise InputError(f"context={context} exceeds the model's {cfg.max_seq_len} positions")
     self.cfg, self.run, self.tokenizer, self.context = cfg, run, tokenizer, context
-    self.params = params if isinstance(params['layers'], tuple) else jax.jit(sample.unstacked, static_argnums=0)(cfg, params)
+    self.params = (
+      params if isinstance(params['layers'], tuple) else jax.jit(sample.unstacked, static_argnums=0)(cfg, params)
+    )
     self.positions = -(-context // READ) * READ
     self.state = slots.vacant(cfg, run, rows, self.positions, READ)
     make = lambda: slots.empty(cfg, run, 1, self.positions, READ)
@@ -377,9 +387,7 @@ class Engine:
   def _step(self, bank: Bank) -> None:
     alone = bank.arriving is None and not any(row is not None and row.ask.matcher for row in bank.rows)
     steps = PIECE if alone else 1
-    bank.state, made = slots.advance(
-      bank.cfg, bank.run, steps, bank.params, bank.state, bank.chosen, bank.masks()
-    )
+    bank.state, made = slots.advance(bank.cfg, bank.run, steps, bank.params, bank.state, bank.chosen, bank.masks())
     made = jax.device_get(made)
     self.metrics.add('steps', steps)
     for place, row in enumerate(bank.rows):

@@ -2,7 +2,7 @@
 
 import bisect
 import threading
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -26,9 +26,9 @@ class Metrics:
 
   def __init__(self) -> None:
     self._lock = threading.Lock()
-    self._counts: Counter[tuple[str, tuple[tuple[str, str], ...]]] = Counter()
+    self._counts: dict[tuple[str, tuple[tuple[str, str], ...]], float] = defaultdict(float)
     self._seen: dict[str, list[int]] = defaultdict(lambda: [0] * (len(SECONDS) + 1))
-    self._sums: Counter[str] = Counter()
+    self._sums: dict[str, float] = defaultdict(float)
 
   def add(self, name: str, count: float = 1, **labels: str) -> None:
     with self._lock:

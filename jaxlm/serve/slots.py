@@ -186,7 +186,9 @@ def enter(
 ) -> tuple[Slots, Made]:
   """The slots with a prompt of `length` tokens that was read in place of a row, and its first token; [1, 1] of it."""
   zero_1 = jnp.zeros(1, jnp.int32)
-  new = Slots(cache_1, zero_1, zero_1 + length, zero_1, seen_V[None], jnp.zeros_like(seen_V, jnp.int32)[None], bias_V[None])
+  new = Slots(
+    cache_1, zero_1, zero_1 + length, zero_1, seen_V[None], jnp.zeros_like(seen_V, jnp.int32)[None], bias_V[None]
+  )
   made = _draw(logits_1V, chosen_1, zero_1, new, mask_1w)
   token_1 = made.token_tB
   new = new.replace(  # ty: ignore

@@ -44,7 +44,8 @@ def opened(options: arguments.Serve, key: str | None, say: Callable[[str], None]
   limit = model.cfg.max_seq_len if model.cfg.positions == 'learned' else options.context
   context = min(options.context, limit)
   name = options.name or PurePosixPath(options.model).name or options.model
-  params = jax.jit(sample.unstacked, static_argnums=0)(model.cfg, model.params)
+  params = lora.merge(model.params) if options.adapter else model.params
+  params = jax.jit(sample.unstacked, static_argnums=0)(model.cfg, params)
   trees = {name: params}
   for one in options.adapter:
     called, _, folder = one.partition('=')
@@ -53,12 +54,12 @@ def opened(options: arguments.Serve, key: str | None, say: Callable[[str], None]
     trees[called] = _adapted(model, params, folder)
   banks = {}
   for called, tree in trees.items():
-    how = {'rows': options.slots, 'context': context, 'lobbies': options.prefixes}
+    how: dict[str, Any] = {'rows': options.slots, 'context': context, 'lobbies': options.prefixes}
     banks[called] = Bank(model.cfg, tree, model.tokenizer, **how)  # ty: ignore
     banks[called].warm()
   served = {called: _served(called, model, options.template) for called in trees}
   hosts = None if key else (*app.LOOPBACK, options.host)
-  times = {'body_seconds': options.body_seconds, 'answer_seconds': options.answer_seconds}
+  times: dict[str, Any] = {'body_seconds': options.body_seconds, 'answer_seconds': options.answer_seconds}
   settings = app.Settings(key=key, hosts=hosts, drain_seconds=options.drain_seconds, **times)
   limits = Limits(answers=min(options.answers, options.queue), context=context, tokens=context)
   return app.Service(Engine(banks, queue=options.queue), served, limits, settings)

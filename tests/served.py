@@ -1,0 +1,55 @@
+"""A small chat model in a folder, and `jaxlm serve` of it as a process."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from tiny_run import SOURCE, quick
+
+from jaxlm import interop, models
+from jaxlm.data import sources, tokenizer, turns
+from jaxlm.models import ModelConfig
+
+CFG = ModelConfig(d_model=56, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=67, vocab_size=311, max_seq_len=512)
+
+
+def model() -> interop.Model:
+  """Random weights, large enough that answers differ; a vocabulary of the shipped text, and ChatML."""
+  import jax
+
+  words = tokenizer.train((d.text for d in sources.documents((SOURCE,))), 307)
+  words = words.with_controls(turns.BUILT_IN['chatml'])
+  template = (turns.ASSETS / 'chatml.jinja').read_text()
+  shapes = jax.eval_shape(lambda: models.init(CFG, jax.random.key(0)))
+  leaves, treedef = jax.tree.flatten(shapes)
+  rng = np.random.default_rng(5)
+  params = jax.tree.unflatten(treedef, [rng.normal(0.0, 0.3, x.shape).astype(np.float32) for x in leaves])
+  ends = [words.eos_id, words.control_id('<|im_end|>')]
+  return interop.Model(CFG, params, words, template, {'eos_token_id': ends})
+
+
+class Server:
+  """A process that serves a folder; `log` is what it said."""
+
+  def __init__(self, folder: Path, home: Path, *flags: str, **env: str):
+    command = [sys.executable, '-m', 'jaxlm', 'serve', str(folder), '--port', '0', '--name', 'tiny', *flags]
+    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'text': True}
+    self.process = subprocess.Popen(command, env=os.environ | quick(home) | env, **pipes)
+    self.log = []
+    for line in self.process.stdout:
+      self.log.append(line)
+      if line.startswith('serving '):
+        self.url = line.split(' at ')[1].strip()
+        return
+    raise AssertionError(''.join(self.log))
+
+  def stop(self) -> int:
+    """Asks it to end, as an init system does; its exit code."""
+    if self.process.poll() is None:
+      self.process.send_signal(signal.SIGTERM)
+    out, _ = self.process.communicate(timeout=120)
+    self.log.append(out)
+    return self.process.returncode
