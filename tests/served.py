@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from tiny_run import SOURCE, quick
 
@@ -18,15 +20,13 @@ CFG = ModelConfig(d_model=56, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=67, voca
 
 def model() -> interop.Model:
   """Random weights, large enough that answers differ; a vocabulary of the shipped text, and ChatML."""
-  import jax
-
   words = tokenizer.train((d.text for d in sources.documents((SOURCE,))), 307)
   words = words.with_controls(turns.BUILT_IN['chatml'])
   template = (turns.ASSETS / 'chatml.jinja').read_text()
   shapes = jax.eval_shape(lambda: models.init(CFG, jax.random.key(0)))
   leaves, treedef = jax.tree.flatten(shapes)
   rng = np.random.default_rng(5)
-  params = jax.tree.unflatten(treedef, [rng.normal(0.0, 0.3, x.shape).astype(np.float32) for x in leaves])
+  params = jax.tree.unflatten(treedef, [jnp.asarray(rng.normal(0.0, 0.3, x.shape), jnp.float32) for x in leaves])
   ends = [words.eos_id, words.control_id('<|im_end|>')]
   return interop.Model(CFG, params, words, template, {'eos_token_id': ends})
 
@@ -44,6 +44,7 @@ class Server:
       if line.startswith('serving '):
         self.url = line.split(' at ')[1].strip()
         return
+    self.process.communicate()
     raise AssertionError(''.join(self.log))
 
   def stop(self) -> int:

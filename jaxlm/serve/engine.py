@@ -425,7 +425,7 @@ class Engine:
     row.waiting = row.waiting[len(ready) :]
     if row.text.stopped:
       ready = [t for t in ready if t.offset < len(row.text.said)]
-    if text or finish or ready or piece.prompt:
+    if text or finish or ready or piece.prompt or piece.cached:
       ask.deliver(piece._replace(text=text, tokens=ready, finish=finish, made=row.made))
 
 
