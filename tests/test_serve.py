@@ -98,9 +98,9 @@ def test_greedy_is_what_chat_writes(tiny, client):
 
 
 def test_streams_are_the_whole_in_pieces(client):
-  whole = complete(client, max_tokens=30, seed=3, temperature=1.0)
-  stream = complete(client, max_tokens=30, seed=3, temperature=1.0, stream=True, stream_options={'include_usage': True})
-  *chunks, last = list(stream)
+  how = {'max_tokens': 30, 'seed': 3, 'temperature': 1.0, 'extra_body': {'ignore_eos': True}}
+  whole = complete(client, **how)
+  *chunks, last = list(complete(client, stream=True, stream_options={'include_usage': True}, **how))
   assert ''.join(c.choices[0].text for c in chunks) == whole.choices[0].text
   assert [c.choices[0].finish_reason for c in chunks if c.choices[0].finish_reason] == ['length']
   assert len(chunks) > 3 and last.choices == [] and last.usage.completion_tokens == 30

@@ -26,7 +26,8 @@ class Settings(NamedTuple):
 
   key: str | None = None
   hosts: tuple[str, ...] | None = None  # names that requests may be sent to; None: any
-  body_bytes: int = 4 << 20
+  body_bytes: int = 1 << 20
+  head_seconds: float = 10.0  # for the beginning of a request
   body_seconds: float = 20.0  # for a whole body to arrive
   answer_seconds: float = 600.0  # for a whole answer
   drain_seconds: float = 60.0  # for the answers that are being made when the server is asked to end
@@ -139,8 +140,8 @@ async def _body(request: Any, settings: Settings) -> bytes:
 class Running:
   """The answers to one request, on their way from the engine's thread."""
 
-  def __init__(self, service: Service, asked: Asked):
-    self.service, self._loop = service, asyncio.get_running_loop()
+  def __init__(self, service: Service, asked: Asked, loop: asyncio.AbstractEventLoop):
+    self.service, self._loop = service, loop
     self._queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
     self.asks = service.asks(asked, self._deliver)
     self._name, self._left = asked.model.name, len(self.asks)
@@ -249,12 +250,13 @@ def application(service: Service) -> Any:
       if engine.closed:
         raise Refused(503, 'the server is stopping')
 
-      def ready() -> tuple[Asked, Answer]:
-        asked = read(api.parse(raw), service.models, service.limits)
-        return asked, form(asked, service.spelling[asked.model.name])
+      loop = asyncio.get_running_loop()
 
-      asked, answer = await run_in_threadpool(ready)
-      running = Running(service, asked)
+      def ready() -> tuple[Asked, Answer, Running]:
+        asked = read(api.parse(raw), service.models, service.limits)
+        return asked, form(asked, service.spelling[asked.model.name]), Running(service, asked, loop)
+
+      asked, answer, running = await run_in_threadpool(ready)  # templates and grammars may take seconds
       running.submit()
       if asked.stream:
         return Stream(running, answer)
@@ -302,6 +304,29 @@ def application(service: Service) -> Any:
   return Guard(app, service)
 
 
+def _hasty(seconds: float) -> Any:
+  """A protocol that closes connections whose next request does not begin in time, or begins and goes on slowly."""
+  from uvicorn.protocols.http.h11_impl import H11Protocol
+
+  class Hasty(H11Protocol):
+    def connection_made(self, transport: Any) -> None:
+      super().connection_made(transport)
+      self._seen: Any = self
+      self._look()
+
+    def _look(self) -> None:
+      cycle = self.cycle
+      if self.transport.is_closing():
+        return
+      if cycle is self._seen and (cycle is None or cycle.response_complete):
+        self.transport.close()
+        return
+      self._seen = cycle
+      self.loop.call_later(seconds, self._look)
+
+  return Hasty
+
+
 def run(service: Service, host: str, port: int, say: Callable[[str], None]) -> None:
   """Serves until SIGTERM or SIGINT: then no more is taken, and what was is answered. Raises InputError."""
   import socket
@@ -334,7 +359,8 @@ def run(service: Service, host: str, port: int, say: Callable[[str], None]) -> N
   config = uvicorn.Config(
     application(service),
     loop='asyncio',
-    http='h11',
+    http=_hasty(service.settings.head_seconds),
+    timeout_keep_alive=5,
     ws='none',
     lifespan='on',
     log_level='warning',

@@ -177,10 +177,9 @@ class Bank:
     chosen_1, V = jax.tree.map(lambda x: x[:1].copy(), self.chosen), self.cfg.vocab_size
     blank = np.zeros(V, bool), np.zeros(V, np.float32), np.full((1, self.all_Bw.shape[1]), 0xFFFFFFFF, np.uint32)
     self.state, _ = slots.enter(self.state, 0, lobby.cache, logits_1V, chosen_1, *blank, 1)
-    for steps in (1, PIECE):
-      given = self.state, self.chosen, self.all_Bw
-      self.state, made = slots.advance(self.cfg, self.run, steps, self.params, *given)
-      jax.block_until_ready(made)
+    given = self.state, self.chosen, self.all_Bw, 1
+    self.state, made = slots.advance(self.cfg, self.run, PIECE, self.params, *given)
+    jax.block_until_ready(made)
 
   @property
   def live(self) -> int:
@@ -382,23 +381,24 @@ class Engine:
     row = bank.rows[place] = _Row(ask, bank.tokenizer)
     made = jax.device_get(made)
     self.metrics.observe('first_token_seconds', time.monotonic() - ask.asked)
-    self._tell(bank, place, row, made, 0, first)
+    self._tell(bank, place, row, jax.tree.map(lambda x: x[:, 0], made), first)
 
   def _step(self, bank: Bank) -> None:
     alone = bank.arriving is None and not any(row is not None and row.ask.matcher for row in bank.rows)
     steps = PIECE if alone else 1
-    bank.state, made = slots.advance(bank.cfg, bank.run, steps, bank.params, bank.state, bank.chosen, bank.masks())
+    given = bank.state, bank.chosen, bank.masks(), steps
+    bank.state, made = slots.advance(bank.cfg, bank.run, PIECE, bank.params, *given)
     made = jax.device_get(made)
     self.metrics.add('steps', steps)
     for place, row in enumerate(bank.rows):
       if row is not None:
-        self._tell(bank, place, row, made, place, Piece())
+        self._tell(bank, place, row, jax.tree.map(lambda x, place=place: x[:steps, place], made), Piece())
 
-  def _tell(self, bank: Bank, place: int, row: _Row, made: slots.Made, column: int, piece: Piece) -> None:
+  def _tell(self, bank: Bank, place: int, row: _Row, made: slots.Made, piece: Piece) -> None:
     """Takes a row's new tokens, delivers what can be told of them, and frees the slot after the last one."""
     ask, text, finish, before = row.ask, '', None, row.made
     for t in range(len(made.token_tB)):
-      token = int(made.token_tB[t, column])
+      token = int(made.token_tB[t])
       row.made += 1
       done = ask.matcher is not None and ask.matcher.accept(token)
       if token in ask.stop_ids:
@@ -407,8 +407,8 @@ class Engine:
       offset = len(row.text.said)
       text += row.text.add(token)
       if ask.told is not None:
-        pairs = zip(made.top_tBk[t, column, : ask.told].tolist(), made.top_logp_tBk[t, column].tolist(), strict=False)
-        row.waiting.append(Token(token, float(made.logp_tB[t, column]), list(pairs), offset))
+        pairs = zip(made.top_tBk[t, : ask.told].tolist(), made.top_logp_tBk[t].tolist(), strict=False)
+        row.waiting.append(Token(token, float(made.logp_tB[t]), list(pairs), offset))
       if row.text.stopped or done:
         finish = 'stop'
       elif row.made >= ask.most or len(ask.prompt) + row.made >= bank.context:
@@ -421,6 +421,7 @@ class Engine:
       finish = 'stop' if row.text.stopped else finish
       bank.leave(place)
       self.metrics.add('finished', 1)
+      self.metrics.observe('request_seconds', time.monotonic() - ask.asked)
     ready = [t for t in row.waiting if finish or t.offset < row.text.told]
     row.waiting = row.waiting[len(ready) :]
     if row.text.stopped:

@@ -116,23 +116,30 @@ def _draw(logits_BV: Array, chosen: Chosen, count_B: Array, slots: Slots, mask_B
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def advance(
-  cfg: ModelConfig, run: Run, steps: int, params: Any, slots: Slots, chosen: Chosen, mask_Bw: Array
+  cfg: ModelConfig, run: Run, most: int, params: Any, slots: Slots, chosen: Chosen, mask_Bw: Array, steps: Any
 ) -> tuple[Slots, Made]:
-  """`steps` more tokens in each row; `slots` are used up. A mask holds for every one of them."""
+  """`steps` more tokens in each row, `most` at most, which is t; `slots` are used up, and a mask holds for all steps.
 
-  def one(slots: Slots, _: None) -> tuple[Slots, Made]:
+  One program for any number of them: two might differ in how they round.
+  """
+
+  def one(t: Array, carry: tuple[Slots, Made]) -> tuple[Slots, Made]:
+    slots, all_made = carry
     rows_B, live_B = jnp.arange(len(slots.token_B)), chosen.live_B
     position_B = jnp.where(live_B, slots.position_B, -1)  # what dead rows write is dropped
     logits_B1V, cache = sample.decode(cfg, params, slots.token_B[:, None], position_B, slots.cache, run=run)
     made = _draw(logits_B1V[:, 0], chosen, slots.count_B, slots, mask_Bw)
-    token_B = made.token_tB
+    token_B, more_B = made.token_tB, live_B.astype(jnp.int32)
     seen_BV = slots.seen_BV.at[rows_B, token_B].max(live_B)
-    made_BV = slots.made_BV.at[rows_B, token_B].add(live_B.astype(jnp.int32))
-    more_B = live_B.astype(jnp.int32)
+    made_BV = slots.made_BV.at[rows_B, token_B].add(more_B)
     counts = slots.position_B + more_B, slots.count_B + more_B
-    return Slots(cache, token_B, *counts, seen_BV, made_BV, slots.bias_BV), made
+    slots = Slots(cache, token_B, *counts, seen_BV, made_BV, slots.bias_BV)
+    return slots, jax.tree.map(lambda x, y: x.at[t].set(y), all_made, made)
 
-  return jax.lax.scan(one, slots, length=steps)
+  rows, k = len(slots.token_B), min(TOP, cfg.vocab_size)
+  token_tB, top_tBk = jnp.zeros((most, rows), jnp.int32), jnp.zeros((most, rows, k), jnp.int32)
+  blank = Made(token_tB, token_tB.astype(jnp.float32), top_tBk, top_tBk.astype(jnp.float32))
+  return jax.lax.fori_loop(0, steps, one, (slots, blank))
 
 
 @struct.dataclass
