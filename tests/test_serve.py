@@ -3,6 +3,7 @@
 import concurrent.futures
 import http.client
 import json
+import socket
 import threading
 import time
 import urllib.parse
@@ -39,7 +40,9 @@ def folder(tiny, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def server(folder):
-  server = Server(folder, folder.parent, '--slots', '3', '--context', '256', '--queue', '8', '--answers', '6')
+  server = Server(
+    folder, folder.parent, '--slots', '3', '--context', '256', '--queue', '8', '--answers', '6', '--body-seconds', '2'
+  )
   yield server
   assert server.stop() == 0, server.log
 
@@ -246,6 +249,15 @@ def test_what_is_refused(server, asked, status, param):
 def test_bodies_that_are_none(server, body, status):
   found = httpx.post(f'{server.url}/chat/completions', content=body, headers={'content-type': 'application/json'})
   assert found.status_code == status and found.json()['error']['message']
+
+
+@pytest.mark.parametrize('sent, told', [('{', b'HTTP/1.1 408'), (None, b'')], ids=['body', 'head'])
+def test_who_is_slow_is_sent_away(server, sent, told):
+  host = urllib.parse.urlsplit(server.url)
+  head = 'POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 99\r\n'
+  with socket.create_connection((host.hostname, host.port), timeout=60) as connection:
+    connection.sendall((f'{head}\r\n{sent}' if sent else head).encode())
+    assert connection.recv(12) == told
 
 
 def test_messages_that_are_none(client):

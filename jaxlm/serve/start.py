@@ -59,7 +59,11 @@ def opened(options: arguments.Serve, key: str | None, say: Callable[[str], None]
     banks[called].warm()
   served = {called: _served(called, model, options.template) for called in trees}
   hosts = None if key else (*app.LOOPBACK, options.host)
-  times: dict[str, Any] = {'body_seconds': options.body_seconds, 'answer_seconds': options.answer_seconds}
+  times: dict[str, Any] = {
+    'head_seconds': options.body_seconds,
+    'body_seconds': options.body_seconds,
+    'answer_seconds': options.answer_seconds,
+  }
   times |= {'drain_seconds': options.drain_seconds, 'body_bytes': (1 << 18) + 64 * context}
   settings = app.Settings(key=key, hosts=hosts, **times)
   limits = Limits(answers=min(options.answers, options.queue), context=context, tokens=context)

@@ -1,0 +1,246 @@
+"""Serving's parts alone: text as tokens come, calls in answers, settings of requests, the engine without a network."""
+
+import json
+import queue
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from served import model
+
+from jaxlm import interop
+from jaxlm.data import tokenizer as tok
+from jaxlm.serve import api, engine, metrics, text, tools
+from jaxlm.serve.engine import Ask, Bank, Closed, Engine, Full, Piece, Settings
+
+WORDS = tok.train(['the whale, the sea and the ship: नमस्ते दुनिया, 日本語 and 🐋🐳 ' * 9], 300)
+SAID = st.text(alphabet='the wale, sआनमस्ते日本🐋\ufffdé\n', max_size=40)
+
+
+def grown(words, ids, stop=()):
+  """What `Text` tells of each token, and at the end."""
+  growing, told = text.Text(words, stop), []
+  for i in ids:
+    told.append(growing.add(i))
+    if growing.stopped:
+      return told, growing
+  return [*told, growing.finish()], growing
+
+
+@given(SAID)
+@settings(max_examples=200, deadline=None)
+def test_pieces_of_text_are_the_text(said):
+  pieces, _ = grown(WORDS, WORDS.encode(said))
+  assert ''.join(pieces) == said
+  assert all(text.BROKEN not in piece for piece in pieces) or text.BROKEN in said
+
+
+@given(SAID, st.lists(st.text(alphabet='the wale, s🐋', min_size=1, max_size=4), min_size=1, max_size=3))
+@settings(max_examples=200, deadline=None)
+def test_nothing_of_a_stop_string_is_told(said, stop):
+  pieces, growing = grown(WORDS, WORDS.encode(said), stop)
+  ends = [at for s in stop if (at := said.find(s)) >= 0]
+  assert growing.stopped == bool(ends)
+  whole = ''.join(pieces)
+  assert said.startswith(whole) and not any(s in whole for s in stop)
+  if not ends:
+    assert whole == said
+
+
+def test_bytes_that_are_no_text_come_all_the_same():
+  """As whole text decodes, where it is a letter's beginning at the end, and after a long run of them."""
+  whale = WORDS.encode('🐋')
+  assert len(whale) == 4 or len(whale) > 1
+  for ids in (whale[:1], whale[:1] * 40, [*whale[:1], *WORDS.encode('the')]):
+    assert ''.join(grown(WORDS, ids)[0]) == WORDS.decode(ids)
+
+
+def test_spelling():
+  spelling = text.Spelling(WORDS)
+  for said in ('the whale', 'नमस्ते', '🐋\n'):
+    assert b''.join(spelling.bytes(i) for i in WORDS.encode(said)) == said.encode()
+  assert spelling.text(WORDS.bos_id) == '<|bos|>' and spelling.said(WORDS.bos_id) == ''
+  assert spelling.text(WORDS.encode('🐋')[0]).startswith('bytes:\\xf0')
+
+
+CALL = '{"name": "f", "arguments": {"a": "<b>"}}'
+TAGGED = f'<tool_call>\n{CALL}\n</tool_call>'
+
+
+@pytest.mark.parametrize(
+  'answer, said, names',
+  [
+    ('Hello <tool', 'Hello <tool', []),
+    (TAGGED, '', ['f']),
+    (f'I call: {TAGGED}\n{TAGGED}', 'I call: ', ['f', 'f']),
+    (CALL.replace('arguments', 'parameters'), '', ['f']),
+    (f' [{CALL}, {CALL}]', '', ['f', 'f']),
+    ('{"name": "g", "arguments": {}}', '{"name": "g", "arguments": {}}', []),
+    ('<tool_call>{"name": "g"}</tool_call>!', '<tool_call>{"name": "g"}</tool_call>!', []),
+    ('<tool_call>{"name', '<tool_call>{"name', []),
+    ('{"a": 1}', '{"a": 1}', []),
+    ('[' * 9999, '[' * 9999, []),
+    ('{"name": ["f"], "arguments": {}}', '{"name": ["f"], "arguments": {}}', []),
+  ],
+  ids=lambda x: str(x)[:30],
+)
+@pytest.mark.parametrize('size', [1, 3, 10**6])
+def test_calls_in_answers(answer, said, names, size):
+  splitter, texts, calls = tools.Calls({'f'}), [], []
+  parts = [answer[i : i + size] for i in range(0, len(answer), size)]
+  for i, part in enumerate(parts, 1):
+    piece, found = splitter.add(part, last=i == len(parts))
+    texts.append(piece)
+    calls += found
+  assert ''.join(texts) == said and [call.name for call in calls] == names
+  assert all(json.loads(call.arguments) == {'a': '<b>'} for call in calls)
+  assert len({call.id for call in calls}) == len(calls)
+
+
+@pytest.mark.parametrize('value, deep', [([[]], False), ({'a': [{}] * 3}, False)])
+def test_depth(value, deep):
+  assert (api._depth(value) > api.DEPTH) == deep
+  for _ in range(api.DEPTH):
+    value = [value]
+  assert api._depth(value) > api.DEPTH
+
+
+def test_metrics_are_what_prometheus_reads():
+  found = metrics.Metrics()
+  found.add('requests', 1_234_567, route='/v1', status='2"0\\0')
+  found.observe('first_token_seconds', 0.3)
+  found.observe('first_token_seconds', 1e9)
+  lines = found.text({'live': 3}).splitlines()
+  assert 'jaxlm_requests_total{route="/v1",status="2\\"0\\\\0"} 1234567' in lines and 'jaxlm_live 3' in lines
+  buckets = [line for line in lines if line.startswith('jaxlm_first_token_seconds_bucket')]
+  assert buckets[4].endswith('{le="0.25"} 0') and buckets[5].endswith('{le="0.5"} 1') and buckets[-1].endswith(' 2')
+  assert 'jaxlm_first_token_seconds_count 2' in lines
+
+
+@pytest.fixture(scope='module')
+def tiny() -> interop.Model:
+  return model()
+
+
+@pytest.fixture(scope='module')
+def bank(tiny):
+  bank = Bank(tiny.cfg, tiny.params, tiny.tokenizer, rows=2, context=192, lobbies=2)
+  bank.warm()
+  return bank
+
+
+@pytest.fixture
+def running(bank):
+  """An engine, and what asks it: (text, ...) -> (the ask, the queue of its pieces)."""
+  found = Engine({'tiny': bank}, queue=3)
+  found.start()
+  yield found
+  found.close()
+  bank.waiting.clear()
+
+
+def asking(bank, said, **how):
+  told: queue.Queue[Piece] = queue.Queue()
+  how = {'most': 10, 'settings': Settings(temperature=0.0)} | how
+  return Ask(prompt=bank.tokenizer.prefix_ids + bank.tokenizer.encode(said), deliver=told.put, **how), told
+
+
+def answer(told):
+  pieces = [told.get(timeout=60)]
+  while pieces[-1].finish is None:
+    pieces.append(told.get(timeout=60))
+  return pieces
+
+
+def test_more_than_may_wait_are_refused_together(bank, running):
+  asks = [asking(bank, 'a')[0] for _ in range(4)]
+  with pytest.raises(Full, match='0 requests wait already'):
+    running.submit('tiny', asks)
+  assert running.waiting() == 0
+  ask, told = asking(bank, 'a')
+  running.submit('tiny', [ask])
+  assert answer(told)[-1].finish == 'length'
+
+
+def test_who_is_cancelled_hears_no_more(bank, running):
+  first, told = asking(bank, 'a', most=150)
+  waiting = [asking(bank, 'b', most=150) for _ in range(3)]
+  running.submit('tiny', [first])
+  told.get(timeout=60)
+  running.submit('tiny', [ask for ask, _ in waiting])
+  running.cancel([first, *(ask for ask, _ in waiting)])
+  ask, last = asking(bank, 'c', most=5)
+  while True:
+    try:
+      running.submit('tiny', [ask])
+      break
+    except Full:
+      pass
+  assert answer(last)[-1].made == 5
+  assert running.live() == running.waiting() == 0 and running.metrics.count('cancelled') == 4
+  assert all(piece.finish is None for piece in list(told.queue))
+
+
+def test_the_context_ends_an_answer(bank, running):
+  ask, told = asking(bank, 'the whale ' * 9, most=10**6)
+  running.submit('tiny', [ask])
+  last = answer(told)[-1]
+  assert last.finish == 'length' and last.made == 192 - len(ask.prompt)
+
+
+def test_the_same_after_any_prompt(bank, running):
+  """Whether a prompt was read from its beginning or went on from what an earlier one had in common with it."""
+  long = 'the whale and the sea ' * 5
+  results = []
+  for said in (long + 'one', 'quite another', long + 'two', long + 'one', 'one', long + 'one', long + 'two'):
+    ask, told = asking(bank, said, told=2, settings=Settings(temperature=1.0), seed=4)
+    running.submit('tiny', [ask])
+    pieces = answer(told)
+    results.append((''.join(p.text for p in pieces), [t for p in pieces for t in p.tokens], pieces[0].cached))
+  assert results[0][:2] == results[3][:2] == results[5][:2] and results[2][:2] == results[6][:2]
+  assert results[0][2] == 0 and results[2][2] >= engine.READ and results[0][:2] != results[2][:2]
+
+
+def test_what_cannot_be_answered_is_said(bank, tiny):
+  """A device that fails takes all answers with it; nobody waits for ever."""
+  bank = Bank(tiny.cfg, tiny.params, tiny.tokenizer, rows=2, context=192, lobbies=1)
+  failing = Engine({'tiny': bank})
+  bank.state = None  # its buffers are gone
+  failing._thread._target = lambda: pytest.raises(AttributeError, failing._run)
+  failing.start()
+  asks = [asking(bank, 'a') for _ in range(3)]
+  failing.submit('tiny', [ask for ask, _ in asks])
+  assert [answer(told)[-1].finish for _, told in asks] == ['error'] * 3
+  with pytest.raises(Closed, match='the engine has failed'):
+    failing.submit('tiny', [asks[0][0]])
+
+
+def test_scores_do_not_depend_on_the_piece(bank, running):
+  """Of a prompt of more than one piece: those of the second piece are given all that is before them."""
+  said = 'call me ishmael some years ago never mind how long precisely having little or no money ' * 2
+  found = []
+  for extra in ('', ' and then'):
+    ask, told = asking(bank, said + extra, most=0, scored=True, told=1)
+    running.submit('tiny', [ask])
+    (piece,) = answer(told)
+    found.append([t.logp for t in piece.prompt])
+  assert len(found[0]) > engine.READ and found[0][0] is None
+  np.testing.assert_array_equal(found[0][1:-2], found[1][1 : len(found[0]) - 2])
+
+
+def test_a_program_a_bank(bank, running):
+  """Whatever is asked for, nothing is compiled again."""
+  with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
+    compiled = []
+    patch.setattr(jax._src.interpreters.pxla.logger, 'log', lambda level, text, *a: compiled.append(a))
+    for how in (
+      {'scored': True, 'told': 3},
+      {'settings': Settings(1.0, 5, 0.5, 0.1, 2.0, 1.0, 1.0)},
+      {'bias': {5: 1.0}},
+    ):
+      ask, told = asking(bank, 'the whale', **how)
+      running.submit('tiny', [ask])
+      assert answer(told)[-1].finish == 'length'
+  assert not compiled
