@@ -192,7 +192,7 @@ def test_the_context_ends_an_answer(bank, running):
 
 def test_the_same_after_any_prompt(bank, running):
   """Whether a prompt was read from its beginning or went on from what an earlier one had in common with it."""
-  long = 'the whale and the sea ' * 5
+  long = 'the whale and the sea ' * 8
   results = []
   for said in (long + 'one', 'quite another', long + 'two', long + 'one', 'one', long + 'one', long + 'two'):
     ask, told = asking(bank, said, told=2, settings=Settings(temperature=1.0), seed=4)

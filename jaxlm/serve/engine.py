@@ -356,7 +356,6 @@ class Engine:
     if arriving.at < len(ask.prompt):
       _read_piece(bank, arriving)
     if arriving.at >= len(ask.prompt):
-      bank.arriving = None
       self._enter(bank, arriving)
     return True
 
@@ -364,10 +363,13 @@ class Engine:
     ask, lobby = arriving.ask, arriving.lobby
     first = Piece(prompt=arriving.scores, cached=arriving.cached)
     if ask.most < 1:
+      bank.arriving = None
       ask.deliver(first._replace(finish='length'))
       self.metrics.add('finished', 1)
       return
     place = bank.rows.index(None)
+    row = bank.rows[place] = _Row(ask, bank.tokenizer)  # before anything can fail: who has a row is told so
+    bank.arriving = None
     chosen_1, V = bank.choose(place, ask), bank.cfg.vocab_size
     seen_V, bias_V = np.zeros(V, bool), np.zeros(V, np.float32)
     seen_V[list(ask.prompt)] = True
@@ -378,7 +380,6 @@ class Engine:
       mask_1w[0] = ask.matcher.mask()
     given = bank.state, place, lobby.cache, lobby.logits_1V, chosen_1, seen_V, bias_V, mask_1w, len(ask.prompt)
     bank.state, made = slots.enter(*given)
-    row = bank.rows[place] = _Row(ask, bank.tokenizer)
     made = jax.device_get(made)
     self.metrics.observe('first_token_seconds', time.monotonic() - ask.asked)
     self._tell(bank, place, row, jax.tree.map(lambda x: x[:, 0], made), first)

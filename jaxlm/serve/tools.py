@@ -29,27 +29,32 @@ class Calls:
     self.functions = functions
     self.found = 0
     self._held = ''
-    self._begun = self._bare = False
+    self._begun = self._bare = self._called = False
 
   def add(self, text: str, last: bool) -> tuple[str, list[Call]]:
     """What is now known to be text, and calls that are complete."""
     self._held += text
     if not self._begun and (start := self._held.lstrip()):
       self._begun, self._bare = True, start[0] in '[{'
-    if self._bare:
+    if self._bare or not self._begun:
       return self._whole() if last else ('', [])
     said, calls = '', []
-    while (at := self._held.find(OPEN)) >= 0 and (end := self._held.find(CLOSE, at)) >= 0:
+    while True:
+      if self._called:  # lines between calls are no text
+        self._held = self._held.lstrip('\n')
+      at = self._held.find(OPEN)
+      end = self._held.find(CLOSE, at) if at >= 0 else -1
+      if end < 0:
+        break
       found = self._calls(self._held[at + len(OPEN) : end])
       said += self._held[: at if found else end + len(CLOSE)]
+      self._held, self._called = self._held[end + len(CLOSE) :], bool(found)
       calls += found
-      self._held = self._held[end + len(CLOSE) :].lstrip('\n') if found else self._held[end + len(CLOSE) :]
     keep = len(self._held) - at if at >= 0 else _begins(self._held, OPEN)
-    if last:
-      keep = 0
-    said += self._held[: len(self._held) - keep]
-    self._held = self._held[len(self._held) - keep :]
-    return said, calls
+    more = self._held if last else self._held[: len(self._held) - keep]
+    self._held = self._held[len(more) :]
+    self._called &= not more
+    return said + more, calls
 
   def _whole(self) -> tuple[str, list[Call]]:
     text, self._held = self._held, ''
@@ -64,10 +69,11 @@ class Calls:
     found = []
     for call in given if isinstance(given, list) else [given]:
       arguments = call.get('arguments', call.get('parameters', {})) if isinstance(call, dict) else None
-      if not isinstance(arguments, dict) or call.get('name') not in self.functions:
+      name = call.get('name') if isinstance(call, dict) else None
+      if not isinstance(arguments, dict) or not isinstance(name, str) or name not in self.functions:
         return []
       shown = json.dumps(arguments, ensure_ascii=False)
-      found.append(Call(f'call_{secrets.token_hex(12)}', call['name'], shown))
+      found.append(Call(f'call_{secrets.token_hex(12)}', name, shown))
     self.found += len(found)
     return found
 
