@@ -203,18 +203,19 @@ def test_the_same_after_any_prompt(bank, running):
   assert results[0][2] == 0 and results[2][2] >= engine.READ and results[0][:2] != results[2][:2]
 
 
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnhandledThreadExceptionWarning')
 def test_what_cannot_be_answered_is_said(bank, tiny):
   """A device that fails takes all answers with it; nobody waits for ever."""
   bank = Bank(tiny.cfg, tiny.params, tiny.tokenizer, rows=2, context=192, lobbies=1)
   failing = Engine({'tiny': bank})
   bank.state = None  # its buffers are gone
-  failing._thread._target = lambda: pytest.raises(AttributeError, failing._run)
   failing.start()
   asks = [asking(bank, 'a') for _ in range(3)]
   failing.submit('tiny', [ask for ask, _ in asks])
   assert [answer(told)[-1].finish for _, told in asks] == ['error'] * 3
   with pytest.raises(Closed, match='the engine has failed'):
     failing.submit('tiny', [asks[0][0]])
+  failing.close()
 
 
 def test_scores_do_not_depend_on_the_piece(bank, running):

@@ -157,6 +157,7 @@ class Bank:
     self.rows: list[_Row | None] = [None] * rows
     self.waiting: collections.deque[Ask] = collections.deque()
     self.arriving: _Arriving | None = None
+    self.clock = 0  # prompts that were read
     words = slots.words(cfg)
     self.all_Bw = jnp.full((rows, words), 0xFFFFFFFF, jnp.uint32)
     full = lambda value, kind: np.full(rows, value, kind)
@@ -252,7 +253,6 @@ class Engine:
     self.failed: BaseException | None = None
     self._draining = self._ended = False
     self._changed = threading.Condition()
-    self._clock = 0
     self._thread = threading.Thread(target=self._run, name='engine', daemon=True)
 
   def start(self) -> None:
@@ -347,8 +347,8 @@ class Engine:
         ask = bank.waiting.popleft()
         lobby, start = bank.lobby(ask)
         bank.arriving = _Arriving(ask, lobby, start)
-      self._clock += 1
-      lobby.used = self._clock
+      bank.clock += 1
+      lobby.used = bank.clock
       self.metrics.add('prompt_tokens', len(ask.prompt))
       self.metrics.add('cached_tokens', start)
     arriving = bank.arriving
