@@ -204,12 +204,15 @@ class Serve:
   queue: int = 64  # answers that may wait for a slot; further ones are refused with 429
   prefixes: int = 4  # prompts that are remembered for others that begin like them
   answers: int = 16  # that one request may ask for
+  data: int = 1  # devices that the slots are spread over
+  tensor: int = 1  # devices that every weight is spread over
   body_seconds: float = 20.0  # for a request to arrive
   answer_seconds: float = 600.0  # for an answer to be complete
   drain_seconds: float = 60.0  # for answers to be complete once the server is asked to end
 
   def __post_init__(self):
     within('[0, 65535]', port=self.port)
+    at_least(1, data=self.data, tensor=self.tensor)
     within('[2, 4096]', slots=self.slots)
     within('[2, 16777216]', context=self.context)
     within('[1, 1000000]', queue=self.queue, prefixes=self.prefixes, answers=self.answers)

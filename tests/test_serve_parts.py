@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from served import model
 
-from jaxlm import interop
+from jaxlm import interop, sharding
 from jaxlm.data import tokenizer as tok
-from jaxlm.serve import api, engine, metrics, text, tools
+from jaxlm.serve import api, engine, metrics, slots, text, tools
 from jaxlm.serve.engine import Ask, Bank, Closed, Engine, Full, Piece, Settings
 
 WORDS = tok.train(['the whale, the sea and the ship: नमस्ते दुनिया, 日本語 and 🐋🐳 ' * 9], 300)
@@ -231,17 +231,30 @@ def test_scores_do_not_depend_on_the_piece(bank, running):
   np.testing.assert_array_equal(found[0][1:-2], found[1][1 : len(found[0]) - 2])
 
 
-def test_a_program_a_bank(bank, running):
-  """Whatever is asked for, nothing is compiled again."""
-  with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
-    compiled = []
-    patch.setattr(jax._src.interpreters.pxla.logger, 'log', lambda level, text, *a: compiled.append(a))
-    for how in (
-      {'scored': True, 'told': 3},
-      {'settings': Settings(1.0, 5, 0.5, 0.1, 2.0, 1.0, 1.0)},
-      {'bias': {5: 1.0}},
-    ):
-      ask, told = asking(bank, 'the whale', **how)
-      running.submit('tiny', [ask])
-      assert answer(told)[-1].finish == 'length'
-  assert not compiled
+def test_nothing_is_compiled_again(bank, running):
+  sizes = [f._cache_size() for f in (slots.read, slots.enter, slots.advance)]
+  for how in ({'scored': True, 'told': 3}, {'settings': Settings(1.0, 5, 0.5, 0.1, 2.0, 1.0, 1.0)}, {'bias': {5: 1.0}}):
+    ask, told = asking(bank, 'the whale', **how)
+    running.submit('tiny', [ask])
+    assert answer(told)[-1].finish == 'length'
+  assert [f._cache_size() for f in (slots.read, slots.enter, slots.advance)] == sizes and sizes[2] == 1
+
+
+def test_a_mesh_answers_the_same(bank, running, tiny):
+  """Slots over two devices and weights over two others; nothing is compiled after the beginning."""
+  mesh = sharding.make_mesh(data=2, tensor=2, fsdp=1, devices=jax.devices()[:4])
+  spread = Bank(tiny.cfg, tiny.params, tiny.tokenizer, rows=2, context=192, lobbies=2, mesh=mesh)
+  spread.warm()
+  assert len(spread.state.cache[0].k.sharding.device_set) == 4
+  sizes = [f._cache_size() for f in (slots.read, slots.enter, slots.advance)]
+  both = Engine({'spread': spread})
+  both.start()
+  for said, how in (('the whale ' * 9, {}), ('a sea', {'settings': Settings(1.0, top_p=0.9), 'seed': 3})):
+    texts = []
+    for engine_, name in ((running, 'tiny'), (both, 'spread')):
+      ask, told = asking(bank, said, told=1, **how)
+      engine_.submit(name, [ask])
+      texts.append(''.join(piece.text for piece in answer(told)))
+    assert texts[0] == texts[1]
+  both.close()
+  assert [f._cache_size() for f in (slots.read, slots.enter, slots.advance)] == sizes

@@ -6,6 +6,7 @@ they part: always at a multiple of READ, so that what is computed does not depen
 """
 
 import collections
+import contextlib
 import dataclasses
 import threading
 import time
@@ -15,18 +16,21 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxlm import sample
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import InputError
 from jaxlm.models import ModelConfig, Run
+from jaxlm.rl import rollout
 from jaxlm.serve import slots
 from jaxlm.serve.metrics import Metrics
 from jaxlm.serve.text import Text
 
 READ = 64  # tokens of a prompt that are read at once
 READS = 4  # such pieces between two steps of those that are answered
-PIECE = 4  # tokens between two looks at what was made, where nobody waits to join
+PIECE = 4  # tokens between two looks at what was made, at most
+UNFELT = 0.02  # seconds that these may take
 
 
 class Full(Exception):
@@ -138,28 +142,25 @@ class Bank:
     rows: int,
     context: int,
     lobbies: int,
-    run: Run = Run(),
+    mesh: Mesh | None = None,
   ):
-    """`rows` answers at once, `context` tokens of prompt and answer together. Raises InputError for impossible ones."""
+    """`rows` answers at once, `context` tokens of prompt and answer together. Raises InputError for impossible ones.
+
+    On a mesh the parameters are laid out for decoding (`rollout.DECODE`), rows over its axes for a batch.
+    """
     if rows < 2:
       raise InputError(f'slots={rows} must be at least 2: a single row is computed in another way')
     if context > cfg.max_seq_len and cfg.positions == 'learned':
       raise InputError(f"context={context} exceeds the model's {cfg.max_seq_len} positions")
-    self.cfg, self.run, self.tokenizer, self.context = cfg, run, tokenizer, context
-    self.params = (
-      params if isinstance(params['layers'], tuple) else jax.jit(sample.unstacked, static_argnums=0)(cfg, params)
-    )
-    self.positions = -(-context // READ) * READ
-    self.state = slots.vacant(cfg, run, rows, self.positions, READ)
-    make = lambda: slots.empty(cfg, run, 1, self.positions, READ)
-    self.lobbies = [_Lobby(make()) for _ in range(max(1, lobbies))]
-    self.rings = any(c.ring for c in self.lobbies[0].cache)
+    self.cfg, self.tokenizer, self.context, self.mesh = cfg, tokenizer, context, mesh
+    self.run = Run() if mesh is None else Run(rules=rollout.DECODE)
+    with self.within():
+      self._allot(params, rows, lobbies)
     self.rows: list[_Row | None] = [None] * rows
     self.waiting: collections.deque[Ask] = collections.deque()
     self.arriving: _Arriving | None = None
     self.clock = 0  # prompts that were read
-    words = slots.words(cfg)
-    self.all_Bw = jnp.full((rows, words), 0xFFFFFFFF, jnp.uint32)
+    self.seconds = 0.0  # that a step takes
     full = lambda value, kind: np.full(rows, value, kind)
     self.chosen = slots.Chosen(
       full(False, bool),
@@ -169,18 +170,49 @@ class Bank:
       *(full(1.0, np.float32), full(0.0, np.float32), full(0.0, np.float32), full(False, bool)),
     )
 
+  def within(self) -> contextlib.AbstractContextManager:
+    """Everything of the device is done inside of it."""
+    return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+  def _allot(self, params: Any, rows: int, lobbies: int) -> None:
+    """What lies on the device."""
+    cfg, run = self.cfg, self.run
+    if not isinstance(params['layers'], tuple):
+      laid = params if self.mesh is None else rollout.resharded(cfg, params, self.mesh)
+      params = jax.jit(sample.unstacked, static_argnums=0)(cfg, laid)
+    self.params, self.positions = params, -(-self.context // READ) * READ
+    self.state = slots.vacant(cfg, run, rows, self.positions, READ)
+    self.lobbies = [_Lobby(slots.empty(cfg, run, 1, self.positions, READ)) for _ in range(max(1, lobbies))]
+    self.rings = any(c.ring for c in self.lobbies[0].cache)
+    self.all_Bw = jnp.full((rows, slots.words(cfg)), 0xFFFFFFFF, jnp.uint32)
+
   def warm(self) -> None:
-    """Compiles everything, so that nobody waits for it."""
+    """Compiles everything, so that nobody waits for it; a step twice, to know what it takes."""
     tokens, lobby = np.zeros(READ, np.int32), self.lobbies[0]
-    for scored in (True, False):
-      given = lobby.cache, tokens, tokens, 0, 1
-      lobby.cache, logits_1V, _ = slots.read(self.cfg, self.run, scored, self.params, *given)
     chosen_1, V = jax.tree.map(lambda x: x[:1].copy(), self.chosen), self.cfg.vocab_size
     blank = np.zeros(V, bool), np.zeros(V, np.float32), np.full((1, self.all_Bw.shape[1]), 0xFFFFFFFF, np.uint32)
-    self.state, _ = slots.enter(self.state, 0, lobby.cache, logits_1V, chosen_1, *blank, 1)
-    given = self.state, self.chosen, self.all_Bw, 1
+    with self.within():
+      for scored in (True, False):
+        given = lobby.cache, tokens, tokens, 0, 1
+        lobby.cache, logits_1V, _ = slots.read(self.cfg, self.run, scored, self.params, *given)
+      self.state, _ = slots.enter(self.run, self.state, 0, lobby.cache, logits_1V, chosen_1, *blank, 1)
+      for _ in range(2):
+        self.advance(1)
+
+  def advance(self, steps: int) -> slots.Made:
+    """So many steps of all rows; [t, B] of them on the host."""
+    began = time.monotonic()
+    given = self.state, self.chosen, self.masks(), steps
     self.state, made = slots.advance(self.cfg, self.run, PIECE, self.params, *given)
-    jax.block_until_ready(made)
+    found = jax.device_get(made)
+    self.seconds = (time.monotonic() - began) / steps
+    return jax.tree.map(lambda x: x[:steps], found)
+
+  def steps(self) -> int:
+    """How many at once: one where somebody joins or has to obey, else as many as are not felt by who comes next."""
+    if self.arriving or any(row is not None and row.ask.matcher for row in self.rows):
+      return 1
+    return min(PIECE, max(1, int(UNFELT / max(self.seconds, 1e-6))))
 
   @property
   def live(self) -> int:
@@ -302,7 +334,8 @@ class Engine:
     try:
       while self._wait():
         for bank in self.banks.values():
-          self._turn(bank)
+          with bank.within():
+            self._turn(bank)
     except BaseException as error:  # of the device, most likely: its buffers are gone, and with them all answers
       self.failed = error
       raise
@@ -379,21 +412,17 @@ class Engine:
     if ask.matcher:
       mask_1w[0] = ask.matcher.mask()
     given = bank.state, place, lobby.cache, lobby.logits_1V, chosen_1, seen_V, bias_V, mask_1w, len(ask.prompt)
-    bank.state, made = slots.enter(*given)
+    bank.state, made = slots.enter(bank.run, *given)
     made = jax.device_get(made)
     self.metrics.observe('first_token_seconds', time.monotonic() - ask.asked)
     self._tell(bank, place, row, jax.tree.map(lambda x: x[:, 0], made), first)
 
   def _step(self, bank: Bank) -> None:
-    alone = bank.arriving is None and not any(row is not None and row.ask.matcher for row in bank.rows)
-    steps = PIECE if alone else 1
-    given = bank.state, bank.chosen, bank.masks(), steps
-    bank.state, made = slots.advance(bank.cfg, bank.run, PIECE, bank.params, *given)
-    made = jax.device_get(made)
-    self.metrics.add('steps', steps)
+    made = bank.advance(bank.steps())
+    self.metrics.add('steps', len(made.token_tB))
     for place, row in enumerate(bank.rows):
       if row is not None:
-        self._tell(bank, place, row, jax.tree.map(lambda x, place=place: x[:steps, place], made), Piece())
+        self._tell(bank, place, row, jax.tree.map(lambda x, place=place: x[:, place], made), Piece())
 
   def _tell(self, bank: Bank, place: int, row: _Row, made: slots.Made, piece: Piece) -> None:
     """Takes a row's new tokens, delivers what can be told of them, and frees the slot after the last one."""

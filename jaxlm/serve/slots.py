@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from jaxlm import draws, models, sample
+from jaxlm import draws, models, sample, sharding
 from jaxlm.models import ModelConfig, Run
 from jaxlm.sample import Sampling
 
@@ -59,18 +59,29 @@ class Made:
   top_logp_tBk: Array
 
 
+def _laid(tree: Any, run: Run) -> Any:
+  """Rows over the mesh's axes for a batch, heads of a cache over those for heads; what is not divisible is whole."""
+
+  def lay(x: Array) -> Array:
+    names = (None, 'act_kv_heads', None) if x.ndim == 4 else (None,) * (x.ndim - 1)
+    return sharding.constrain(x, ('batch', *names), run.rules)
+
+  return jax.tree.map(lay, tree)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def empty(cfg: ModelConfig, run: Run, rows: int, slots: int, ahead: int = 1) -> Any:
   """An empty cache for so many rows, of `slots` positions; `ahead` is the most tokens that are read at once."""
-  return models.init_cache(cfg, rows, slots, run.dtype, ahead=ahead)
+  return _laid(models.init_cache(cfg, rows, slots, run.dtype, ahead=ahead), run)
 
 
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def vacant(cfg: ModelConfig, run: Run, rows: int, slots: int, ahead: int) -> Slots:
   """Slots that nobody has taken; caches are as large as those that prompts are read into with `ahead`."""
-  zeros, blank_BV = jnp.zeros(rows, jnp.int32), jnp.zeros((rows, cfg.vocab_size))
-  cache = empty(cfg, run, rows, slots, ahead)
-  return Slots(
-    cache, zeros, zeros + 0, zeros + 0, blank_BV.astype(bool), blank_BV.astype(jnp.int32), blank_BV.astype(jnp.float32)
-  )
+  zeros, blank_BV = jnp.zeros(rows, jnp.int32), jnp.zeros((rows, cfg.vocab_size), jnp.float32)
+  cache = models.init_cache(cfg, rows, slots, run.dtype, ahead=ahead)
+  counts = zeros, zeros, zeros, blank_BV.astype(bool), blank_BV.astype(jnp.int32)
+  return _laid(Slots(cache, *counts, blank_BV), run)
 
 
 def words(cfg: ModelConfig) -> int:
@@ -133,7 +144,7 @@ def advance(
     seen_BV = slots.seen_BV.at[rows_B, token_B].max(live_B)
     made_BV = slots.made_BV.at[rows_B, token_B].add(more_B)
     counts = slots.position_B + more_B, slots.count_B + more_B
-    slots = Slots(cache, token_B, *counts, seen_BV, made_BV, slots.bias_BV)
+    slots = _laid(Slots(cache, token_B, *counts, seen_BV, made_BV, slots.bias_BV), run)
     return slots, jax.tree.map(lambda x, y: x.at[t].set(y), all_made, made)
 
   rows, k = len(slots.token_B), min(TOP, cfg.vocab_size)
@@ -176,11 +187,12 @@ def read(
   if scored:
     logp_CV = jax.nn.log_softmax(models.unembed(cfg, params, out.x_BTD)[0], axis=-1)
     scores = Scores(draws.pick(logp_CV, next_C), *_alternatives(logp_CV, jnp.asarray(True)))
-  return out.cache, logits_1V, scores
+  return _laid(out.cache, run), logits_1V, scores
 
 
-@partial(jax.jit, donate_argnums=0)
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
 def enter(
+  run: Run,
   slots: Slots,
   row: Any,
   cache_1: Any,
@@ -205,4 +217,4 @@ def enter(
     made_BV=new.made_BV.at[0, token_1].set(1),
   )
   put = lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y.astype(x.dtype), row, axis=0)
-  return jax.tree.map(put, slots, new), jax.tree.map(lambda x: x[None], made)
+  return _laid(jax.tree.map(put, slots, new), run), jax.tree.map(lambda x: x[None], made)

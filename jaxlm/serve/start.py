@@ -9,13 +9,15 @@ from typing import Any
 
 import jax
 from etils import epath
+from jax.sharding import Mesh
 
-from jaxlm import arguments, interop, lora, sample
+from jaxlm import arguments, interop, lora, sample, sharding
 from jaxlm.data import turns
 from jaxlm.errors import InputError
 from jaxlm.interop import peft
 from jaxlm.loops import chatting, foreign
 from jaxlm.models.linear import LowRank
+from jaxlm.rl import rollout
 from jaxlm.serve import app, engine
 from jaxlm.serve.api import Limits, Served
 from jaxlm.serve.engine import Bank, Engine
@@ -44,17 +46,23 @@ def opened(options: arguments.Serve, key: str | None, say: Callable[[str], None]
   limit = model.cfg.max_seq_len if model.cfg.positions == 'learned' else options.context
   context = min(options.context, limit)
   name = options.name or PurePosixPath(options.model).name or options.model
-  params = lora.merge(model.params) if options.adapter else model.params
-  params = jax.jit(sample.unstacked, static_argnums=0)(model.cfg, params)
-  trees = {name: params}
+  mesh = _mesh(options)
+  base = lora.merge(model.params) if options.adapter else model.params
+  base = base if mesh is None else rollout.resharded(model.cfg, base, mesh)
+  unstacked = jax.jit(sample.unstacked, static_argnums=0)
+  trees = {name: unstacked(model.cfg, base)}
   for one in options.adapter:
     called, _, folder = one.partition('=')
     if called in trees:
       raise InputError(f'--adapter {one}: there is a model of that name already')
-    trees[called] = _adapted(model, params, folder)
+    if not peft.is_adapter(folder):
+      raise InputError(f'--adapter {folder}: no folder of a peft adapter')
+    own = peft.load(epath.Path(folder), model.cfg, base)
+    own = own if mesh is None else rollout.resharded(model.cfg, own, mesh)
+    trees[called] = _sharing(unstacked(model.cfg, own), trees[name])
   banks = {}
   for called, tree in trees.items():
-    how: dict[str, Any] = {'rows': options.slots, 'context': context, 'lobbies': options.prefixes}
+    how: dict[str, Any] = {'rows': options.slots, 'context': context, 'lobbies': options.prefixes, 'mesh': mesh}
     banks[called] = Bank(model.cfg, tree, model.tokenizer, **how)  # ty: ignore
     banks[called].warm()
   served = {called: _served(called, model, options.template) for called in trees}
@@ -70,14 +78,19 @@ def opened(options: arguments.Serve, key: str | None, say: Callable[[str], None]
   return app.Service(Engine(banks, queue=options.queue), served, limits, settings)
 
 
-def _adapted(model: interop.Model, params: Any, folder: str) -> Any:
-  """The parameters with an adapter; all but the adapter's own arrays are those that are there."""
-  if not peft.is_adapter(folder):
-    raise InputError(f'--adapter {folder}: no folder of a peft adapter')
-  tree = peft.load(epath.Path(folder), model.cfg, lora.merge(model.params))
-  tree = jax.jit(sample.unstacked, static_argnums=0)(model.cfg, tree)
+def _mesh(options: arguments.Serve) -> Mesh | None:
+  """Over the first devices, as many as were asked for; None for one. Raises InputError where there are fewer."""
+  count = options.data * options.tensor
+  if count > len(jax.devices()):
+    raise InputError(f'data={options.data} x tensor={options.tensor}: there are {len(jax.devices())} devices')
+  how: dict[str, Any] = {'data': options.data, 'tensor': options.tensor, 'fsdp': 1}
+  return sharding.make_mesh(**how, devices=jax.devices()[:count]) if count > 1 else None
+
+
+def _sharing(tree: Any, base: Any) -> Any:
+  """The parameters with an adapter, of which all but the adapter's own arrays are those of the base."""
   shared = lambda new, old: new.replace(w=old) if isinstance(new, LowRank) else old
-  return jax.tree.map(shared, tree, params, is_leaf=lambda x: isinstance(x, LowRank))
+  return jax.tree.map(shared, tree, base, is_leaf=lambda x: isinstance(x, LowRank))
 
 
 def _served(name: str, model: interop.Model, asked: str | None) -> Served:
