@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from tiny_run import SOURCE, quick
 
-from jaxlm import interop, models
+from jaxlm import interop, lora, models
 from jaxlm.data import sources, tokenizer, turns
-from jaxlm.models import ModelConfig
+from jaxlm.interop import peft
+from jaxlm.models import LowRank, ModelConfig
 
-CFG = ModelConfig(d_model=56, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=67, vocab_size=311, max_seq_len=512)
+CFG = ModelConfig(d_model=56, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=70, vocab_size=311, max_seq_len=512)
 
 
 def model() -> interop.Model:
@@ -29,6 +30,15 @@ def model() -> interop.Model:
   params = jax.tree.unflatten(treedef, [jnp.asarray(rng.normal(0.0, 0.3, x.shape), jnp.float32) for x in leaves])
   ends = [words.eos_id, words.control_id('<|im_end|>')]
   return interop.Model(CFG, params, words, template, {'eos_token_id': ends})
+
+
+def adapter(made: interop.Model, folder: Path) -> interop.Model:
+  """Writes an adapter of the model that changes what it says; the model with it."""
+  params = lora.init(jax.random.key(1), made.params, rank=3, alpha=6)
+  moved = lambda x: x.replace(b=jax.random.normal(jax.random.key(2), x.b.shape)) if isinstance(x, LowRank) else x
+  params = jax.tree.map(moved, params, is_leaf=lambda x: isinstance(x, LowRank))
+  peft.export(made.cfg, params, folder, base='ORG/NAME')
+  return made._replace(params=params)
 
 
 class Server:

@@ -18,7 +18,7 @@ for needed in ('openai', 'httpx', 'starlette', 'uvicorn'):
 
 import httpx  # noqa: E402
 import openai  # noqa: E402
-from served import Server, model  # noqa: E402
+from served import Server, adapter, model  # noqa: E402
 
 from jaxlm import interop, models, sample  # noqa: E402
 from jaxlm.loops import chatting, writing  # noqa: E402
@@ -39,10 +39,14 @@ def folder(tiny, tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def server(folder):
-  server = Server(
-    folder, folder.parent, '--slots', '3', '--context', '256', '--queue', '8', '--answers', '6', '--body-seconds', '2'
-  )
+def adapted(tiny, folder):
+  return adapter(tiny, folder.parent / 'adapter')
+
+
+@pytest.fixture(scope='module')
+def server(folder, adapted):
+  flags = ('--slots', '3', '--context', '256', '--queue', '8', '--answers', '6', '--body-seconds', '2')
+  server = Server(folder, folder.parent, *flags, '--adapter', f'other={folder.parent / "adapter"}')
   yield server
   assert server.stop() == 0, server.log
 
@@ -54,7 +58,8 @@ def client(server):
 
 
 def complete(client, prompt='Once upon a time', **asked):
-  return client.completions.create(model='tiny', prompt=prompt, **{'max_tokens': 12, 'temperature': 0.0} | asked)
+  usual = {'model': 'tiny', 'max_tokens': 12, 'temperature': 0.0}
+  return client.completions.create(prompt=prompt, **usual | asked)
 
 
 def chat(client, messages=MESSAGES, **asked):
@@ -79,7 +84,7 @@ def test_what_it_says_first(server):
 
 
 def test_models(client):
-  assert [m.id for m in client.models.list()] == ['tiny'] and client.models.retrieve('tiny').object == 'model'
+  assert [m.id for m in client.models.list()] == ['tiny', 'other'] and client.models.retrieve('tiny').object == 'model'
 
 
 @pytest.mark.parametrize('prompt', ['Once upon a time', 'नमस्ते', '', '<|im_end|> is text', 'long ' * 30])
@@ -89,6 +94,15 @@ def test_greedy_is_what_generate_writes(tiny, client, prompt):
   found = complete(client, prompt, max_tokens=20)
   assert found.choices[0].text == text and found.choices[0].finish_reason in ('length', 'stop')
   assert found.usage.prompt_tokens == len(tiny.tokenizer.prefix_ids + tiny.tokenizer.encode(prompt)) or not prompt
+
+
+def test_an_adapter_is_a_model_of_its_own(tiny, adapted, client):
+  how = {'new': 20, 'run': models.Run(), 'sampling': sample.Sampling(temperature_B=0.0)}
+  write = lambda m: writing.complete(m.cfg, m.params, m.tokenizer, ['Once upon'], jax.random.key(0), **how)[0]
+  ask = lambda name: complete(client, 'Once upon', max_tokens=20, model=name).choices[0].text
+  with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    texts = list(pool.map(ask, ['tiny', 'other', 'tiny', 'other']))
+  assert texts == [write(tiny), write(adapted)] * 2 and texts[0] != texts[1]
 
 
 def test_greedy_is_what_chat_writes(tiny, client):
@@ -198,7 +212,7 @@ def test_settings_do_what_they_say(tiny, client):
 
 
 REFUSED = [
-  ({'model': 'other'}, 404, 'model'),
+  ({'model': 'unknown'}, 404, 'model'),
   ({'n': 0}, 400, 'n'),
   ({'n': 10**9}, 400, 'n'),
   ({'max_tokens': 10**9}, 400, 'max_tokens'),

@@ -223,11 +223,11 @@ def _shared(fields: Fields, model: Served, limits: Limits, told: int | None) -> 
   """What both kinds of requests have; without prompts yet."""
   usual = model.defaults
   settings = Settings(
-    temperature=fields.number('temperature', 0, 100, usual.temperature),
+    temperature=_warm(fields.number('temperature', 0, 100, usual.temperature)),
     top_k=fields.integer('top_k', 0, 2**31 - 1, usual.top_k) or None,
     top_p=_positive('top_p', fields.number('top_p', 0, 1, usual.top_p)),
     min_p=fields.number('min_p', 0, 1, usual.min_p),
-    repetition=_positive('repetition_penalty', fields.number('repetition_penalty', 0, 100, usual.repetition)),
+    repetition=fields.number('repetition_penalty', 0.01, 100, usual.repetition),
     presence=fields.number('presence_penalty', -2, 2, 0.0),
     frequency=fields.number('frequency_penalty', -2, 2, 0.0),
   )
@@ -243,6 +243,11 @@ def _shared(fields: Fields, model: Served, limits: Limits, told: int | None) -> 
   stop = _stop(fields.take('stop', (str, list), []))
   seed = secrets.randbits(63) if seed is None else seed
   return Asked(model, [], n, None, settings, seed, stop, frozenset(), told, bias, stream, usage)
+
+
+def _warm(temperature: float) -> float:
+  """0 for what differs from it by rounding alone: logits divided by less would overflow."""
+  return temperature if temperature >= 1e-3 else 0.0
 
 
 def _positive(name: str, value: float) -> float:

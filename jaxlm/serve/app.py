@@ -17,6 +17,7 @@ from jaxlm.serve.constrain import Grammars
 from jaxlm.serve.engine import Ask, Closed, Engine, Full, Piece
 from jaxlm.serve.text import Spelling
 
+GONE = 499  # nobody reads it; it is counted
 LOOPBACK = ('127.0.0.1', 'localhost', '::1')
 ROUTES = ('/health', '/metrics', '/v1/models', '/v1/completions', '/v1/chat/completions')
 
@@ -124,6 +125,8 @@ async def _body(request: Any, settings: Settings) -> bytes:
   """Raises Refused for one that is too large or too slow, or not said to be JSON, as other sites' pages cannot say."""
   if request.headers.get('content-type', '').partition(';')[0].strip().lower() != 'application/json':
     raise Refused(415, 'the content type must be application/json')
+  from starlette.requests import ClientDisconnect
+
   parts, size = [], 0
   try:
     async with asyncio.timeout(settings.body_seconds):
@@ -134,6 +137,8 @@ async def _body(request: Any, settings: Settings) -> bytes:
           raise Refused(413, f'the body is larger than {settings.body_bytes:,} bytes')
   except TimeoutError:
     raise Refused(408, f'the body did not arrive within {settings.body_seconds:g} seconds') from None
+  except ClientDisconnect:
+    raise Refused(GONE, 'the client went away') from None
   return b''.join(parts)
 
 
@@ -261,7 +266,7 @@ def application(service: Service) -> Any:
       if asked.stream:
         return Stream(running, answer)
       told = await _whole(request, running, answer)
-      return Response(status_code=499) if told is None else JSONResponse(told)
+      return Response(status_code=GONE) if told is None else JSONResponse(told)
 
     return handle
 

@@ -1,5 +1,6 @@
 """Answers that have to obey a grammar: which tokens may come next (llguidance)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,22 +10,27 @@ from jaxlm.errors import InputError
 
 
 class Obeying:
-  """One answer on its way through a grammar."""
+  """One answer on its way through a grammar. Where that fails (a schema may ask for too much) the answer ends."""
 
-  def __init__(self, matcher: Any, words: int):
-    self._matcher, self._words = matcher, words
+  def __init__(self, matcher: Any, words: int, ends: Sequence[int]):
+    self._matcher, self._failed = matcher, False
+    self._end = np.zeros(words, np.uint32)
+    for i in ends:
+      self._end[i // 32] |= np.uint32(1 << i % 32)
 
   def mask(self) -> np.ndarray:
     """uint32 [words]: the tokens that may come next; the end of an answer where it may end."""
-    found = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
-    mask = np.zeros(self._words, np.uint32)
-    mask[: len(found)] = found[: self._words]
-    return mask
+    mask = np.zeros_like(self._end)
+    try:
+      found = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
+      mask[: len(found)] = found[: len(mask)]
+    except Exception:  # the library's own limits of time and size
+      self._failed = True
+    return mask if mask.any() else self._end
 
   def accept(self, token: int) -> bool:
     """Takes the next token; whether nothing can follow it."""
-    self._matcher.consume_token(token)
-    return bool(self._matcher.is_stopped())
+    return self._failed or not self._matcher.consume_token(token) or bool(self._matcher.is_stopped())
 
 
 class Grammars:
@@ -48,4 +54,4 @@ class Grammars:
       raise InputError(f'the schema cannot be followed: {error}') from error
     if matcher.is_error():
       raise InputError(f'the schema cannot be followed: {matcher.get_error()}')
-    return Obeying(matcher, self._words)
+    return Obeying(matcher, self._words, self._ends)
