@@ -1,5 +1,6 @@
 """`jaxlm serve` as a process, asked by OpenAI's own client: what it answers, refuses, and survives."""
 
+import asyncio
 import concurrent.futures
 import http.client
 import json
@@ -16,6 +17,7 @@ import pytest
 for needed in ('openai', 'httpx', 'starlette', 'uvicorn'):
   pytest.importorskip(needed, reason="pip install 'jaxlm[dev,serve]'")
 
+import hostile_requests  # noqa: E402
 import httpx  # noqa: E402
 import openai  # noqa: E402
 from served import Server, adapter, model  # noqa: E402
@@ -398,6 +400,17 @@ def test_a_tool_that_has_to_be_called(client):
     {'role': 'tool', 'tool_call_id': call.id, 'content': '7'},
   ]
   assert chat(client, history, tools=[TOOL]).choices[0].finish_reason
+
+
+def test_hostile_requests_harm_nobody(client, server):
+  """A few hundred of what `tests/hostile_requests.py` sends by the thousand."""
+  attack = hostile_requests.attack(server.url, 'tiny', server.process.pid, requests=300, at_once=12)
+  found = asyncio.run(attack)
+  assert found.statuses.total() == 300 and found.statuses['200'] and found.statuses['400'] > 50
+  assert not [s for s in found.statuses if s.startswith('5') and s != '503'], found.statuses
+  assert found.grown[-1] - found.grown[0] < 100 << 20 and found.during
+  until(lambda: gauge(server, 'live') + gauge(server, 'waiting') == 0)
+  assert complete(client).choices[0].text
 
 
 def test_a_key_and_a_graceful_end(folder):
