@@ -357,6 +357,10 @@ def run(service: Service, host: str, port: int, say: Callable[[str], None]) -> N
         for sig, handler in before.items():
           signal.signal(sig, handler)
 
+    async def on_tick(self, counter: int) -> bool:
+      """Whether to end: also where nothing can be answered any more, so that somebody starts it again."""
+      return await super().on_tick(counter) or service.engine.failed is not None
+
     def handle_exit(self, sig: int, frame: Any) -> None:
       service.engine.drain()
       super().handle_exit(sig, frame)

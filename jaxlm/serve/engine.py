@@ -270,7 +270,8 @@ class Bank:
       if lobby.logits_1V is not None and len(tokens) == len(prompt) and list(prompt) == tokens:
         return len(prompt)
       limit = min(len(prompt) - 1, len(tokens))
-      common = next((i for i in range(limit) if prompt[i] != tokens[i]), limit)
+      differs = np.flatnonzero(np.array(prompt[:limit]) != np.array(tokens[:limit]))
+      common = int(differs[0]) if len(differs) else limit
       return 0 if self.rings and common < len(tokens) else common // READ * READ
 
     best = max(self.lobbies, key=lambda lobby: (known(lobby), -lobby.used))
