@@ -28,7 +28,7 @@ from jaxlm.serve.metrics import Metrics
 from jaxlm.serve.text import Text
 
 READ = 64  # tokens of a prompt that are read at once
-READS = 4  # such pieces between two steps of those that are answered
+READING = 2.0  # steps that may be read for between two of those that are answered: a burst fills the slots first
 PIECE = 4  # tokens between two looks at what was made, at most
 UNFELT = 0.02  # seconds that these may take
 
@@ -153,7 +153,7 @@ class Bank:
     if context > cfg.max_seq_len and cfg.positions == 'learned':
       raise InputError(f"context={context} exceeds the model's {cfg.max_seq_len} positions")
     self.cfg, self.tokenizer, self.context, self.mesh = cfg, tokenizer, context, mesh
-    self.run = Run() if mesh is None else Run(rules=rollout.DECODE)
+    self.run = Run(attention='reached', rules=None if mesh is None else rollout.DECODE)
     with self.within():
       self._allot(params, rows, lobbies)
     self.rows: list[_Row | None] = [None] * rows
@@ -366,9 +366,9 @@ class Engine:
       bank.arriving = None
       gone += 1
     self.metrics.add('cancelled', gone)
-    for _ in range(READS):
-      if not self._read(bank):
-        break
+    until = time.monotonic() + READING * bank.seconds
+    while self._read(bank) and time.monotonic() < until:
+      pass
     if bank.live:
       self._step(bank)
 
