@@ -100,8 +100,8 @@ def test_greedy_is_what_generate_writes(tiny, client, prompt):
 
 def test_an_adapter_is_a_model_of_its_own(tiny, adapted, client):
   how = {'new': 20, 'run': models.Run(), 'sampling': sample.Sampling(temperature_B=0.0)}
-  write = lambda m: writing.complete(m.cfg, m.params, m.tokenizer, ['Once upon'], jax.random.key(0), **how)[0]
-  ask = lambda name: complete(client, 'Once upon', max_tokens=20, model=name).choices[0].text
+  write = lambda m: writing.complete(m.cfg, m.params, m.tokenizer, ['Once more'], jax.random.key(0), **how)[0]
+  ask = lambda name: complete(client, 'Once more', max_tokens=20, model=name).choices[0].text
   with concurrent.futures.ThreadPoolExecutor(4) as pool:
     texts = list(pool.map(ask, ['tiny', 'other', 'tiny', 'other']))
   assert texts == [write(tiny), write(adapted)] * 2 and texts[0] != texts[1]
@@ -237,7 +237,9 @@ REFUSED = [
   ({'prompt': {'a': 1}}, 400, 'prompt'),
   ({'prompt': ['a'] * 7}, 400, 'prompt'),
   ({'prompt': 'a ' * 999}, 400, 'messages'),
-  ({'prompt': '\ud800'}, 400, 'prompt'),
+  ({'prompt': '\ud800'}, 400, None),
+  ({'stop': ['a', '\udfff']}, 400, None),
+  ({'prompt': '\ud83d\udc0b'}, None, None),
   ({'logit_bias': {'999': 1}}, 400, 'logit_bias'),
   ({'logit_bias': {'1': 1e9}}, 400, 'logit_bias'),
   ({'stream_options': {}}, 400, 'stream_options'),

@@ -151,8 +151,8 @@ def attend_reached(
   """`attend`, but of a cache only the blocks of keys up to slot `last`, with a running softmax (Milakov and Gimelshein
   2018, arXiv:1805.02867).
 
-  Blocks in which a row's mask is empty leave what it has as it is, to the last bit: a row's result does not depend on how
-  far others reach. S has to be a multiple of `block`.
+  Blocks in which a row's mask is empty leave what it has as it is, to the last bit: a row's result does not depend on
+  how far others reach. S has to be a multiple of `block`.
   """
   B, T, H, N = q.shape
   K = k.shape[2]

@@ -100,6 +100,11 @@ def parse(raw: bytes) -> dict[str, Any]:
     raise Refused(400, 'the body is no JSON object')
   if _depth(body) > DEPTH:
     raise Refused(400, f'the body is nested more than {DEPTH} deep')
+  if b'\\ud' in raw.lower():
+    try:
+      json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+      raise Refused(400, 'a string is no text in UTF-8: it has the half of a pair of surrogates') from None
   return body
 
 
