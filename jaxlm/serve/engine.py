@@ -178,7 +178,7 @@ class Bank:
     """What lies on the device."""
     cfg, run = self.cfg, self.run
     if not isinstance(params['layers'], tuple):
-      laid = params if self.mesh is None else rollout.resharded(cfg, params, self.mesh)
+      laid = params if self.mesh is None else slots.resharded(cfg, params, self.mesh)
       params = jax.jit(sample.unstacked, static_argnums=0)(cfg, laid)
     self.params, self.positions = params, -(-self.context // READ) * READ
     self.state = slots.vacant(cfg, run, rows, self.positions, READ)

@@ -10,10 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxlm import draws, models, sample, sharding
 from jaxlm.models import ModelConfig, Run
+from jaxlm.rl import rollout
 from jaxlm.sample import Sampling
 
 TOP = 20  # alternatives that are told of a token
@@ -57,6 +59,12 @@ class Made:
   logp_tB: Array
   top_tBk: Array
   top_logp_tBk: Array
+
+
+def resharded(cfg: ModelConfig, params: Any, mesh: Mesh) -> Any:
+  """Parameters laid out for decoding, adapters in them too."""
+  layout = sharding.state_shardings(sharding.with_names(params, models.abstract(cfg)), mesh, rollout.DECODE)
+  return jax.device_put(params, layout)
 
 
 def _laid(tree: Any, run: Run) -> Any:

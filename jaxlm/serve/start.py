@@ -17,8 +17,7 @@ from jaxlm.errors import InputError
 from jaxlm.interop import peft
 from jaxlm.loops import chatting, foreign
 from jaxlm.models.linear import LowRank
-from jaxlm.rl import rollout
-from jaxlm.serve import app, engine
+from jaxlm.serve import app, engine, slots
 from jaxlm.serve.api import Limits, Served
 from jaxlm.serve.engine import Bank, Engine
 
@@ -48,7 +47,7 @@ def opened(options: arguments.Serve, key: str | None, say: Callable[[str], None]
   name = options.name or PurePosixPath(options.model).name or options.model
   mesh = _mesh(options)
   base = lora.merge(model.params) if options.adapter else model.params
-  base = base if mesh is None else rollout.resharded(model.cfg, base, mesh)
+  base = base if mesh is None else slots.resharded(model.cfg, base, mesh)
   unstacked = jax.jit(sample.unstacked, static_argnums=0)
   trees = {name: unstacked(model.cfg, base)}
   for one in options.adapter:
@@ -58,7 +57,7 @@ def opened(options: arguments.Serve, key: str | None, say: Callable[[str], None]
     if not peft.is_adapter(folder):
       raise InputError(f'--adapter {folder}: no folder of a peft adapter')
     own = peft.load(epath.Path(folder), model.cfg, base)
-    own = own if mesh is None else rollout.resharded(model.cfg, own, mesh)
+    own = own if mesh is None else slots.resharded(model.cfg, own, mesh)
     trees[called] = _sharing(unstacked(model.cfg, own), trees[name])
   banks = {}
   for called, tree in trees.items():
