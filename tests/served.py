@@ -42,10 +42,11 @@ def adapter(made: interop.Model, folder: Path) -> interop.Model:
 
 
 class Server:
-  """A process that serves a folder; `log` is what it said."""
+  """A process that serves a folder, by the name of 'tiny' if no other is given; `log` is what it said."""
 
   def __init__(self, folder: Path, home: Path, *flags: str, **env: str):
-    command = [sys.executable, '-m', 'jaxlm', 'serve', str(folder), '--port', '0', '--name', 'tiny', *flags]
+    named = () if '--name' in flags else ('--name', 'tiny')
+    command = [sys.executable, '-m', 'jaxlm', 'serve', str(folder), '--port', '0', *named, *flags]
     pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'text': True}
     self.process = subprocess.Popen(command, env=os.environ | quick(home) | env, **pipes)
     self.log = []
