@@ -4,12 +4,15 @@ jaxlm serve MODEL --slots 32 &
 python benchmarks/serve.py http://127.0.0.1:8000/v1 [others, as of `transformers serve` or llama.cpp's server]
 
 Every client asks for one answer after another, each with a prompt of its own, and reads it as it streams. Servers that
-are to be compared are asked in turn, `--rounds` times, so that other work on the machine meets all of them.
+are to be compared are asked in turn, `--rounds` times, so that other work on the machine meets all of them. With
+`--wait` a client lets some time pass before it asks, as people do: what it then waits for its first token is what
+others cost it, not that all ask in the same moment.
 """
 
 import argparse
 import asyncio
 import json
+import random
 import statistics
 import time
 from typing import Any, NamedTuple
@@ -61,8 +64,11 @@ async def measure(url: str, options: argparse.Namespace, clients: int, turn: int
 
     async def one(who: int) -> list[Answer]:
       number = (turn * 1000 + who) * options.asks
-      bodies = (usual | {'prompt': prompt(number + i, options.words)} for i in range(options.asks))
-      return [await ask(client, url, body) for body in bodies]
+      rng, answers = random.Random(number), []
+      for i in range(options.asks):
+        await asyncio.sleep(rng.uniform(0, 2 * options.wait))
+        answers.append(await ask(client, url, usual | {'prompt': prompt(number + i, options.words)}))
+      return answers
 
     await ask(client, url, usual | {'prompt': prompt(10**6 + turn, options.words)})
     began = time.perf_counter()
@@ -74,10 +80,11 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('urls', nargs='+')
   parser.add_argument('--model', default='', help='by default the first that a server lists')
-  parser.add_argument('--clients', type=int, nargs='+', default=[1, 4, 32])
+  parser.add_argument('--clients', type=int, nargs='+', default=[1, 8, 32])
   parser.add_argument('--asks', type=int, default=2, help='answers that each client asks for')
   parser.add_argument('--tokens', type=int, default=64, help='of an answer')
   parser.add_argument('--words', type=int, default=40, help='of a prompt')
+  parser.add_argument('--wait', type=float, default=0.0, help='seconds in the mean before a client asks (again)')
   parser.add_argument('--rounds', type=int, default=3)
   parser.add_argument('--ignore-eos', action='store_true', help='answers of one length, where a server knows how')
   options = parser.parse_args()
