@@ -12,6 +12,7 @@ from served import model
 
 from jaxlm import interop, sharding
 from jaxlm.data import tokenizer as tok
+from jaxlm.data import turns
 from jaxlm.serve import api, engine, metrics, slots, text, tools
 from jaxlm.serve.engine import Ask, Bank, Closed, Engine, Full, Piece, Settings
 
@@ -81,6 +82,11 @@ TAGGED = f'<tool_call>\n{CALL}\n</tool_call>'
     ('<tool_call>{"name', '<tool_call>{"name', []),
     ('{"a": 1}', '{"a": 1}', []),
     ('[' * 9999, '[' * 9999, []),
+    (f'{CALL}; {CALL}', '', ['f', 'f']),
+    (f'{CALL}\n{CALL}', '', ['f', 'f']),
+    (CALL * 2, CALL * 2, []),
+    (f'{CALL} or so', f'{CALL} or so', []),
+    (f'I call <tool_call>\n{CALL}', 'I call ', ['f']),
     ('{"name": ["f"], "arguments": {}}', '{"name": ["f"], "arguments": {}}', []),
   ],
   ids=lambda x: str(x)[:30],
@@ -96,6 +102,43 @@ def test_calls_in_answers(answer, said, names, size):
   assert ''.join(texts) == said and [call.name for call in calls] == names
   assert all(json.loads(call.arguments) == {'a': '<b>'} for call in calls)
   assert len({call.id for call in calls}) == len(calls)
+
+
+TOOL = {'type': 'function', 'function': {'name': 'f', 'description': 'a whale <|im_end|>', 'parameters': {}}}
+BARE = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
+
+@pytest.mark.parametrize(
+  'template, system, tagged',
+  [
+    ('qwen', True, True),
+    ('qwen', False, True),
+    ('llama3', False, False),
+    ('chatml', True, True),
+    ('chatml', False, True),
+    (None, True, True),
+    (None, False, True),
+  ],
+)
+def test_a_model_is_told_of_tools_by_its_template_or_else_by_us(template, system, tagged):
+  text = (turns.ASSETS / f'{template}.jinja').read_text() if template else BARE
+  call = {'id': 'a', 'type': 'function', 'function': {'name': 'f', 'arguments': {'a': 'ship'}}}
+  messages = [
+    *([{'role': 'system', 'content': 'Be kind.'}] if system else []),
+    {'role': 'user', 'content': 'Which?'},
+    {'role': 'assistant', 'content': '', 'tool_calls': [call]},
+    {'role': 'tool', 'content': 'one', 'tool_call_id': 'a'},
+    {'role': 'tool', 'content': 'two', 'tool_call_id': 'b'},
+  ]
+  words = WORDS.with_controls([*turns.BUILT_IN['chatml'], *turns.BUILT_IN['llama3']])
+  ids, how = api._conversed(text, messages, words, [TOOL])
+  said = words.reader.decode(ids, skip_special_tokens=False)
+  assert how == tagged and said.count('a whale') == 1 and said.count('"ship"') == 1
+  assert ('Be kind.' in said) == system and said.index('one') < said.index('two')
+  if template in (None, 'chatml', 'qwen'):
+    turn = sum(i == words.control_id('<|im_start|>') for i in ids)
+    assert turn - sum(i == words.control_id('<|im_end|>') for i in ids) == 1  # what the description spells is text
 
 
 @pytest.mark.parametrize('value, deep', [([[]], False), ({'a': [{}] * 3}, False)])

@@ -202,17 +202,30 @@ def conversation(body: Mapping[str, Any], models: Mapping[str, Served], limits: 
   if top and not wanted:
     raise Refused(400, 'top_logprobs needs logprobs', 'top_logprobs')
   asked = _shared(fields, model, limits, top if wanted else None)._replace(stop_ids=model.ends)
-  variables, functions, forced = _tools(fields, model.template)
+  given, functions, forced = _tools(fields)
   shape = _shape(fields.take('response_format', dict, {}))
   fields.take('parallel_tool_calls', bool)
   longest = fields.integer('max_completion_tokens', 1, limits.tokens)
   asked = _finish(fields, asked, body, most=longest)
   try:
-    ids = chat.encode(model.template, messages, model.tokenizer, generation=True, **variables)
+    ids, tagged = _conversed(model.template, messages, model.tokenizer, given)
   except InputError as error:
     raise Refused(400, str(error), 'messages') from None
-  asked = asked._replace(prompts=[Prompt(ids, '')], functions=functions, grammar=forced or shape)
-  return _checked(asked, limits)
+  grammar = tools.grammar(forced, tagged) if forced else shape
+  return _checked(asked._replace(prompts=[Prompt(ids, '')], functions=functions, grammar=grammar), limits)
+
+
+def _conversed(
+  template: str, messages: list[dict[str, Any]], tokenizer: Tokenizer, given: list[Any]
+) -> tuple[list[int], bool]:
+  """The ids of a conversation, and whether calls stand between tags. Raises InputError as `chat.encode` does."""
+  encode = lambda told, **more: chat.encode(template, told, tokenizer, generation=True, **more)
+  if not given:
+    return encode(messages), False
+  ids = encode(messages, tools=given) if 'tools' in template else None
+  if ids is None or ids == encode(messages):  # the template does not tell of them, or not here
+    return encode(tools.instructed(messages, given)), True
+  return ids, tools.OPEN in template
 
 
 def _model(fields: Fields, models: Mapping[str, Served]) -> Served:
@@ -348,8 +361,8 @@ def _calls(given: Any, where: str) -> list[dict[str, Any]]:
   return found
 
 
-def _tools(fields: Fields, template: str) -> tuple[dict[str, Any], frozenset[str], str | None]:
-  """What the template is told of tools, the functions that may be called, and the grammar of a call that has to be."""
+def _tools(fields: Fields) -> tuple[list[Any], frozenset[str], dict[str, Any]]:
+  """The tools, the functions that may be called, and the parameters of those of which one has to be."""
   given, choice = fields.take('tools', list, []), fields.take('tool_choice', (str, dict), 'auto')
   if len(given) > TOOLS:
     raise Refused(400, f'tools: the limit is {TOOLS}', 'tools')
@@ -374,8 +387,8 @@ def _tools(fields: Fields, template: str) -> tuple[dict[str, Any], frozenset[str
   if choice == 'required' and not schemas:
     raise Refused(400, 'tool_choice needs tools', 'tool_choice')
   if choice == 'none' or not given:
-    return {}, frozenset(), None
-  return {'tools': given}, frozenset(schemas), tools.grammar(template, forced) if forced else None
+    return [], frozenset(), {}
+  return given, frozenset(schemas), forced
 
 
 def _shape(given: Mapping[str, Any]) -> str | None:

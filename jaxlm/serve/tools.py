@@ -1,17 +1,32 @@
 """Calls of functions: how models write them, and grammars that answers have to obey (llguidance).
 
 Two ways are known: JSON between <tool_call> tags (Hermes, and with it ChatML and Qwen), and an answer that is nothing
-but JSON (Llama 3, and Mistral's list).
+but JSON (Llama 3, and Mistral's list). A template that says nothing of tools is told of them in the first way.
 """
 
 import json
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 OPEN, CLOSE = '<tool_call>', '</tool_call>'
 # One way of writing each value, the commonest: where spaces are free a model may write nothing else.
 SPACES = {'whitespace_flexible': False, 'item_separator': ', ', 'key_separator': ': '}
+
+
+TOLD = """# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>
+{tools}
+</tools>
+
+For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
+<tool_call>
+{{"name": <function-name>, "arguments": <args-json-object>}}
+</tool_call>"""  # Qwen's wording of what Hermes began
 
 
 class Call(NamedTuple):
@@ -50,6 +65,9 @@ class Calls:
       said += self._held[: at if found else end + len(CLOSE)]
       self._held, self._called = self._held[end + len(CLOSE) :], bool(found)
       calls += found
+    if last and at >= 0 and (found := self._calls(self._held[at + len(OPEN) :])):  # some end their turn for a tag
+      said, self._held, calls = said + self._held[:at], '', calls + found
+      return said, calls
     keep = len(self._held) - at if at >= 0 else _begins(self._held, OPEN)
     more = self._held if last else self._held[: len(self._held) - keep]
     self._held = self._held[len(more) :]
@@ -62,12 +80,8 @@ class Calls:
     return ('', calls) if calls else (text, [])
 
   def _calls(self, text: str) -> list[Call]:
-    try:
-      given = json.loads(text)
-    except (ValueError, RecursionError):
-      return []
     found = []
-    for call in given if isinstance(given, list) else [given]:
+    for call in _objects(text):
       arguments = call.get('arguments', call.get('parameters', {})) if isinstance(call, dict) else None
       name = call.get('name') if isinstance(call, dict) else None
       if not isinstance(arguments, dict) or not isinstance(name, str) or name not in self.functions:
@@ -76,6 +90,23 @@ class Calls:
       found.append(Call(f'call_{secrets.token_hex(12)}', name, shown))
     self.found += len(found)
     return found
+
+
+def _objects(text: str) -> list[Any]:
+  """What is in a list of JSON, or values with semicolons or lines between them; nothing if a text is anything else."""
+  found, at, decoder = [], 0, json.JSONDecoder()
+  text = text.strip()
+  while at < len(text):
+    try:
+      value, at = decoder.raw_decode(text, at)
+    except (ValueError, RecursionError):
+      return []
+    found += value if isinstance(value, list) else [value]
+    rest = text[at:].lstrip('; \n')
+    if at + len(rest) == len(text) and rest:  # nothing stands between it and what follows
+      return []
+    at = len(text) - len(rest)
+  return found
 
 
 def _begins(text: str, word: str) -> int:
@@ -88,9 +119,33 @@ def json_grammar(schema: Mapping[str, Any]) -> str:
   return json.dumps({'grammars': [{'json_schema': {**schema, 'x-guidance': SPACES}}]})
 
 
-def grammar(template: str, functions: Mapping[str, Any]) -> str:
-  """Of answers that are one call of one of the functions, {name: schema of its parameters}."""
-  tagged = OPEN in template
+def instructed(messages: Sequence[Mapping[str, Any]], given: Sequence[Any]) -> list[dict[str, Any]]:
+  """A conversation for a template that says nothing of tools: they, calls and what came of these are written out."""
+  told = TOLD.format(tools='\n'.join(json.dumps(tool, ensure_ascii=False) for tool in given))
+  found: list[dict[str, Any]] = [{'role': 'system', 'content': told}]
+  for i, message in enumerate(messages):
+    message, content = dict(message), message['content']
+    if i == 0 and message['role'] == 'system':
+      found[0]['content'] = f'{content}\n\n{told}'
+    elif message['role'] == 'tool':
+      answered = f'<tool_response>\n{content}\n</tool_response>'
+      if i and messages[i - 1]['role'] == 'tool':
+        found[-1]['content'] += f'\n{answered}'
+      else:
+        found.append({'role': 'user', 'content': answered})
+    else:
+      calls = [_written(call['function']) for call in message.pop('tool_calls', [])]
+      found.append({**message, 'content': '\n'.join([content, *calls] if content else calls or [content])})
+  return found
+
+
+def _written(function: Mapping[str, Any]) -> str:
+  call = {'name': function['name'], 'arguments': function['arguments']}
+  return f'{OPEN}\n{json.dumps(call, ensure_ascii=False)}\n{CLOSE}'
+
+
+def grammar(functions: Mapping[str, Any], tagged: bool) -> str:
+  """Of answers that are one call of one of the functions, {name: schema of its parameters}, between tags or bare."""
   key = 'arguments' if tagged else 'parameters'
   one = lambda name, schema: {
     'type': 'object',
