@@ -5,7 +5,6 @@ with its first token. Lobbies keep what they read, so that a prompt that begins 
 they part: always at a multiple of READ, so that what is computed does not depend on who asked before.
 """
 
-import collections
 import contextlib
 import dataclasses
 import threading
@@ -24,6 +23,7 @@ from jaxlm.errors import InputError
 from jaxlm.models import ModelConfig, Run
 from jaxlm.rl import rollout
 from jaxlm.serve import slots
+from jaxlm.serve.line import Line
 from jaxlm.serve.metrics import Metrics
 from jaxlm.serve.text import Text
 
@@ -157,7 +157,8 @@ class Bank:
     with self.within():
       self._allot(params, rows, lobbies)
     self.rows: list[_Row | None] = [None] * rows
-    self.waiting: collections.deque[Ask] = collections.deque()
+    self.waiting: Line[Ask] = Line()
+    self.kept = max(rows // 8, int(rows > 2))  # slots that long answers leave to short ones
     self.arriving: _Arriving | None = None
     self.clock = 0  # prompts that were read
     self.seconds = 0.0  # that a step takes
@@ -306,9 +307,11 @@ class Engine:
     with self._changed:
       if self.closed:
         raise Closed('the server is stopping' if self.failed is None else 'the engine has failed')
-      if self.waiting() + len(asks) > self.queue:
-        raise Full(f'{self.waiting()} requests wait already')
-      self.banks[name].waiting.extend(asks)
+      waiting = self.waiting()
+      room = self.queue - waiting
+      if len(asks) > (room if len(asks) == 1 or not waiting else room // 2):  # many leave some of it to others
+        raise Full(f'{waiting} requests wait already')
+      self.banks[name].waiting.join(asks)
       self._changed.notify_all()
 
   def cancel(self, asks: Sequence[Ask]) -> None:
@@ -355,9 +358,7 @@ class Engine:
   def _turn(self, bank: Bank) -> None:
     """Some of the prompts that arrive, and a step of those that are answered."""
     with self._changed:
-      gone = sum(ask.cancelled for ask in bank.waiting)
-      if gone:
-        bank.waiting = collections.deque(ask for ask in bank.waiting if not ask.cancelled)
+      gone = bank.waiting.drop_cancelled()
     for i, row in enumerate(bank.rows):
       if row is not None and row.ask.cancelled:
         bank.leave(i)
@@ -376,9 +377,10 @@ class Engine:
     """A piece of the prompt that arrives; whether there was one."""
     if bank.arriving is None:
       with self._changed:
-        if not bank.waiting or None not in bank.rows:
+        free = bank.rows.count(None)
+        ask = bank.waiting.take(brief=free <= bank.kept) if free else None
+        if ask is None:
           return False
-        ask = bank.waiting.popleft()
         lobby, start = bank.lobby(ask)
         bank.arriving = _Arriving(ask, lobby, start)
       bank.clock += 1
@@ -470,6 +472,7 @@ def _read_piece(bank: Bank, arriving: _Arriving) -> None:
   lobby.tokens, lobby.logits_1V = lobby.tokens[:at], None
   given = lobby.cache, padded(tokens), padded(following), at, len(tokens)
   lobby.cache, logits_1V, scores = slots.read(bank.cfg, bank.run, ask.scored, bank.params, *given)
+  logits_1V.block_until_ready()  # else all of a long prompt would be under way before anybody is continued
   lobby.tokens += tokens
   arriving.at += len(tokens)
   if arriving.at >= len(ask.prompt):
