@@ -1,5 +1,6 @@
 """Serving's parts alone: text as tokens come, calls in answers, settings of requests, the engine without a network."""
 
+import dataclasses
 import json
 import queue
 
@@ -10,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from served import model
 
-from jaxlm import interop, sharding
+from jaxlm import interop, models, sample, sharding
 from jaxlm.data import tokenizer as tok
 from jaxlm.data import turns
+from jaxlm.loops import writing
 from jaxlm.serve import api, engine, metrics, slots, text, tools
 from jaxlm.serve.engine import Ask, Bank, Closed, Engine, Full, Piece, Settings
+from jaxlm.serve.line import Line
 
 WORDS = tok.train(['the whale, the sea and the ship: नमस्ते दुनिया, 日本語 and 🐋🐳 ' * 9], 300)
 SAID = st.text(alphabet='the wale, sआनमस्ते日本🐋\ufffdé\n', max_size=40)
@@ -243,6 +246,44 @@ def test_the_same_after_any_prompt(bank, running):
     results.append((''.join(p.text for p in pieces), [t for p in pieces for t in p.tokens], pieces[0].cached))
   assert results[0][:2] == results[3][:2] == results[5][:2] and results[2][:2] == results[6][:2]
   assert results[0][2] == 0 and results[2][2] >= engine.READ and results[0][:2] != results[2][:2]
+
+
+def test_windows_answer_as_generate_does(tiny):
+  """Caches of local layers are rings: prompts and answers longer than these, two at once, and one that goes on."""
+  layers = {'pattern': ('local', 'global', 'local'), 'window': 19, 'rope_theta_local': 100.0}
+  cfg = dataclasses.replace(tiny.cfg, **layers)
+  bank = Bank(cfg, tiny.params, tiny.tokenizer, rows=3, context=256, lobbies=2)
+  bank.warm()
+  assert bank.rings
+  found = Engine({'tiny': bank})
+  found.start()
+  texts = [said * 9 + 'and' for said in ('the whale and the sea ', 'a ship ')]
+  how = {'new': 70, 'run': models.Run(), 'sampling': sample.Sampling(0.0)}
+  write = lambda texts: writing.complete(cfg, tiny.params, tiny.tokenizer, texts, jax.random.key(0), **how)
+  both = [asking(bank, said, most=70, stop_ids=frozenset([tiny.tokenizer.eos_id])) for said in texts]
+  found.submit('tiny', [ask for ask, _ in both])
+  answers = [''.join(piece.text for piece in answer(told)) for _, told in both]
+  assert answers == write(texts)
+  more = texts[0] + ' the ship and the whale'
+  ask, told = asking(bank, more, most=70, stop_ids=frozenset([tiny.tokenizer.eos_id]))
+  found.submit('tiny', [ask])
+  pieces = answer(told)
+  found.close()
+  assert [''.join(piece.text for piece in pieces)] == write([more]) and pieces[0].cached >= engine.READ
+
+
+def test_short_answers_come_before_the_rest_of_many_long_ones():
+  line, ask = Line(), lambda most: Ask(prompt=[0] * 5, most=most, deliver=lambda piece: None)
+  long = [ask(200) for _ in range(4)]
+  line.join(long)
+  assert line.take(brief=True) is None and line.take(brief=False) is long[0]
+  for turn in range(60):  # each comes after the one before it was taken
+    line.join([ask(8)])
+    if line.take(brief=False) is long[1]:
+      break
+  assert 5 < turn < 30
+  long[2].cancelled = True
+  assert len(line) == 3 and line.drop_cancelled() == 1 and long[3] in list(line)
 
 
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnhandledThreadExceptionWarning')
