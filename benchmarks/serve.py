@@ -14,6 +14,7 @@ import asyncio
 import json
 import random
 import statistics
+import sys
 import time
 from typing import Any, NamedTuple
 
@@ -92,7 +93,9 @@ def main() -> None:
   for turn in range(options.rounds):
     for clients in options.clients:
       for url in options.urls:
-        found.setdefault((url, clients), []).append(asyncio.run(measure(url, options, clients, turn)))
+        rate, firsts = asyncio.run(measure(url, options, clients, turn))
+        found.setdefault((url, clients), []).append((rate, firsts))
+        print(f'{url}, {clients} clients: {rate:.1f} tokens/s, {statistics.median(firsts):.3f} s', file=sys.stderr)
   rows = []
   for (url, clients), measured in found.items():
     rate = statistics.median(rate for rate, _ in measured)
