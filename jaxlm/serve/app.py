@@ -335,9 +335,11 @@ def _hasty(seconds: float) -> Any:
 def run(service: Service, host: str, port: int, say: Callable[[str], None]) -> None:
   """Serves until SIGTERM or SIGINT: then no more is taken, and what was is answered. Raises InputError."""
   import socket
+  import sys
 
   import uvicorn
 
+  sys.setswitchinterval(0.001)  # the thread that computes waits no longer for one that reads a large request
   family = socket.AF_INET6 if ':' in host else socket.AF_INET
   try:
     listening = socket.create_server((host, port), family=family, backlog=1024)
