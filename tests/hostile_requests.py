@@ -134,7 +134,7 @@ async def attack(url: str, model: str, pid: int, requests: int, at_once: int, se
   rng, statuses = random.Random(seed), collections.Counter()
   calm, during, grown = [], [], []
   async with httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_connections=None)) as client:
-    alone = max(10, requests // 200)
+    alone = max(10, requests // 70)
     calm = [await good(client, url, model) for _ in range(alone)]
     left, busy = iter(range(requests)), True
 
