@@ -20,7 +20,6 @@ for needed in ('openai', 'httpx', 'starlette', 'uvicorn'):
 import hostile_requests  # noqa: E402
 import httpx  # noqa: E402
 import openai  # noqa: E402
-from pages import blocks  # noqa: E402
 from served import Server, adapter, model  # noqa: E402
 
 from jaxlm import interop, models, sample  # noqa: E402
@@ -48,7 +47,7 @@ def adapted(tiny, folder):
 
 @pytest.fixture(scope='module')
 def server(folder, adapted):
-  flags = ('--slots', '3', '--context', '256', '--queue', '8', '--answers', '6', '--body-seconds', '2')
+  flags = ('--slots', '3', '--context', '768', '--queue', '8', '--answers', '6', '--body-seconds', '2')
   server = Server(folder, folder.parent, *flags, '--adapter', f'other={folder.parent / "adapter"}')
   yield server
   assert server.stop() == 0, server.log
@@ -284,12 +283,6 @@ def test_messages_that_are_none(client):
   for messages in [*wrong, [{'role': 'user', 'content': 3}], ['a'], [{'role': 'user', 'content': 'a ' * 999}]]:
     with pytest.raises(openai.BadRequestError):
       chat(client, messages)
-
-
-def test_the_python_of_its_page_runs(server, capsys):
-  (block,) = (block for block in blocks('docs/serving.md') if block.language == 'python')
-  exec(block.text.replace('http://127.0.0.1:8000/v1', server.url).replace("'smol'", "'tiny'"), {})
-  assert capsys.readouterr().out
 
 
 def test_errors_are_the_clients_own(client, server):
