@@ -248,30 +248,6 @@ def test_the_same_after_any_prompt(bank, running):
   assert results[0][2] == 0 and results[2][2] >= engine.READ and results[0][:2] != results[2][:2]
 
 
-def test_windows_answer_as_generate_does(tiny):
-  """Caches of local layers are rings: prompts and answers longer than these, two at once, and one that goes on."""
-  layers = {'pattern': ('local', 'global', 'local'), 'window': 19, 'rope_theta_local': 100.0}
-  cfg = dataclasses.replace(tiny.cfg, **layers)
-  bank = Bank(cfg, tiny.params, tiny.tokenizer, rows=3, context=256, lobbies=2)
-  bank.warm()
-  assert bank.rings
-  found = Engine({'tiny': bank})
-  found.start()
-  texts = [said * 9 + 'and' for said in ('the whale and the sea ', 'a ship ')]
-  how = {'new': 70, 'run': models.Run(), 'sampling': sample.Sampling(0.0)}
-  write = lambda texts: writing.complete(cfg, tiny.params, tiny.tokenizer, texts, jax.random.key(0), **how)
-  both = [asking(bank, said, most=70, stop_ids=frozenset([tiny.tokenizer.eos_id])) for said in texts]
-  found.submit('tiny', [ask for ask, _ in both])
-  answers = [''.join(piece.text for piece in answer(told)) for _, told in both]
-  assert answers == write(texts)
-  more = texts[0] + ' the ship and the whale'
-  ask, told = asking(bank, more, most=70, stop_ids=frozenset([tiny.tokenizer.eos_id]))
-  found.submit('tiny', [ask])
-  pieces = answer(told)
-  found.close()
-  assert [''.join(piece.text for piece in pieces)] == write([more]) and pieces[0].cached >= engine.READ
-
-
 def test_short_answers_come_before_the_rest_of_many_long_ones():
   line, ask = Line(), lambda most: Ask(prompt=[0] * 5, most=most, deliver=lambda piece: None)
   long = [ask(200) for _ in range(4)]
@@ -341,3 +317,27 @@ def test_a_mesh_answers_the_same(bank, running, tiny):
     assert texts[0] == texts[1]
   both.close()
   assert [f._cache_size() for f in (slots.read, slots.enter, slots.advance)] == sizes
+
+
+def test_windows_answer_as_generate_does(tiny):
+  """Caches of local layers are rings: prompts and answers longer than these, two at once, and one that goes on."""
+  layers = {'pattern': ('local', 'global', 'local'), 'window': 19, 'rope_theta_local': 100.0}
+  cfg = dataclasses.replace(tiny.cfg, **layers)
+  bank = Bank(cfg, tiny.params, tiny.tokenizer, rows=3, context=256, lobbies=2)
+  bank.warm()
+  assert bank.rings
+  found = Engine({'tiny': bank})
+  found.start()
+  texts = [said * 9 + 'and' for said in ('the whale and the sea ', 'a ship ')]
+  how = {'new': 70, 'run': models.Run(), 'sampling': sample.Sampling(0.0)}
+  write = lambda texts: writing.complete(cfg, tiny.params, tiny.tokenizer, texts, jax.random.key(0), **how)
+  both = [asking(bank, said, most=70, stop_ids=frozenset([tiny.tokenizer.eos_id])) for said in texts]
+  found.submit('tiny', [ask for ask, _ in both])
+  answers = [''.join(piece.text for piece in answer(told)) for _, told in both]
+  assert answers == write(texts)
+  more = texts[0] + ' the ship and the whale'
+  ask, told = asking(bank, more, most=70, stop_ids=frozenset([tiny.tokenizer.eos_id]))
+  found.submit('tiny', [ask])
+  pieces = answer(told)
+  found.close()
+  assert [''.join(piece.text for piece in pieces)] == write([more]) and pieces[0].cached >= engine.READ
