@@ -40,7 +40,7 @@ def model(smollm2):
 @pytest.fixture(scope='module')
 def server(smollm2, tmp_path_factory):
   home = tmp_path_factory.mktemp('serve')
-  server = Server(smollm2, home, '--name', 'smol', '--slots', '4', '--context', '256', XLA_FLAGS='')
+  server = Server(smollm2, home, '--name', 'smol', '--slots', '4', '--context', '512', XLA_FLAGS='')
   yield server
   assert server.stop() == 0, server.log
 
@@ -150,7 +150,7 @@ def test_eight_together_are_as_alone(client):
   [
     ({'model': 'gpt-4'}, openai.NotFoundError, 'model_not_found'),
     ({'max_tokens': 10**6}, openai.BadRequestError, 'context_length_exceeded'),
-    ({'prompt': 'word ' * 300}, openai.BadRequestError, 'context_length_exceeded'),
+    ({'prompt': 'word ' * 600}, openai.BadRequestError, 'context_length_exceeded'),
     ({'temperature': -1}, openai.BadRequestError, None),
     ({'n': 1000}, openai.BadRequestError, None),
     ({'prompt': [49152]}, openai.BadRequestError, None),
