@@ -11,7 +11,7 @@ EXTRAS = {
   'dedup': ['datasketch>=2.0'],
   'gcs': ['gcsfs>=2026.1'],
   'beam': ['apache-beam>=2.77'],  # apart from dev and parity: it wants an older protobuf
-  'serve': [],  # empty ones are filled when what needs them is there
+  'serve': ['starlette>=0.50', 'uvicorn>=0.38', 'llguidance>=1.3'],
   'eval': ['rouge-score>=0.1.2', 'sacrebleu>=2.6'],
   'lm-eval': ['lm-eval>=0.4.13'],
   'quant': ['qwix>=0.1.8'],
@@ -39,6 +39,11 @@ EXTRAS = {
     'sacrebleu>=2.6',
     'reasoning-gym>=0.1.25',
     'math-verify>=0.9',
+    'starlette>=0.50',
+    'uvicorn>=0.38',
+    'llguidance>=1.3',
+    'httpx>=0.28',
+    'openai>=2.0',
   ],
 }
 

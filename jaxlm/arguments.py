@@ -208,6 +208,40 @@ class Chat:
 
 
 @dataclasses.dataclass(frozen=True)
+class Serve:
+  """Answer over HTTP as OpenAI's API does: completions, conversations, streams. SIGTERM: what was asked is answered."""
+
+  model: Positional[str]  # a run's folder, a Hugging Face or a peft folder, hf://ORG/NAME or a .gguf file
+  name: str | None = None  # that clients call it by; by default that of its folder or file
+  adapter: tuple[str, ...] = ()  # NAME=FOLDER: adapters of peft's on this model, which clients choose by their names
+  template: str | None = None  # of conversations: chatml, llama3, gemma, mistral, qwen, plain, a file; else its own
+  host: str = '127.0.0.1'  # others need a key
+  port: int = 8000  # 0: a free one
+  api_key: str | None = None  # that every request has to bring; better in the environment, as JAXLM_API_KEY
+  slots: int = 8  # answers that are made at once
+  context: int = 2048  # tokens of a prompt and its answer together
+  queue: int = 64  # answers that may wait for a slot; further ones are refused with 429
+  prefixes: int = 4  # prompts that are remembered for others that begin like them
+  answers: int = 16  # that one request may ask for
+  data: int = 1  # devices that the slots are spread over
+  tensor: int = 1  # devices that every weight is spread over
+  body_seconds: float = 20.0  # for a request to arrive
+  answer_seconds: float = 600.0  # for an answer to be complete
+  drain_seconds: float = 60.0  # for answers to be complete once the server is asked to end
+
+  def __post_init__(self):
+    within('[0, 65535]', port=self.port)
+    at_least(1, data=self.data, tensor=self.tensor)
+    within('[2, 4096]', slots=self.slots)
+    within('[2, 16777216]', context=self.context)
+    within('[1, 1000000]', queue=self.queue, prefixes=self.prefixes, answers=self.answers)
+    within('(0, 1e6]', body_seconds=self.body_seconds, answer_seconds=self.answer_seconds)
+    within('[1, 1e6]', drain_seconds=self.drain_seconds)
+    if any(not all(one.partition('=')[::2]) for one in self.adapter):
+      raise InputError('--adapter takes NAME=FOLDER')
+
+
+@dataclasses.dataclass(frozen=True)
 class Import:
   """Make a run of a model that others trained, for `generate`, `eval` and `--init`."""
 

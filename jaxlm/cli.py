@@ -35,6 +35,7 @@ usage: jaxlm VERB ...          `jaxlm VERB --help` explains a verb
                --lm-eval TASKS scores, or with --against MODEL --judge WHAT how often its answers are preferred
   generate     let a model continue a text
   chat         talk to a model in the terminal
+  serve        answer over HTTP as OpenAI's API does
   import       make a run of a model that others trained: a Hugging Face folder, hf://ORG/NAME or a GGUF file
   export       write a run's weights as a folder that transformers opens
   plan         what a step costs on a pod that is not here: memory, communication, speed at best
@@ -293,6 +294,16 @@ def _chat(args: Sequence[str]) -> None:
   conversation(answer, options.system)
 
 
+def _serve(args: Sequence[str]) -> None:
+  from jaxlm import arguments
+
+  options = arguments.parse(arguments.Serve, args, 'serve')
+  from jaxlm.serve import start
+
+  print(devices_line(), flush=True)
+  start.serve(options, say=lambda line: print(line, flush=True))
+
+
 def _import(args: Sequence[str]) -> None:
   from jaxlm import arguments
 
@@ -417,6 +428,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int | None]] = {
   'eval': _eval,
   'generate': _generate,
   'chat': _chat,
+  'serve': _serve,
   'import': _import,
   'export': _export,
   'plan': _plan,

@@ -21,7 +21,11 @@ from jaxlm.rl import algorithms
 ALL = [block for page in PAGES for block in blocks(page)]
 BASH = [block for block in ALL if block.language == 'bash']
 LANGUAGES = {'bash', 'python', 'yaml', 'json', 'toml', 'text', ''}
-OWN_TEST = {'docs/new-algorithm.md', 'docs/adding-a-model.md'}  # whose code is run by a test of its own
+OWN_TEST = {
+  'docs/new-algorithm.md',
+  'docs/adding-a-model.md',
+  'docs/serving.md',
+}  # whose code is run by a test of its own
 # what was printed, what others published, what a cloud asks for
 OWN_FIGURES = {'docs/log.md', 'docs/quickstart.md', 'docs/comparison.md', 'docs/pods.md'}
 STAND_INS = ('my_config.py', 'MY_CONFIG.py')  # configs of the reader's

@@ -111,7 +111,8 @@ class Run:
   """How a model is computed; none of it changes what is computed, but for `dtype` (rounding) and `dropout`."""
 
   dtype: Any = jnp.float32  # of activations and matmuls; parameters, norms, softmax, logits and losses stay float32
-  attention: str = 'xla'  # 'xla', 'splash' (TPU), 'cudnn' (GPU), or 'ring' (a sequence over several devices)
+  # 'xla', 'splash' (TPU), 'cudnn' (GPU), 'ring' (a sequence over devices), or 'reached' (of a cache what is used)
+  attention: str = 'xla'
   remat: str = 'none'  # 'none', 'full', 'dots', or comma-separated names of what to keep ('attn_out,mlp_out', ...)
   unroll: int = 1  # layers per iteration of the scan; n_layers unrolls all
   dropout: float = 0.0  # on what each sub-layer adds to the residual stream, where a key is given

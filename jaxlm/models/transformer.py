@@ -15,7 +15,16 @@ from jaxtyping import Array, Float, Int
 from jaxlm import tree
 from jaxlm.errors import InputError
 from jaxlm.models import kernels, ring
-from jaxlm.models.attention import Cache, attend, causal_mask, rope_angles, rope_frequencies, rope_scaled, rotate
+from jaxlm.models.attention import (
+  Cache,
+  attend,
+  attend_reached,
+  causal_mask,
+  rope_angles,
+  rope_frequencies,
+  rope_scaled,
+  rotate,
+)
 from jaxlm.models.config import ModelConfig, Run
 from jaxlm.models.linear import as_computed, is_weight, linear
 from jaxlm.models.lookup import lookup
@@ -139,6 +148,8 @@ class Attention(nn.Module):
     elif self.run.attention == 'ring' and cache is None:
       around = {'window': ctx.window, 'scale': scale, 'softcap': softcap, 'rules': rules}
       out_BTHN = ring.ring(q_BTHN, k_BTKN, v_BTKN, ctx.segments, **around)
+    elif self.run.attention == 'reached' and cache is not None and not ctx.own and not cache.ring:
+      out_BTHN = attend_reached(q_BTHN, k_BTKN, v_BTKN, ctx.mask, ctx.positions.max(), scale, softcap)
     else:
       out_BTHN = attend(q_BTHN, k_BTKN, v_BTKN, ctx.mask, scale, softcap)
     out_BTE = checkpoint_name(out_BTHN, 'attn_values').reshape(B, T, H * N)

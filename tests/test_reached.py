@@ -1,0 +1,44 @@
+"""Attention to the used part of a cache: `attend`'s values, whatever others use."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.models.attention import attend, attend_reached, causal_mask
+
+B, T, S, H, K, N = 3, 5, 192, 6, 2, 11
+
+
+@pytest.fixture(scope='module')
+def inputs():
+  rng = np.random.default_rng(3)
+  return tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((B, T, H, N), (B, S, K, N), (B, S, K, N)))
+
+
+def masked(starts, window=None):
+  positions_BT = jnp.asarray(starts)[:, None] + jnp.arange(T)
+  return positions_BT.max(), causal_mask(positions_BT, jnp.arange(S)[None] * jnp.ones((B, 1), int), window=window)
+
+
+@pytest.mark.parametrize('starts', [(0, 3, 7), (60, 0, 62), (187, 100, 64)])
+@pytest.mark.parametrize('window, softcap', [(None, None), (9, None), (None, 5.0)])
+def test_values_are_those_of_attend(inputs, starts, window, softcap):
+  last, mask = masked(starts, window)
+  expected = attend(*inputs, mask, softcap=softcap)
+  np.testing.assert_allclose(attend_reached(*inputs, mask, last, softcap=softcap), expected, rtol=2e-5, atol=2e-6)
+
+
+def test_a_row_does_not_see_how_far_others_reach(inputs):
+  apart = jax.jit(attend_reached)
+  near, far = masked((2, 0, 7)), masked((2, 187, 100))
+  (last, mask), (last_far, mask_far) = near, far
+  np.testing.assert_array_equal(apart(*inputs, mask, last)[0], apart(*inputs, mask_far, last_far)[0])
+  assert (apart(*inputs, mask, last)[1] != apart(*inputs, mask_far, last_far)[1]).any()
+
+
+def test_what_is_not_reached_is_not_read(inputs):
+  q, k, v = inputs
+  last, mask = masked((2, 0, 7))
+  gone = v.at[:, 64:].set(jnp.nan)
+  assert np.isfinite(attend_reached(q, k, gone, mask, last)).all()
