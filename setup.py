@@ -44,6 +44,7 @@ EXTRAS = {
     'llguidance>=1.3',
     'httpx>=0.28',
     'openai>=2.0',
+    'websockets>=15',
   ],
 }
 

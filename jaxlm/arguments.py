@@ -223,6 +223,7 @@ class Serve:
   queue: int = 64  # answers that may wait for a slot; further ones are refused with 429
   prefixes: int = 4  # prompts that are remembered for others that begin like them
   answers: int = 16  # that one request may ask for
+  choices: str | None = None  # a JSONL for `reward` and `preference`: the answers that people pick on the page
   data: int = 1  # devices that the slots are spread over
   tensor: int = 1  # devices that every weight is spread over
   body_seconds: float = 20.0  # for a request to arrive

@@ -12,7 +12,7 @@ import numpy as np
 from tiny_run import SOURCE, quick
 
 from jaxlm import interop, lora, models
-from jaxlm.data import sources, tokenizer, turns
+from jaxlm.data import chat, sources, tokenizer, turns
 from jaxlm.interop import peft
 from jaxlm.models import LowRank, ModelConfig
 
@@ -30,6 +30,30 @@ def model() -> interop.Model:
   params = jax.tree.unflatten(treedef, [jnp.asarray(rng.normal(0.0, 0.3, x.shape), jnp.float32) for x in leaves])
   ends = [words.eos_id, words.control_id('<|im_end|>')]
   return interop.Model(CFG, params, words, template, {'eos_token_id': ends})
+
+
+def reciting(text: str, messages: list[dict[str, str]], length: int = 640) -> interop.Model:
+  """A model that answers these messages with the text: what comes next is a matter of the position alone."""
+  made = model()
+  words = made.tokenizer
+  asked = chat.encode(made.chat_template, messages, words, generation=True)
+  said = [*words.encode(text), words.control_id('<|im_end|>')]
+  sizes = {
+    'd_model': length,
+    'n_layers': 1,
+    'n_heads': 4,
+    'd_ff': 8,
+    'vocab_size': CFG.vocab_size,
+    'max_seq_len': length,
+  }
+  kind = {'norm': 'layernorm', 'activation': 'gelu_tanh', 'gated_mlp': False, 'positions': 'learned', 'bias': True}
+  cfg = ModelConfig(**sizes, **kind, tie_embeddings=False)
+  shapes = jax.eval_shape(lambda: models.init(cfg, jax.random.key(0)))
+  params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
+  params['final_norm']['scale'][:] = 1.0
+  params['positions'][:] = np.eye(length)
+  params['head'][np.arange(len(asked) - 1, len(asked) - 1 + len(said)), said] = 1.0
+  return made._replace(cfg=cfg, params=jax.tree.map(jnp.asarray, params))
 
 
 def adapter(made: interop.Model, folder: Path) -> interop.Model:

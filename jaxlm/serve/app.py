@@ -10,16 +10,19 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any, NamedTuple
 
 from jaxlm.errors import InputError
-from jaxlm.serve import api
+from jaxlm.serve import api, choices
 from jaxlm.serve.answers import JSON, Answer, Chat, Completion
 from jaxlm.serve.api import Asked, Limits, Refused, Served
+from jaxlm.serve.choices import Choices
 from jaxlm.serve.constrain import Grammars
 from jaxlm.serve.engine import Ask, Closed, Engine, Full, Piece
+from jaxlm.serve.page import page
 from jaxlm.serve.text import Spelling
 
 GONE = 499  # nobody reads it; it is counted
 LOOPBACK = ('127.0.0.1', 'localhost', '::1')
-ROUTES = ('/health', '/metrics', '/v1/models', '/v1/completions', '/v1/chat/completions')
+ROUTES = ('/', '/health', '/metrics', '/v1/models', '/v1/completions', '/v1/chat/completions', '/v1/choices')
+OPEN = ('/',)  # without the key: the page asks for it, and has nothing of the server in it
 
 
 class Settings(NamedTuple):
@@ -32,6 +35,7 @@ class Settings(NamedTuple):
   body_seconds: float = 20.0  # for a whole body to arrive
   answer_seconds: float = 600.0  # for a whole answer
   drain_seconds: float = 60.0  # for the answers that are being made when the server is asked to end
+  choices: Choices | None = None  # where it is kept which answers were liked better
 
 
 class Service:
@@ -94,14 +98,14 @@ class Guard:
       await send(message)
 
     headers = dict(scope['headers'])
-    if refused := self._refused(headers):
+    if refused := self._refused(scope['path'], headers):
       await _error(refused)(scope, receive, counted)
       return
     await self.app(scope, receive, counted)
 
-  def _refused(self, headers: Mapping[bytes, bytes]) -> Refused | None:
+  def _refused(self, path: str, headers: Mapping[bytes, bytes]) -> Refused | None:
     """A digest is compared, so that not even the length of the key can be measured."""
-    if self._digest is not None:
+    if self._digest is not None and path not in OPEN:
       kind, _, given = headers.get(b'authorization', b'').partition(b' ')
       same = hmac.compare_digest(hashlib.sha256(given.strip()).digest(), self._digest)
       if not same or kind.lower() != b'bearer':
@@ -286,6 +290,21 @@ def application(service: Service) -> Any:
       raise Refused(404, f'there is no model {name[:200]!r}', 'model', 'model_not_found')
     return JSONResponse(api.entry(service.models[name]))
 
+  async def shell(request: Any) -> Any:
+    text, headers = page()
+    return Response(text, headers=headers)
+
+  async def kept(request: Any) -> Any:
+    return JSONResponse({'kept': service.settings.choices is not None})
+
+  async def chosen(request: Any) -> Any:
+    raw = await _body(request, service.settings)
+    file = service.settings.choices
+    if file is None:
+      raise Refused(404, 'choices are not kept: the server was started without --choices FILE')
+    await run_in_threadpool(lambda: file.append(choices.row(api.parse(raw), service.models)))
+    return JSONResponse({'kept': True}, 201)
+
   @contextlib.asynccontextmanager
   async def lifespan(app: Any) -> AsyncGenerator[None]:
     yield
@@ -298,10 +317,13 @@ def application(service: Service) -> Any:
     return _error(Refused(error.status_code, str(error.detail)))
 
   routes = [
+    Route('/', shell),
     Route('/health', health),
     Route('/metrics', shown),
     Route('/v1/models', models),
     Route('/v1/models/{name:path}', model),
+    Route('/v1/choices', kept),
+    Route('/v1/choices', chosen, methods=['POST']),
     Route('/v1/completions', route(api.completion, Completion), methods=['POST']),
     Route('/v1/chat/completions', route(api.conversation, Chat), methods=['POST']),
   ]
@@ -382,7 +404,9 @@ def run(service: Service, host: str, port: int, say: Callable[[str], None]) -> N
   )
   shown = f'[{host}]' if ':' in host else host
   service.engine.start()
-  say(f'serving {", ".join(service.models)} at http://{shown}:{listening.getsockname()[1]}/v1')
+  address = f'http://{shown}:{listening.getsockname()[1]}'
+  say(f'a page to talk to them: {address}/')
+  say(f'serving {", ".join(service.models)} at {address}/v1')
   server = Server(config)
   try:
     server.run(sockets=[listening])

@@ -19,6 +19,7 @@ from jaxlm.loops import chatting, foreign
 from jaxlm.models.linear import LowRank
 from jaxlm.serve import app, engine, slots
 from jaxlm.serve.api import Limits, Served
+from jaxlm.serve.choices import Choices
 from jaxlm.serve.engine import Bank, Engine
 
 KEY = 'JAXLM_API_KEY'
@@ -39,6 +40,7 @@ def serve(options: arguments.Serve, say: Callable[[str], None]) -> None:
 
 def opened(options: arguments.Serve, key: str | None, say: Callable[[str], None]) -> app.Service:
   """The models on the device, everything compiled. Raises InputError."""
+  choices = Choices(options.choices) if options.choices else None
   model = foreign.open_model(options.model)
   if model.left_out:
     say(f'{options.model}: {model.left_out}')
@@ -72,7 +74,7 @@ def opened(options: arguments.Serve, key: str | None, say: Callable[[str], None]
     'answer_seconds': options.answer_seconds,
   }
   times |= {'drain_seconds': options.drain_seconds, 'body_bytes': (1 << 18) + 64 * context}
-  settings = app.Settings(key=key, hosts=hosts, **times)
+  settings = app.Settings(key=key, hosts=hosts, choices=choices, **times)
   limits = Limits(answers=min(options.answers, options.queue), context=context, tokens=context)
   return app.Service(Engine(banks, queue=options.queue), served, limits, settings)
 
