@@ -204,7 +204,7 @@ def test_stop(entered, server):
   before = gauge(server, 'cancelled_total')
   for _ in range(30):  # some answers end by themselves before that
     say(page, 'Call me Ishmael.')
-    page.until('document.querySelector(".answer .text").textContent || document.querySelector(".again")')
+    page.until('document.querySelector(".answer .text")?.textContent || document.querySelector(".again")')
     if page.run('!document.querySelector("#stop").hidden'):
       page.click('#stop')
     page.until('document.querySelector(".again") && !document.querySelector("#send").hidden')
