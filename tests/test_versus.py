@@ -190,7 +190,7 @@ def test_tasks_have_other_examples(home):
     (('more', 'nothing', 'exact:answer'), 'nothing'),
     (('more', 'less', 'exact:wrong', '--most', '2'), "no column 'wrong'"),
     (('more', 'less', 'exact:answer', '--data', 'nowhere.jsonl'), 'nowhere.jsonl'),
-    (('more', 'less', 'exact:answer', '--tasks', '3'), 'without --tasks'),
+    (('more', 'less', 'exact:answer', '--tasks', '3'), '--tasks, --judge, --jsonl and --lm-eval: one of them'),
   ],
 )
 def test_bad_input_is_one_line(home, capsys, args, why):
