@@ -335,15 +335,14 @@ if real is not None:
     chat.encode(real.chat_template, [{'role': 'user', 'content': p}], real.tokenizer, generation=True) for p in ISSUE
   ]
   four = completed(real, as_text + as_turn)
-  display(
-    table(['prompt', 'as text', 'as a turn'], [[p, code(four[i]), code(four[i + 2])] for i, p in enumerate(ISSUE)])
-  )
+  shown = [(p, code(four[i]), code(four[i + len(ISSUE)])) for i, p in enumerate(ISSUE)]
+  display(table(['prompt', 'as text', 'as a turn'], shown))
 
 # %%
 assert base_curves['held out'][-1][1] < 5.0, 'pre-training should have learnt words'
 assert score['base'].mean() < 0.1, 'a base model does not answer in one word'
 assert score['fine-tuned'].mean() > commonest + 0.2, 'fine-tuning should tell kinds of text apart'
-assert real is None or 'Paris' in four[0] + four[2], 'SmolLM2 should know the capital of France'
+assert real is None or 'Paris' in four[0] + four[len(ISSUE)], 'SmolLM2 should know the capital of France'
 
 # %% [markdown]
 # The same life with more of everything, reward models and PPO included, is one command: `jaxlm quickstart`.

@@ -99,9 +99,7 @@ differ = rule(one) != rule(two)
 first = (rule(one) < rule(two))[:, None]
 chosen, rejected = np.where(first, one, two)[differ], np.where(first, two, one)[differ]
 quiz, pairs = slice(0, 128), slice(128, None)
-print(
-  f'{len(chosen)} pairs, derived from counts of e; {128} of them held out. Of e in answers: {rule(one).mean() / N:.1%}'
-)
+print(f'{len(chosen)} pairs, derived from counts of e, 128 of them held out; {rule(one).mean() / N:.1%} of bytes are e')
 
 # %% [markdown]
 # ## The reward model
@@ -239,9 +237,8 @@ def shown(row):
   return said.replace('e', '**e**').replace('E', '**E**')
 
 
-spelled = np.array(
-  [np.exp(np.asarray(jax.jit(read)(models.with_value(cfg, base), a)[0])[:, P - 1 :].mean()) for a in answers.values()]
-)
+reader = jax.jit(lambda rows: read(models.with_value(cfg, base), rows)[0][:, P - 1 :].mean())
+spelled = [float(np.exp(reader(rows))) for rows in answers.values()]
 lines = ['| prompt | ' + ' | '.join(answers) + ' |', '|---' * (len(answers) + 1) + '|']
 for i in range(6):
   lines.append(f'| {shown(asked[i])} | ' + ' | '.join(shown(a[i, P:]) for a in answers.values()) + ' |')

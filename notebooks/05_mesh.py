@@ -186,7 +186,7 @@ figure.tight_layout()
 plt.show()
 
 # %%
-for name, (curve, sent, held) in found.items():
+for name, (curve, sent, _) in found.items():
   assert np.abs(curve - reference).max() < 1e-4, f'{name}: not the loss of one device'
   assert sent, f'{name}: eight devices that send nothing do not train together'
 assert not none, 'one device has nobody to send to'

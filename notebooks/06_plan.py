@@ -57,7 +57,7 @@ config = Pretrain(
   steps=100_000,
 )
 tokens = config.data.seq_len * config.data.global_batch
-count = tree.size(jax.tree.map(lambda box: box.value, models.abstract(config.model), is_leaf=sharding.is_named))
+count = tree.size(models.abstract(config.model))
 print(f'{count / 1e9:.2f} B parameters, {tokens:,} tokens a step')
 print(f'{program.flops_per_token(config) / 1e9:.1f} GFLOP a token; 6 x parameters alone: {6 * count / 1e9:.1f}')
 
@@ -97,7 +97,9 @@ def by_hand(config, on):
   }
   once = 4 / 3 if config.compute.remat == 'full' else 1  # the forward pass is computed again
   flops = program.flops_per_token(config) * config.data.seq_len * config.data.global_batch / on.size
-  fsdp = 3 * 2 * count / tensor * (1 - 1 / mesh.shape['fsdp'])  # weights gathered twice, gradients scattered, bfloat16
+  fsdp = (
+    3 * 2 * tree.size(named) / tensor * (1 - 1 / mesh.shape['fsdp'])
+  )  # weights gathered twice, gradients scattered, bfloat16
   between = 2 * 6 * cfg.n_layers * stream * (1 - 1 / tensor)  # gathered before and scattered after each half of a layer
   seconds = {
     'matmuls': once * flops / on.chip.flops,
@@ -156,12 +158,7 @@ for colour, (name, n) in zip(('C0', 'C1', 'C2'), (('fsdp alone', 1), ('tensor 4'
   high = [100 * bound(seconds, useful, overlapped=True) for _, seconds, useful in found]
   axis.fill_between(chips, low, high, color=colour, alpha=0.25, label=name)
   fits = [sum(memory.values()) <= on.limit_gib for memory, _, _ in found]
-  axis.plot(
-    [c for c, ok in zip(chips, fits, strict=True) if ok],
-    [x for x, ok in zip(high, fits, strict=True) if ok],
-    'o',
-    color=colour,
-  )
+  axis.plot(*np.array([chips, high])[:, fits], 'o', color=colour)
 axis.axhline(75, color='grey', ls=':')
 axis.set_xscale('log', base=2)
 axis.set_xticks(chips, [str(c) for c in chips])
@@ -170,8 +167,8 @@ axis.legend(fontsize=8)
 plt.show()
 
 # %% [markdown]
-# 75 % is the ceiling of full rematerialisation: four passes are computed and three count. Tensor parallelism on a flat torus
-# sends the stream of every layer, and costs more than it saves as long as FSDP alone fits.
+# The ceiling of full rematerialisation is 75 %: four passes are computed and three count. Tensor parallelism on a
+# flat torus sends the stream of every layer, and costs more than it saves as long as FSDP alone fits.
 #
 # ## From the compiler
 # A sketch on paper leaves out copies, padding and what the compiler decides. `jaxlm plan` compiles the run's own step
@@ -224,7 +221,6 @@ if COMPILER:
   plt.show()
 
 # %%
-count = tree.size(jax.tree.map(lambda box: box.value, models.abstract(small.model), is_leaf=sharding.is_named))
 for name, one in plans.items():
   memory, seconds, useful = by_hand(dataclasses.replace(small, mesh=TRIED[name]), pod)
   low, high = (bound(seconds, useful, overlapped=x) for x in (False, True))
