@@ -198,7 +198,7 @@ def stage(params, rows, quiz, *, steps, lr, name, every=30):
 # %%
 fresh = models.init(cfg, jax.random.key(0))
 print(f'{tree.size(fresh) / 1e6:.2f} M प्राचल')
-base, base_curves, base_cost = stage(fresh, text, text_quiz, steps=260, lr=6e-3, name='muon')
+base, base_curves, base_cost = stage(fresh, text, text_quiz, steps=220, lr=6e-3, name='muon')
 
 # %% [markdown]
 # ## दूसरा चरण: सूक्ष्म-समायोजन
@@ -206,7 +206,7 @@ base, base_curves, base_cost = stage(fresh, text, text_quiz, steps=260, lr=6e-3,
 # लौटाता है और किसी पुराने को नहीं बदलता।
 
 # %%
-tuned, tuned_curves, tuned_cost = stage(base, questions, questions_quiz, steps=140, lr=2e-3, name='adamw')
+tuned, tuned_curves, tuned_cost = stage(base, questions, questions_quiz, steps=120, lr=2e-3, name='adamw')
 
 # %%
 figure, panels = plt.subplots(1, 2, figsize=(11, 3.4), width_ratios=(2, 1), sharey=True)

@@ -93,7 +93,7 @@ def rule(rows):
   return np.isin(rows[:, P:], [ord('e'), ord('E')]).sum(axis=1)
 
 
-prompts = windows(1000, 768, P)
+prompts = windows(1000, 1536, P)
 one, two = write(base, prompts, 1), write(base, prompts, 2)
 differ = rule(one) != rule(two)
 first = (rule(one) < rule(two))[:, None]
@@ -183,7 +183,7 @@ def judged(params, rows, kl_coef):
   return batch, {'reward': score_B.mean(), 'kl': kl_BT.sum() / mask_BT.sum()}
 
 
-def reinforce(kl_coef, *, rounds=45, rows=64, lr=1e-3):
+def reinforce(kl_coef, *, rounds=40, rows=64, lr=1e-3):
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(lr, b2=0.99))
   step = jax.jit(train.make_train_step(ppo_loss, optimizer))
   state, log = train.create_state(models.with_value(cfg, base), optimizer, jax.random.key(2)), []
@@ -248,13 +248,14 @@ lines.append('| chance of a byte to the model before (geometric mean) | ' + ' | 
 Markdown('\n'.join(lines))
 
 # %% [markdown]
-# Both write hardly an *e*. What is held still writes in words and near-words; what is let go finds whatever the
-# reward model likes best and says it again and again: its entropy falls and its distance from the reference grows
-# without a bound. A reward model is right about what it was trained on, and PPO leads away from there.
+# Both write hardly an *e*. What is held still writes near-words that the model before finds about as likely as its
+# own; what is let go has found what the reward model likes and says little else, ever farther from the reference and
+# with less entropy. A reward model is right about what it was trained on, and it was never perfect there; PPO leads
+# away from it.
 
 # %%
 last = lambda log, key: log[key][-5:].mean()
-assert accuracy > 0.8, 'the reward model should have learnt to see an e'
+assert accuracy - spread > 0.55, 'the reward model should have learnt what is better'
 assert last(held_log, 'e') < 0.5 * rule(one).mean() / N, 'PPO should have made e rare'
 assert last(held_log, 'reward') > held_log['reward'][:3].mean() + 0.5, 'the score should rise'
 assert last(held_log, 'kl') < last(free_log, 'kl'), 'the KL term should hold the policy nearer'
