@@ -93,7 +93,7 @@ def rule(rows):
   return np.isin(rows[:, P:], [ord('e'), ord('E')]).sum(axis=1)
 
 
-prompts = windows(1000, 1536, P)
+prompts = windows(1000, 768, P)
 one, two = write(base, prompts, 1), write(base, prompts, 2)
 differ = rule(one) != rule(two)
 first = (rule(one) < rule(two))[:, None]
@@ -183,7 +183,7 @@ def judged(params, rows, kl_coef):
   return batch, {'reward': score_B.mean(), 'kl': kl_BT.sum() / mask_BT.sum()}
 
 
-def reinforce(kl_coef, *, rounds=40, rows=64, lr=1e-3):
+def reinforce(kl_coef, *, rounds=45, rows=64, lr=1e-3):
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(lr, b2=0.99))
   step = jax.jit(train.make_train_step(ppo_loss, optimizer))
   state, log = train.create_state(models.with_value(cfg, base), optimizer, jax.random.key(2)), []

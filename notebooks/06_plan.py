@@ -172,66 +172,64 @@ plt.show()
 #
 # ## From the compiler
 # A sketch on paper leaves out copies, padding and what the compiler decides. `jaxlm plan` compiles the run's own step
-# for the chips and reads the program: its memory, every collective and whether anything waits for it. A model of some
-# 124 M parameters on 16 chips here, since an 8 B one takes minutes; the command line for that is at the end.
+# for the chips and reads the program: its memory, every collective and whether anything waits for it. That takes
+# minutes for a model of this size; what it said of the same run on 256 chips stands in the first lines of
+# `configs/pods/llama3_8b_v5e_256.py`, and is put beside the sketch here.
+
+# %%
+pod = topology.parse('v5e-256')
+RECORDED = {'GiB a chip': 2.99, 'GiB sent': 5.8 + 34.7, 'MFU at best': 0.72}  # libtpu 0.0.42.1
+memory, seconds, useful = by_hand(config, pod)
+low, high = (bound(seconds, useful, overlapped=x) for x in (False, True))
+sent = (seconds['sent for weights'] + seconds['sent for activations']) * pod.chip.ici / GIB
+hand = {'GiB a chip': sum(memory.values()), 'GiB sent': sent, 'MFU at best': high}
+rows = [(name, hand[name], RECORDED[name]) for name in hand]
+print(table(('llama3.1-8b on v5e-256, fsdp 256', 'by hand', 'as compiled'), rows))
+print(f'\nwith everything waited for, by hand: {low:.0%} MFU')
+
+# %% [markdown]
+# Here, where the compiler is there, a small model on four chips, the step that `jaxlm plan` would compile.
 
 # %%
 small = Pretrain(
   run='runs/planned',
-  model=dataclasses.replace(presets.get('gpt2-124m'), max_seq_len=2048),
-  data=Data(seq_len=2048, global_batch=64),
-  compute=Compute(remat='full', loss_chunks=2),
+  model=models.ModelConfig(
+    vocab_size=4096, d_model=256, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=512, max_seq_len=512
+  ),
+  data=Data(seq_len=512, global_batch=16),
+  compute=Compute(remat='full'),
+  mesh=Mesh(fsdp=4),
   steps=10_000,
 )
-pod = topology.parse('v5e-16')
-TRIED = {'fsdp 16': Mesh(fsdp=16), 'fsdp 4 x tensor 4': Mesh(fsdp=4, tensor=4)}
-plans = {}
+four = topology.parse('v5e-4')
+found = None
 if COMPILER:
-  for name, mesh in TRIED.items():
-    began = time.monotonic()
-    plans[name] = plan.plan(dataclasses.replace(small, mesh=mesh), pod, compare=False)
-    print(f'{name}: compiled for {pod.name} in {time.monotonic() - began:.0f} s')
-  print('\n' + '\n\n'.join(plan.lines(plans['fsdp 16'], table)))
+  began = time.monotonic()
+  found = plan.plan(small, four, compare=False)
+  print(f'compiled for {four.name} in {time.monotonic() - began:.0f} s\n')
+  print('\n\n'.join(plan.lines(found, table)))
 else:
   print('No TPU compiler here: this part is left out, and all of the above is as it was.')
 
 # %%
-if COMPILER:
-  figure, (left, right) = plt.subplots(1, 2, figsize=(12, 2.6), sharey=True)
-  kinds = ('parameters_gib', 'optimizer_gib', 'batch_gib', 'temporaries_gib', 'program_gib')
-  start = np.zeros(len(plans))
-  for kind in kinds:
-    size = np.array([1024 * getattr(one, kind) for one in plans.values()])
-    left.barh(list(plans), size, left=start, label=kind.removesuffix('_gib'))
-    start += size
-  left.plot([1024 * one.peak_gib for one in plans.values()], list(plans), 'k|', ms=24, label='peak, as compiled')
-  left.set_xlabel('MiB a chip, as compiled')
-  left.legend(fontsize=7)
-  start = np.zeros(len(plans))
-  for kind in ('overlapped_gib', 'exposed_gib'):
-    size = np.array([1024 * getattr(one, kind) for one in plans.values()])
-    right.barh(list(plans), size, left=start, label={'o': 'beside work', 'e': 'waited for'}[kind[0]])
-    start += size
-  for y, one in enumerate(plans.values()):
-    right.text(start[y], y, f' MFU at best {one.mfu_bound:.0%}', va='center', fontsize=8)
-  right.set_xlim(0, 1.4 * start.max())
-  right.set_xlabel('MiB sent a chip and step')
-  right.legend(fontsize=7)
-  figure.tight_layout()
+if found is not None:
+  memory, _, _ = by_hand(small, four)
+  compiled = {kind: getattr(found, f'{kind}_gib') for kind in ('parameters', 'optimizer', 'batch', 'temporaries')}
+  plt.figure(figsize=(8, 2))
+  for y, some in enumerate((memory, compiled)):
+    start = 0.0
+    for kind, size in some.items():
+      plt.barh(y, 1024 * size, left=start, color=f'C{list(some).index(kind) + 6 * y}')
+      if size > 0.06 * sum(some.values()):
+        plt.text(start + 512 * size, y, kind, ha='center', va='center', fontsize=7)
+      start += 1024 * size
+  plt.yticks([0, 1], ['by hand', 'as compiled'])
+  plt.xlabel('MiB a chip, small model on four chips')
   plt.show()
-
-# %%
-for name, one in plans.items():
-  memory, seconds, useful = by_hand(dataclasses.replace(small, mesh=TRIED[name]), pod)
-  low, high = (bound(seconds, useful, overlapped=x) for x in (False, True))
-  stored = memory['parameters'] + memory['moments']
-  print(
-    f'{name}: stored by hand {1024 * stored:.1f} MiB, as compiled {1024 * (one.parameters_gib + one.optimizer_gib):.1f}'
-  )
-  print(f'  all by hand {1024 * sum(memory.values()):.0f} MiB, peak as compiled {1024 * one.peak_gib:.0f}')
-  print(f'  MFU at best by hand {low:.0%} to {high:.0%}, as compiled {one.mfu_bound:.0%}')
-  assert abs(stored / (one.parameters_gib + one.optimizer_gib) - 1) < 0.01, 'both read the same shardings'
-  assert one.fits and 0 < one.mfu_bound <= 0.75 and one.collectives
+  stored, kept = memory['parameters'] + memory['moments'], found.parameters_gib + found.optimizer_gib
+  print(f'stored by hand {1024 * stored:.2f} MiB, as compiled {1024 * kept:.2f}')
+  assert abs(stored / kept - 1) < 0.01, 'both read the same shardings'
+  assert found.fits and 0 < found.mfu_bound <= 0.75 and found.collectives
 
 # %%
 alone, wide = hands['fsdp 64'], hands['fsdp 8 x tensor 8']
@@ -239,7 +237,8 @@ assert abs(program.flops_per_token(config) / (6 * tree.size(models.abstract(conf
 assert sum(alone[0].values()) < on.limit_gib, '8 B parameters on 64 chips of v5e'
 assert sum(hands['data 8 x fsdp 8'][0].values()) > on.limit_gib, 'eight copies of the state are too much'
 assert wide[1]['sent for activations'] > alone[1]['sent for activations'] == 0
-assert bound(*alone[1:], overlapped=True) <= 0.75
+assert 0.7 < high <= 0.75 and low < high, 'FSDP over 256 chips can hide what it sends, at best'
+assert abs(sent / RECORDED['GiB sent'] - 1) < 0.5, 'by hand what is sent is about what is compiled'
 
 # %% [markdown]
 # The whole of it for a run of your own, with a search for meshes that fit:
