@@ -164,7 +164,7 @@ def stage(params, rows, quiz, *, steps, lr, name, every=30):
 # %%
 fresh = models.init(cfg, jax.random.key(0))
 print(f'{tree.size(fresh) / 1e6:.2f} M parameters')
-base, base_curves, base_cost = stage(fresh, text, text_quiz, steps=360, lr=5e-3, name='muon')
+base, base_curves, base_cost = stage(fresh, text, text_quiz, steps=240, lr=5e-3, name='muon')
 
 # %% [markdown]
 # ## Stage 2: fine-tuning
@@ -172,7 +172,7 @@ base, base_curves, base_cost = stage(fresh, text, text_quiz, steps=360, lr=5e-3,
 # a new tree and changes none.
 
 # %%
-tuned, tuned_curves, tuned_cost = stage(base, questions, questions_quiz, steps=180, lr=1.5e-3, name='adamw')
+tuned, tuned_curves, tuned_cost = stage(base, questions, questions_quiz, steps=130, lr=1.5e-3, name='adamw')
 
 # %%
 figure, panels = plt.subplots(1, 2, figsize=(11, 3.4), width_ratios=(2, 1), sharey=True)

@@ -213,7 +213,6 @@ def costs(rank):
     'optimizer, MiB': tree.nbytes(state.opt_state) / 2**20,
     'step, GFLOP': cost.matmul_flops(traced.jaxpr.jaxpr) / 1e9,
     'temporaries, MiB': memory.temp_size_in_bytes / 2**20,
-    'peak, MiB': memory.peak_memory_in_bytes / 2**20,
   }
 
 

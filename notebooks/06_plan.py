@@ -173,7 +173,7 @@ plt.show()
 # ## From the compiler
 # A sketch on paper leaves out copies, padding and what the compiler decides. `jaxlm plan` compiles the run's own step
 # for the chips and reads the program: its memory, every collective and whether anything waits for it. That takes
-# minutes for a model of this size; what it said of the same run on 256 chips stands in the first lines of
+# minutes for a model of this size; what it said of this model and batch on 256 chips (two layers a turn) stands in the first lines of
 # `configs/pods/llama3_8b_v5e_256.py`, and is put beside the sketch here.
 
 # %%
@@ -220,7 +220,7 @@ if found is not None:
     start = 0.0
     for kind, size in some.items():
       plt.barh(y, 1024 * size, left=start, color=f'C{list(some).index(kind) + 6 * y}')
-      if size > 0.06 * sum(some.values()):
+      if size > 0.2 * sum(some.values()):
         plt.text(start + 512 * size, y, kind, ha='center', va='center', fontsize=7)
       start += 1024 * size
   plt.yticks([0, 1], ['by hand', 'as compiled'])
