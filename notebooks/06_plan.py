@@ -173,8 +173,8 @@ plt.show()
 # ## From the compiler
 # A sketch on paper leaves out copies, padding and what the compiler decides. `jaxlm plan` compiles the run's own step
 # for the chips and reads the program: its memory, every collective and whether anything waits for it. That takes
-# minutes for a model of this size; what it said of this model and batch on 256 chips (two layers a turn) stands in the first lines of
-# `configs/pods/llama3_8b_v5e_256.py`, and is put beside the sketch here.
+# minutes for a model of this size; what it said of this model and batch on 256 chips (two layers a turn) stands in
+# the first lines of `configs/pods/llama3_8b_v5e_256.py`, and is put beside the sketch here.
 
 # %%
 pod = topology.parse('v5e-256')
