@@ -1,6 +1,7 @@
 """Reinforcement learning of a tiny run: every algorithm by its verb, what it logs, how it goes on and learns."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -18,6 +19,21 @@ SMALL += ('--data.seq-len', '64', '--data.global-batch', '8', '--lora.rank', '0'
 SMALL += ('--watch.eval-every', '4', '--watch.save-every', '4', '--chat.template', 'plain')
 
 
+OWN = """
+import os, signal
+
+calls = 0
+
+
+def e(prompts, said, rows):
+  global calls
+  calls += 1
+  if calls == int(os.environ.get('ENDS_AT', '0')):
+    os.kill(os.getpid(), signal.SIGTERM)
+  return [text.count('e') / 7 for text in said]
+"""
+
+
 @pytest.fixture(scope='module')
 def home(tmp_path_factory):
   home = furnish(tmp_path_factory.mktemp('rl'))
@@ -29,7 +45,7 @@ def home(tmp_path_factory):
   )
   rows = [{'prompt': question, 'answer': question[8]} for question in QUESTIONS]
   (home / 'rows.jsonl').write_text('\n'.join(map(json.dumps, rows)))
-  (home / 'own.py').write_text('def e(prompts, said, rows):\n  return [text.count("e") / 7 for text in said]\n')
+  (home / 'own.py').write_text(OWN)
   return home
 
 
@@ -63,18 +79,24 @@ def test_every_algorithm_begins_at_ratio_one(home, algo):
   assert ('value' in bases.read(bases.newest(home / algo))[1]) == ALGORITHMS[algo].valued
 
 
-def test_it_goes_on_bitwise(home):
-  how = ('--steps', '8', '--kl-coef', '0.05')
-  assert rl(home, 'whole', *how, algo='ppo') == 0
-  assert rl(home, 'parts', *how, algo='ppo') == 0
-  newest = bases.newest(home / 'parts')
-  shutil.rmtree(newest.checkpoints.path(8))
-  assert rl(home, 'parts', *how, algo='ppo') == 0
-  whole, parts = (dict(tree.items(bases.read(bases.newest(home / name))[1])) for name in ('whole', 'parts'))
-  for path, x in whole.items():
-    np.testing.assert_array_equal(x, parts[path], err_msg=path)
-  assert series(home, 'whole', 'reward/mean') == series(home, 'parts', 'reward/mean')
-  assert cli.main(['export', str(home / 'whole'), str(home / 'out')]) == 0  # a policy, its value function left out
+@pytest.mark.parametrize('algo', ['ppo', 'dapo'])
+def test_it_goes_on_bitwise(home, algo, monkeypatch, capsys):
+  """After a save that was made, and after a SIGTERM while a rollout is scored, which is learnt from in two steps."""
+  how = ('--steps', '8', '--kl-coef', '0.05', '--watch.eval-every', '0')
+  whole, parts = f'whole_{algo}', f'parts_{algo}'
+  assert rl(home, whole, *how, algo=algo) == 0
+  monkeypatch.setenv('ENDS_AT', '3')
+  assert rl(home, parts, *how, algo=algo) == 75
+  assert re.search(r'stopped and saved at step [246] of 8', capsys.readouterr().err)
+  monkeypatch.delenv('ENDS_AT')
+  assert rl(home, parts, *how, algo=algo) == 0
+  shutil.rmtree(bases.newest(home / parts).checkpoints.path(8))
+  assert rl(home, parts, *how, algo=algo) == 0
+  trees = [dict(tree.items(bases.read(bases.newest(home / name))[1])) for name in (whole, parts)]
+  for path, x in trees[0].items():
+    np.testing.assert_array_equal(x, trees[1][path], err_msg=path)
+  assert series(home, whole, 'reward/mean') == series(home, parts, 'reward/mean')
+  assert cli.main(['export', str(home / whole), str(home / f'out_{algo}')]) == 0  # a value function is left out
 
 
 @pytest.mark.slow
@@ -99,7 +121,8 @@ def test_it_learns(home):
 @pytest.mark.parametrize(
   'args, why',
   [
-    (('--watch.save-every', '3'), 'a multiple of that'),
+    (('--watch.save-every', '3'), 'watch.save_every=3: a rollout is learnt from in 2 steps'),
+    (('--steps', '5'), 'steps=5: a rollout is learnt from in 2 steps'),
     (('--data.global-batch', '24'), 'do not divide by data.global_batch=24'),
     (('--samples', '1', '--prompts', '8'), '2 or more'),
     (('--algo', 'pppo'), 'there are ppo, grpo'),

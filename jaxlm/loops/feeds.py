@@ -28,6 +28,7 @@ class Feed(Protocol):
   contents: str  # what a saved run must find again
   groups: int  # that held-out text is counted in
   segments: int = 2  # a row may have, of preferences
+  unit: int = 1  # a run is left after a multiple of so many batches: what is in between is not in its state
   names: list[str]  # of the sources that are mixed
   watches: bool  # whether something is held out
 

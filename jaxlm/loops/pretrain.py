@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import platform
 import time
@@ -106,7 +107,8 @@ def _train(wired: Wired, state: Any, mesh: Any, on_step: OnStep, stop: Any) -> A
     patience = Patience(config.watch.patience, **_past(checkpoints, int(state.step)))
     hooks = _hooks(wired, writer, patience)
     log = _logger(wired, mesh, writer, on_step, int(state.cursor) - int(state.step))
-    timing = {'steps': config.steps, 'log_every': config.watch.log_every, 'stop': lambda: stop() or patience.over}
+    ends = _between(lambda: stop() or patience.over, wired.feed.unit, int(state.cursor))
+    timing = {'steps': config.steps, 'log_every': config.watch.log_every, 'stop': ends}
     watched: Any = {'profile': profile, 'check': wired.rewinds.check if config.watch.spike else None}
     before = patience.over
     if int(state.step) == 0 and config.init and wired.feed.watches:
@@ -127,6 +129,12 @@ def _train(wired: Wired, state: Any, mesh: Any, on_step: OnStep, stop: Any) -> A
   finally:
     profile.close()
     writer.close()
+
+
+def _between(ends: Callable[[], bool], unit: int, cursor: int) -> Callable[[], bool]:
+  """`ends`, asked after every batch from `cursor` on, but true after multiples of `unit` batches alone."""
+  batches = itertools.count(cursor + 1)
+  return lambda: [ends(), next(batches) % unit == 0] == [True, True]
 
 
 def _writer(wired: Wired, step: int) -> Writer:

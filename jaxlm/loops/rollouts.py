@@ -36,7 +36,8 @@ class Rollouts(Feed):
   def __init__(self, config: Pretrain):
     """Raises InputError for rows without prompts, and sizes that do not divide."""
     self.config, rl = config, config.rl
-    self.how, self.updates = program.algorithm(config), program.updates(config)
+    self.how = program.algorithm(config)
+    self.updates = self.unit = program.updates(config)
     check(config)
     self.tokenizer, own = interop.vocabulary(config.init)
     _, self.template = turns.choose(config.chat.template or None, own)
@@ -233,7 +234,6 @@ def check(config: Pretrain) -> None:
   how = program.algorithm(config)
   if how and how.grouped and rl.samples < 2:
     raise InputError(f'rl.samples={rl.samples}: {rl.algo} compares answers to one prompt: 2 or more')
-  if config.watch.save_every % updates:
-    raise InputError(
-      f'watch.save_every={config.watch.save_every}: a rollout is learnt from in {updates} steps: a multiple of that'
-    )
+  for name, value in (('watch.save_every', config.watch.save_every), ('steps', config.steps)):
+    if value % updates:
+      raise InputError(f'{name}={value}: a rollout is learnt from in {updates} steps: a multiple of that')
