@@ -251,6 +251,8 @@ class Rl:
   def __post_init__(self):
     at_least(1, 'rl', rounds=self.rounds)
     within('[0, inf)', 'rl', kl_target=self.kl_target)
+    if self.kl_target and not self.kl_coef:
+      raise InputError(f'rl.kl_target={self.kl_target}: a reference is read where rl.kl_coef > 0 alone: set --kl-coef')
     if self.engine and not self.engine.startswith(('http://', 'https://')):
       raise InputError(f'rl.engine={self.engine!r}: is no address of a server: http://HOST:PORT')
     within('(0, inf)', 'rl', importance_cap=self.importance_cap)

@@ -125,6 +125,7 @@ def test_it_learns(home):
     (('--steps', '5'), 'steps=5: a rollout is learnt from in 2 steps'),
     (('--data.global-batch', '24'), 'do not divide by data.global_batch=24'),
     (('--samples', '1', '--prompts', '8'), '2 or more'),
+    (('--kl-target', '0.1'), 'a reference is read where rl.kl_coef > 0 alone'),
     (('--algo', 'pppo'), 'there are ppo, grpo'),
     (('--reward', 'exact:wrong'), "no column 'wrong'"),
   ],
