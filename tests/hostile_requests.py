@@ -64,10 +64,16 @@ def body(rng: random.Random, model: str) -> tuple[str, bytes]:
   elif kind == 3 and chat:
     given['response_format'] = {'type': 'json_schema', 'json_schema': {'name': 'x', 'schema': rng.choice(SCHEMAS)}}
   elif kind == 4:
-    deep = rng.choice([70, 2000, 100_000])
+    deep = rng.choice([70, 800, 100_000])
+    if chat:  # JSON within JSON
+      function = {'name': 'f', 'arguments': '{"a":' + '[' * deep + ']' * deep + '}'}
+      calls = [{'id': '1', 'type': 'function', 'function': function}]
+      given['messages'] += [{'role': 'assistant', 'tool_calls': calls}, {'role': 'user', 'content': 'and?'}]
+      return '/chat/completions', json.dumps(given).encode()
     return '/chat/completions', b'{"messages":' + b'[' * deep + b']' * deep + b'}'
   elif kind == 5:
-    return '/completions', rng.randbytes(rng.choice([0, 1, 300, 2_000_000]))
+    junk = rng.randbytes(rng.choice([0, 1, 300, 2_000_000]))
+    return '/completions', rng.choice([junk, json.dumps(given).encode()[:-1] + b', "stop": "\xed\xa0\x80b"}'])
   elif kind == 6:
     given |= {'n': rng.choice([1, 16]), 'max_tokens': rng.choice([200, 10**9]), 'stream': rng.random() < 0.5}
   else:

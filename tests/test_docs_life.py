@@ -125,7 +125,8 @@ def test_a_model_of_others(home):
   done(of('Which model answers better')[0], **{'--max-new-tokens': '4'})
   for file in (
     'runs/tuned/answers.jsonl',
-    'out/config.json',
+    'out/merged/config.json',
+    'out/adapter/adapter_config.json',
     'domain/config.json',
     'runs/judge/rewards.json',
     'runs/judge/report.html',

@@ -193,6 +193,8 @@ def test_intervals_hold_what_they_say():
     low, high = questions.interval(Measure(b, np.ones(60), 'perplexity'))
     inside[2] += low <= np.e <= high
   assert (inside / 400 >= 0.92).all() and (inside / 400 <= 0.985).all()
+  low, high = questions.interval(Measure(np.arange(10) < 7, np.ones(10)))
+  assert (round(low, 4), round(high, 4)) == (0.3968, 0.8922)  # of 7 in 10, as in tables of Wilson's interval
 
 
 def test_two_models_that_agree_are_no_certainty():

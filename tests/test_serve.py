@@ -24,6 +24,7 @@ from served import Server, adapter, model  # noqa: E402
 
 from jaxlm import interop, models, sample  # noqa: E402
 from jaxlm.loops import chatting, writing  # noqa: E402
+from jaxlm.serve import app  # noqa: E402
 
 MESSAGES = [{'role': 'user', 'content': 'Call me Ishmael.'}]
 
@@ -201,14 +202,17 @@ def test_settings_do_what_they_say(tiny, client):
     complete(client, max_tokens=20, temperature=1.0, extra_body={'top_k': 1}).choices[0].text == free.choices[0].text
   )
   assert complete(client, max_tokens=20, temperature=1.0, top_p=1e-9).choices[0].text == free.choices[0].text
+  asked = {'max_tokens': 20, 'temperature': 3.0, 'seed': 5}
+  assert complete(client, **asked, extra_body={'min_p': 1.0}).choices[0].text == free.choices[0].text
+  assert complete(client, **asked, extra_body={'min_p': 0.0}).choices[0].text != free.choices[0].text
   first = complete(client, max_tokens=1, logprobs=1).choices[0].logprobs
   banned = dict.fromkeys(map(str, range(tiny.cfg.vocab_size)), -100)
   only = tiny.tokenizer.encode('q')[0]
   banned[str(only)] = 0
   assert complete(client, max_tokens=5, logit_bias=banned).choices[0].text == 'qqqqq'
   assert first.token_logprobs[0] < 0
-  repeated = complete(client, 'a a a a a a', max_tokens=25, extra_body={'repetition_penalty': 50.0}).choices[0].logprobs
-  assert repeated is None
+  repeated = complete(client, max_tokens=20, extra_body={'repetition_penalty': 50.0}).choices[0].text
+  assert repeated != free.choices[0].text
   penalized = complete(client, max_tokens=25, frequency_penalty=2.0, presence_penalty=2.0).choices[0].text
   assert penalized != complete(client, max_tokens=25).choices[0].text
 
@@ -261,8 +265,9 @@ def test_what_is_refused(server, asked, status, param):
 @pytest.mark.parametrize(
   'body, status',
   [(b'{', 400), (b'[]', 400), (b'[' * 100_000, 400), (b'{"a":' * 99 + b'1' + b'}' * 99, 400), (b'\xff', 400)]
-  + [(b'{"model": ' + b'9' * 9999 + b'}', 400), (b' ' * (5 << 20), 413)],
-  ids=['cut', 'list', 'deep', 'nested', 'bytes', 'digits', 'large'],
+  + [(b'{"model": ' + b'9' * 9999 + b'}', 400), (b' ' * (5 << 20), 413)]
+  + [(b'{"stop": "\xed\xa0\x80b"}', 400), (b'{"\xed\xa0\x80": 2}', 400), ('{"model": "tiny"}'.encode('utf-16'), 400)],
+  ids=['cut', 'list', 'deep', 'nested', 'bytes', 'digits', 'large', 'half a pair', 'named by half a pair', 'UTF-16'],
 )
 def test_bodies_that_are_none(server, body, status):
   found = httpx.post(f'{server.url}/chat/completions', content=body, headers={'content-type': 'application/json'})
@@ -423,8 +428,9 @@ def test_a_key_and_a_graceful_end(folder):
     {'authorization': 'secret'},
     {'authorization': 'Basic secret'},
   ):
-    for path in ('/v1/models', '/health', '/metrics', '/nothing'):
-      assert httpx.get(server.url.removesuffix('/v1') + path, headers=headers).status_code == 401
+    for path in {*app.ROUTES, '/nothing'} - {'/'}:
+      for method in ('GET', 'POST'):
+        assert httpx.request(method, server.url.removesuffix('/v1') + path, headers=headers).status_code == 401, path
   with openai.OpenAI(base_url=server.url, api_key='secret', max_retries=0, timeout=120) as client:
     asked = {'max_tokens': 240, 'extra_body': {'ignore_eos': True}}
     whole = complete(client, **asked).choices[0].text

@@ -341,3 +341,20 @@ def test_windows_answer_as_generate_does(tiny):
   pieces = answer(told)
   found.close()
   assert [''.join(piece.text for piece in pieces)] == write([more]) and pieces[0].cached >= engine.READ
+
+
+@pytest.mark.parametrize(
+  'arguments, why',
+  [
+    ('{"a":' + '[' * 800 + ']' * 800 + '}', 'nested more than 64 deep'),
+    ('{"a":' + '[' * 99_999 + ']' * 99_999 + '}', 'nested more than 64 deep'),
+    ('{"a": NaN}', 'NaN is no JSON'),
+    ('{"a": "\\ud800"}', 'half of a pair of surrogates'),
+    ('[1]', 'is no JSON object'),
+    ('{', 'is no JSON'),
+  ],
+)
+def test_arguments_of_earlier_calls_are_read_as_a_body_is(arguments, why):
+  call = {'id': '1', 'type': 'function', 'function': {'name': 'f', 'arguments': arguments}}
+  with pytest.raises(api.Refused, match=why):
+    api._calls([call], 'messages[1]')

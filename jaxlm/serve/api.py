@@ -86,26 +86,36 @@ class Asked(NamedTuple):
 
 def parse(raw: bytes) -> dict[str, Any]:
   """The object of a request's body. Raises Refused."""
+  try:
+    text = raw.decode()  # json.loads itself lets half a pair of surrogates through
+  except UnicodeDecodeError:
+    raise Refused(400, 'the body is no text in UTF-8') from None
+  return _object(text, 'the body')
+
+
+def _object(text: str, what: str, where: str | None = None) -> dict[str, Any]:
+  """The JSON object of a text: numbers that JSON has, strings that UTF-8 has, nested up to DEPTH. Raises Refused."""
 
   def no_number(name: str) -> Any:
     raise ValueError(f'{name} is no JSON')
 
   try:
-    body = json.loads(raw, parse_constant=no_number)
+    found = json.loads(text, parse_constant=no_number)
   except RecursionError:
-    raise Refused(400, f'the body is nested more than {DEPTH} deep') from None
+    raise Refused(400, f'{what} is nested more than {DEPTH} deep', where) from None
   except ValueError as error:
-    raise Refused(400, f'the body is no JSON: {str(error)[:200]}') from None
-  if not isinstance(body, dict):
-    raise Refused(400, 'the body is no JSON object')
-  if _depth(body) > DEPTH:
-    raise Refused(400, f'the body is nested more than {DEPTH} deep')
-  if b'\\ud' in raw.lower():
+    raise Refused(400, f'{what} is no JSON: {str(error)[:200]}', where) from None
+  if not isinstance(found, dict):
+    raise Refused(400, f'{what} is no JSON object', where)
+  if _depth(found) > DEPTH:
+    raise Refused(400, f'{what} is nested more than {DEPTH} deep', where)
+  if '\\ud' in text.lower():
     try:
-      json.dumps(body, ensure_ascii=False).encode()
+      json.dumps(found, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-      raise Refused(400, 'a string is no text in UTF-8: it has the half of a pair of surrogates') from None
-  return body
+      reason = 'a string is no text in UTF-8: it has the half of a pair of surrogates'
+      raise Refused(400, reason, where) from None
+  return found
 
 
 def _depth(value: Any) -> int:
@@ -351,10 +361,8 @@ def _calls(given: Any, where: str) -> list[dict[str, Any]]:
     if not isinstance(function, dict) or not isinstance(function.get('name'), str):
       raise Refused(400, f'{where}.tool_calls must have functions with names', where)
     arguments = function.get('arguments', '{}')
-    try:
-      arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except (ValueError, RecursionError):
-      raise Refused(400, f'{where}.tool_calls: arguments must be JSON', where) from None
+    if isinstance(arguments, str):
+      arguments = _object(arguments, f"{where}.tool_calls: a call's arguments", where)
     if not isinstance(arguments, dict):
       raise Refused(400, f'{where}.tool_calls: arguments must be an object', where)
     found.append({'id': str(call.get('id', '')), 'type': 'function', 'function': {**function, 'arguments': arguments}})
