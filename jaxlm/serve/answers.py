@@ -1,5 +1,6 @@
 """What clients are told, in OpenAI's JSON: chunks as they come, or one object at the end."""
 
+import abc
 import secrets
 import time
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ class Usage:
     }
 
 
-class Answer:
+class Answer(abc.ABC):
   """What a request is answered with. `chunks` come as pieces do; `whole` is all of them together."""
 
   chunk_object = whole_object = prefix = ''
@@ -73,11 +74,13 @@ class Answer:
     choices = [self._choice(i, piece) for i, piece in enumerate(joined)]
     return {**self._frame(self.whole_object, choices), 'usage': self.usage.told()}
 
+  @abc.abstractmethod
   def _told(self, choice: int, piece: Piece) -> list[JSON]:
-    raise NotImplementedError
+    """The choices of a streamed chunk."""
 
+  @abc.abstractmethod
   def _choice(self, choice: int, piece: Piece) -> JSON:
-    raise NotImplementedError
+    """A choice of the whole answer."""
 
 
 def _joined(pieces: Sequence[Piece]) -> Piece:
