@@ -141,7 +141,9 @@ def test_the_largest_phase_decides(monkeypatch):
   slots, rows = 64 + 64, 8 // 4
   assert small.cache_gib * 2**30 == 2 * MODEL.n_layers * rows * slots * 1 * 8 * 4
   assert small.days == pytest.approx(RL.steps * sum(p['times'] * p['seconds'] for p in small.phases) / 86400)
-  many = dataclasses.replace(rl(prompts=2**22, samples=1, decode_rows=2**22), watch=configs.Watch(save_every=2**19))
+  rows, updates = 2**22, 2**19  # of eight rows each
+  many = rl(prompts=rows, samples=1, decode_rows=rows)
+  many = dataclasses.replace(many, steps=updates, watch=configs.Watch(save_every=updates))
   many = planned(monkeypatch, many, compare=False)
   assert not many.fits and many.peak_gib > many.limit_gib > many.phases[0]['peak_gib']
 
