@@ -32,7 +32,7 @@ LAYERS = (
   ('objectives', 'episodic', 'distilling', 'config', 'program', 'scale'),
   ('train', 'sample', 'draws', 'speculate', 'rl', 'lora', 'interop'),
   ('models', 'losses', 'data'),
-  ('tree', 'masked', 'sharding', 'errors', 'files', 'hosts', 'peers'),
+  ('tree', 'masked', 'sharding', 'errors', 'files', 'hosts', 'peers', 'child'),
 )
 APART = {'models', 'losses', 'data'}  # neighbours that never import each other
 UNSAFE = {'pickle', 'cPickle', 'dill', 'cloudpickle', 'shelve', 'marshal', 'joblib'}

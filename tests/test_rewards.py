@@ -1,7 +1,15 @@
 """Rewards by name, added up; what fails, is no number or takes too long is told and never a 0."""
 
+import datetime
+import gc
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 
+from jaxlm import child
 from jaxlm.errors import InputError
 from jaxlm.rl import rewards
 
@@ -9,7 +17,7 @@ ROWS = [{'answer': '42', 'id': 1}, {'answer': '1/2', 'id': 2}, {'answer': 'blue'
 SAID = [' 42\n', 'It is 0.5', 'Blue?']
 PROMPTS = ['a', 'b', 'c']
 OWN = """
-import time
+import os, re, sys, time
 def ids(prompts, completions, rows):
   return [row['id'] for row in rows]
 def fails(prompts, completions, rows):
@@ -20,6 +28,15 @@ def nan(prompts, completions, rows):
   return [0.0, float('nan'), 0.0]
 def slow(prompts, completions, rows):
   time.sleep(9)
+def holds(prompts, completions, rows):
+  re.search('^(a+)+$', 'a' * 50 + 'b')
+def exits(prompts, completions, rows):
+  sys.exit('enough')
+def dies(prompts, completions, rows):
+  os._exit(3)
+def prints(prompts, completions, rows):
+  print('looks at', rows)
+  return [len(str(row.get('day', ''))) for row in rows]
 """
 
 
@@ -47,6 +64,8 @@ def test_the_last_number():
   rows = [{'answer': '1234'}] * len(said)
   assert score([''] * len(said), said, rows) == [1, 1, 0, 0, 0, 0, 0]
   assert score([''], ['so it is -7'], [{'answer': '#### -7'}]) == [1]
+  ends = {'5': '20-15 is 20 - 5', '15': '20-15', '-0.5': 'x = -.5', '0.25': 'about .25', '3': 'v1.2.3', '7': '१२ और ७'}
+  assert score([''] * 6, list(ends.values()), [{'answer': right} for right in ends]) == [1] * 6
 
 
 @pytest.mark.parametrize(
@@ -56,6 +75,9 @@ def test_the_last_number():
     ('few', 'gave 1 scores for 3 completions'),
     ('nan', "nan for the completion 'It is 0.5'"),
     ('slow', 'no scores within 0.3 s'),
+    ('holds', 'no scores within 0.3 s'),
+    ('exits', 'SystemExit: enough'),
+    ('dies', 'ran out of memory or died'),
     ('none', 'defines no none'),
   ],
 )
@@ -65,6 +87,73 @@ def test_what_fails_is_told(tmp_path, name, why):
   assert of(f'{where}:ids*0.5 + exact:answer*1') == [1.5, 1, 1.5]
   with pytest.raises(InputError, match=f'reward python:.*{why}'):
     of(f'{where}:{name}', timeout=0.3)
+
+
+def test_a_function_may_print_and_dates_are_text(tmp_path):
+  (tmp_path / 'own.py').write_text(OWN)
+  score = rewards.parse(f'python:{tmp_path / "own.py"}:prints')
+  assert score(['', ''], ['', ''], [{'day': datetime.date(2026, 1, 2)}, {}]) == [10, 0]
+
+
+ENDLESS = ['a' * 50 + 'b', 'a']
+
+
+def test_a_pattern_that_does_not_end_is_told():
+  score = rewards.parse('regex:^(a+)+$', timeout=0.5)
+  with pytest.raises(InputError, match=r'reward regex:.* no scores within 0.5 s; it was at the completion .aaa'):
+    score(['', ''], ENDLESS[::-1], [{}, {}])
+  assert score([''], ['aa'], [{}]) == [1]
+
+
+def test_a_sum_that_does_not_end_is_not_right_and_is_told(caplog):
+  pytest.importorskip('math_verify', reason="needs pip install -e '.[rl]'")
+  said, rows = ['9^{9^{9^{9}}}', '4', '$7^{99999999}$', '2+2'], [{'answer': '4'}] * 4
+  assert rewards.parse('math:answer')([''] * 4, said, rows) == [0, 1, 0, 1]
+  assert 1 <= len(caplog.messages) <= 2 and all('reward math:answer: counts as not right' in m for m in caplog.messages)
+  with pytest.raises(InputError, match='reward math:answer: no scores within 0.5 s; it was at the completion'):
+    rewards.parse('math:answer', timeout=0.5)([''] * 4, said, rows)
+  with pytest.raises(InputError, match="reward math:none: no column 'none'"):
+    rewards.parse('math:none')([''], ['4'], [{'answer': '4'}])
+
+
+ORPHAN = """
+import os, re, signal, sys, threading
+from jaxlm import child
+child.ORPHAN = 0
+if sys.argv[1:]:
+  child.answer(lambda _: re.search('^(a+)+$', 'a' * 50 + 'b'))
+held = child.Child("import runpy, sys; sys.argv = ['', 'child']; runpy.run_path('orphan.py', run_name='__main__')")
+held.start()
+print(held.pid, flush=True)
+threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()
+held.ask(None, 1.0)
+"""
+
+
+def lives(pid):
+  stat = Path(f'/proc/{pid}/stat')
+  return stat.exists() and stat.read_text().rpartition(')')[2].split()[0] != 'Z'
+
+
+def test_no_process_is_left_behind():
+  held = child.Child('from jaxlm import child; child.answer(lambda x: x)')
+  assert held.ask([1, 'ä'], 9.0) == [1, 'ä']
+  pid = held.pid
+  assert lives(pid)
+  del held
+  gc.collect()
+  assert not lives(pid)
+
+
+def test_an_orphan_ends_by_itself(tmp_path):
+  """Its parent was killed: at its limit the system ends what holds the interpreter."""
+  (tmp_path / 'orphan.py').write_text(ORPHAN)
+  parent = subprocess.run([sys.executable, 'orphan.py'], cwd=tmp_path, stdout=subprocess.PIPE, timeout=60, check=False)
+  for _ in range(100):
+    if not lives(int(parent.stdout)):
+      return
+    time.sleep(0.1)
+  raise AssertionError(f'{parent.stdout} is still there')
 
 
 @pytest.mark.parametrize('spec', ['', 'exakt:answer', 'regex:(', 'python:there/is/none.py:f', 'exact:missing'])

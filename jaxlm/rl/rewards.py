@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxlm.data import sources
 from jaxlm.errors import InputError
-from jaxlm.rl import own
+from jaxlm.rl import apart, own
 
 Row = Mapping[str, Any]
 Reward = Callable[[Sequence[str], Sequence[str], Sequence[Row]], Sequence[float]]
@@ -42,7 +42,7 @@ def mathematics(column: str) -> Reward:
     import math_verify
   except ImportError as error:
     raise InputError("reward math: needs math-verify: pip install 'jaxlm[rl]'") from error
-  quiet: dict[str, Any] = {'parsing_timeout': None}  # its own is a signal, for main threads alone; ours holds
+  quiet: dict[str, Any] = {'parsing_timeout': None}  # its own is a signal, which no long product hears; `apart` holds
   logging.getLogger('math_verify').setLevel(logging.ERROR)  # it warns of that
 
   def one(said: str, row: Row) -> float:
@@ -52,7 +52,7 @@ def mathematics(column: str) -> Reward:
   return lambda prompts, completions, rows: list(map(one, completions, rows))
 
 
-NUMBER = re.compile(r'-?\d+(?:,\d{3})*(?:\.\d+)?')
+NUMBER = re.compile(r'(?:(?<![\w).])-)?(?:\d+(?:,\d{3})*(?:\.\d+)?|(?<!\d)\.\d+)')  # 20-15 ends in 15, not in -15
 
 
 def number(column: str) -> Reward:
@@ -145,7 +145,11 @@ def parse(spec: str, makers: Makers = MAKERS, *, timeout: float = 60.0) -> Rewar
     if name not in makers:
       raise InputError(f'reward {named!r}: there are {", ".join(makers)}')
     weight = 1.0 if term.weight is None else float(term.weight)
-    parts.append((weight, checked(named, makers[name](argument), timeout=timeout)))
+    if name in apart.KINDS:
+      reward = apart.Apart(name, argument, timeout=timeout)
+    else:
+      reward = within(makers[name](argument), timeout)
+    parts.append((weight, checked(named, reward)))
   if not parts:
     raise InputError('reward: none is named')
 
@@ -156,30 +160,43 @@ def parse(spec: str, makers: Makers = MAKERS, *, timeout: float = 60.0) -> Rewar
   return total
 
 
-def checked(name: str, reward: Reward, *, timeout: float) -> Reward:
-  """The reward, whose failures are told by its name: what it raises, what is no number, and what takes too long.
+def within(reward: Reward, timeout: float) -> Reward:
+  """The reward, of code that leaves the interpreter to others now and then. Raises InputError where it takes longer."""
+
+  def call(prompts: Sequence[str], completions: Sequence[str], rows: Sequence[Row]) -> Sequence[float]:
+    found: dict[str, Any] = {}
+
+    def work() -> None:
+      try:
+        found['scores'] = reward(prompts, completions, rows)
+      except BaseException as error:  # it is raised again below
+        found['error'] = error
+
+    thread = threading.Thread(target=work, daemon=True, name='reward')
+    thread.start()
+    thread.join(timeout)
+    if 'error' in found:
+      raise found['error']
+    if 'scores' not in found:
+      raise InputError(f'no scores within {timeout:g} s')
+    return found['scores']
+
+  return call
+
+
+def checked(name: str, reward: Reward) -> Reward:
+  """The reward, whose failures are told by its name: what it raises, and what is no number.
 
   Raises InputError for each of them: no answer gets a silent 0.
   """
 
   def call(prompts: Sequence[str], completions: Sequence[str], rows: Sequence[Row]) -> list[float]:
-    found: dict[str, Any] = {}
-
-    def work() -> None:
-      try:
-        found['scores'] = [float(score) for score in reward(prompts, completions, rows)]
-      except Exception as error:  # whatever the owner's code raises, told below
-        found['error'] = error
-
-    thread = threading.Thread(target=work, daemon=True, name=f'reward {name}')
-    thread.start()
-    thread.join(timeout)
-    if 'error' in found:
-      error = found['error']
+    try:
+      scores = [float(score) for score in reward(prompts, completions, rows)]
+    except InputError as error:
+      raise InputError(f'reward {name}: {error}') from error
+    except Exception as error:  # whatever the owner's code raises
       raise InputError(f'reward {name}: {type(error).__name__}: {error}') from error
-    if 'scores' not in found:
-      raise InputError(f'reward {name}: no scores within {timeout:g} s')
-    scores = found['scores']
     if len(scores) != len(completions):
       raise InputError(f'reward {name}: gave {len(scores)} scores for {len(completions)} completions')
     if bad := [i for i, score in enumerate(scores) if not math.isfinite(score)]:
