@@ -2,6 +2,8 @@
 
 import datetime
 import gc
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -139,7 +141,8 @@ def test_no_process_is_left_behind():
   held = child.Child('from jaxlm import child; child.answer(lambda x: x)')
   assert held.ask([1, 'ä'], 9.0) == [1, 'ä']
   pid = held.pid
-  assert lives(pid)
+  os.kill(pid, signal.SIGTERM)
+  assert held.ask(2, 9.0) == 2 and held.pid == pid  # who ends all of a run's processes so leaves it a moment
   del held
   gc.collect()
   assert not lives(pid)

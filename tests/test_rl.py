@@ -29,7 +29,7 @@ def e(prompts, said, rows):
   global calls
   calls += 1
   if calls == int(os.environ.get('ENDS_AT', '0')):
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getppid(), signal.SIGTERM)  # of the run: a reward has a process of its own
   return [text.count('e') / 7 for text in said]
 """
 
@@ -97,6 +97,14 @@ def test_it_goes_on_bitwise(home, algo, monkeypatch, capsys):
     np.testing.assert_array_equal(x, trees[1][path], err_msg=path)
   assert series(home, whole, 'reward/mean') == series(home, parts, 'reward/mean')
   assert cli.main(['export', str(home / whole), str(home / f'out_{algo}')]) == 0  # a value function is left out
+
+
+def test_warnings_look_at_what_was_before_it_went_on(home, capsys):
+  how = ('--kl-coef', '0.05', '--kl-target', '1e-9', '--watch.eval-every', '0')
+  assert rl(home, 'warned', '--steps', '8', *how) == 0
+  assert 'policy/kl is' not in capsys.readouterr().out  # of four rollouts, too few
+  assert rl(home, 'warned', '--steps', '12', *how) == 0
+  assert capsys.readouterr().out.count('policy/kl is') == 1
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from jaxlm import episodic, hosts, interop, program
 from jaxlm.config import Pretrain
@@ -20,6 +21,7 @@ from jaxlm.loops.feeds import Evaluated, Feed, Say, Writer
 from jaxlm.models import kernels
 from jaxlm.program import Program
 from jaxlm.rl import advantages, algorithms, collapse, episodes, prompts, rewards
+from jaxlm.train.metrics import read_rows
 
 SHOWN = 4  # answers that are written down with their scores
 
@@ -68,6 +70,9 @@ class Rollouts(Feed):
     self.asker.attach(built.run, mesh)
 
   def stream(self, state: Any, steps: int, writer: Writer) -> Callable[[Any], Any]:
+    path = epath.Path(self.config.run) / 'metrics.jsonl'
+    self._seen = hosts.from_first(lambda: [row for row in read_rows(path) if row['step'] <= int(state.step)])
+
     def after(state: Any) -> Any:
       cursor, step = int(state.cursor), int(state.step) + 1
       part = cursor % self.updates
@@ -75,6 +80,7 @@ class Rollouts(Feed):
         hosts.mark(f'rollout before batch {cursor}', slow=True)
         answers, self._told = self._roll(state, cursor // self.updates)
         writer.row(step, self._told)
+        self._seen.append(self._told)
         every = self.config.watch.sample_every
         if every and (step == 1 or step % every == 0):
           _show(answers, step, writer)
@@ -87,7 +93,9 @@ class Rollouts(Feed):
     return self._told
 
   def warnings(self, step: int, row: Mapping[str, float]) -> list[str]:
-    self._seen.append({**self._told, **row})
+    self._seen.append(row)
+    enough = collapse.RECENT * (self.updates + 1)  # rows, of which one is of a rollout
+    del self._seen[enough:-enough]
     found = collapse.warnings(self._seen, kl_target=self.config.rl.kl_target)
     new = [line for name, line in found.items() if name not in self._warned]
     self._warned |= found.keys()
