@@ -112,7 +112,9 @@ class Rollouts(Feed):
     if program.reads(config):
       with clock('perf/reading_s'):
         batch |= self._read(state.params, batch)
-    scores_PG = jnp.asarray(answers.scores_M.reshape(rl.prompts, rl.samples), jnp.float32)
+    # only here: whether a group's scores differ is a matter of the rewards alone, not of lengths
+    scores_M = answers.scores_M + self.asker.shaped(answers.made) if how.overlong else answers.scores_M
+    scores_PG = jnp.asarray(scores_M.reshape(rl.prompts, rl.samples), jnp.float32)
     mask_MT = jnp.asarray(batch['loss_mask'])
     kl_MT = jnp.asarray(batch['old_logp'] - batch['ref_logp']) if rl.kl_coef else jnp.zeros_like(mask_MT)
     values_MT = jnp.asarray(batch['values']) if how.valued else None
@@ -142,8 +144,6 @@ class Rollouts(Feed):
       mixed_P = _mixed(answers, rl.samples)
       alike = {'reward/equal_groups': float(1 - mixed_P.mean())} if how.grouped else {}
       told.append(self.asker.told(answers) | alike)
-      if how.overlong:
-        answers = answers._replace(scores_M=answers.scores_M + self.asker.shaped(answers.made))
       # those that differ first: what is left over in the last round fills the batch, and is masked
       order = np.argsort(~mixed_P, kind='stable')
       last = not how.mixed or turn == rl.rounds - 1

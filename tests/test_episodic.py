@@ -1,0 +1,53 @@
+"""The loss that a rollout is learnt by, every term of it, against NumPy: its value and its gradient by both heads."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import rl_oracle
+from conftest import LLAMA, randomized
+
+from jaxlm import episodic
+from jaxlm.models import Run
+from jaxlm.rl.algorithms import ALGORITHMS
+
+B, T, TEMPERATURE, LONGEST = 5, 7, 0.7, 11
+WEIGHTS = {'kl_coef': 0.3, 'entropy_coef': 0.17, 'value_coef': 0.7, 'value_clip': 0.13}
+RNG = np.random.default_rng(19)
+ON = (np.arange(T) >= np.array([[2], [3], [5], [0], [1]])) & (np.arange(T) < np.array([[7], [5], [7], [4], [6]]))
+
+
+def moved(x, by):
+  """Something near, that is NaN where nothing may be read."""
+  return np.where(ON, x + RNG.normal(0.0, by, x.shape), np.nan).astype(np.float32)
+
+
+@pytest.mark.parametrize('algo', ALGORITHMS)
+def test_the_loss_and_its_gradient(algo):
+  params = {**randomized(LLAMA), 'value': jnp.asarray(RNG.normal(size=LLAMA.d_model), jnp.float32)}
+  batch = {'tokens': RNG.integers(3, 131, (B, T), np.int32), 'targets': RNG.integers(3, 131, (B, T), np.int32)}
+  batch |= {'loss_mask': ON.astype(np.float32), 'segment_ids': np.ones((B, T), np.int32)}
+  batch['positions'] = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+  x, log_all, values = rl_oracle.read(LLAMA, params, batch['tokens'], TEMPERATURE)
+  logp = np.take_along_axis(log_all, batch['targets'][..., None], -1)[..., 0]
+  one_a_row = RNG.normal(size=(B, 1)) * np.ones((B, T))
+  batch |= {'old_logp': moved(logp, 0.3 if algo != 'gspo' else 3e-3), 'ref_logp': moved(logp, 0.5)}
+  batch |= {'values': moved(values, 0.3), 'returns': moved(values, 0.5), 'sampled_logp': batch['old_logp']}
+  batch['advantages'] = moved(one_a_row, 0.0)
+  want, by_z, by_value = rl_oracle.loss(algo, log_all, values, batch, longest=LONGEST, **WEIGHTS)
+
+  learn = episodic.learn(LLAMA, Run(), ALGORITHMS[algo], temperature=TEMPERATURE, longest=LONGEST, **WEIGHTS)
+
+  def loss(params):
+    found, metrics = learn(params, {name: jnp.asarray(one) for name, one in batch.items()}, jax.random.key(0))
+    return found.total / found.weight, metrics['policy/clip_fraction']
+
+  (got, clipped), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+  assert float(got) == pytest.approx(want, rel=2e-5)
+  assert 0 < float(clipped.total) < ON.sum() or algo == 'cispo'
+  by_head = np.einsum('btd,btv->dv', x, by_z) / TEMPERATURE
+  np.testing.assert_allclose(grads['head'][:, : LLAMA.vocab_size], by_head, atol=2e-5 * np.abs(by_head).max())
+  if by_value is not None:
+    assert (by_value[ON] == 0).any() and (by_value[ON] != 0).any()
+    want_value = np.einsum('btd,bt->d', x, by_value)
+    np.testing.assert_allclose(grads['value'], want_value, atol=2e-5 * np.abs(want_value).max())
