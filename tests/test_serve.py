@@ -49,6 +49,7 @@ def adapted(tiny, folder):
 @pytest.fixture(scope='module')
 def server(folder, adapted):
   flags = ('--slots', '3', '--context', '768', '--queue', '8', '--answers', '6', '--body-seconds', '2')
+  flags += ('--choices', str(folder.parent / 'choices.jsonl'))
   server = Server(folder, folder.parent, *flags, '--adapter', f'other={folder.parent / "adapter"}')
   yield server
   assert server.stop() == 0, server.log
@@ -409,13 +410,14 @@ def test_a_tool_that_has_to_be_called(client):
   assert chat(client, history, tools=[TOOL]).choices[0].finish_reason
 
 
-def test_hostile_requests_harm_nobody(client, server):
+def test_hostile_requests_harm_nobody(client, server, folder):
   """A few hundred of what `tests/hostile_requests.py` sends by the thousand."""
   attack = hostile_requests.attack(server.url, 'tiny', server.process.pid, requests=300, at_once=12)
   found = asyncio.run(attack)
   assert found.statuses.total() == 300 and found.statuses['200'] and found.statuses['400'] > 50
   assert not [s for s in found.statuses if s.startswith('5') and s != '503'], found.statuses
   assert found.grown[-1] - found.grown[0] < 100 << 20 and found.during
+  assert 0 < found.statuses['201'] <= hostile_requests.lines(str(folder.parent / 'choices.jsonl')) <= 300
   until(lambda: gauge(server, 'live') + gauge(server, 'waiting') == 0)
   assert complete(client).choices[0].text
 

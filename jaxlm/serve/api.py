@@ -90,10 +90,10 @@ def parse(raw: bytes) -> dict[str, Any]:
     text = raw.decode()  # json.loads itself lets half a pair of surrogates through
   except UnicodeDecodeError:
     raise Refused(400, 'the body is no text in UTF-8') from None
-  return _object(text, 'the body')
+  return json_object(text, 'the body')
 
 
-def _object(text: str, what: str, where: str | None = None) -> dict[str, Any]:
+def json_object(text: str, what: str, where: str | None = None) -> dict[str, Any]:
   """The JSON object of a text: numbers that JSON has, strings that UTF-8 has, nested up to DEPTH. Raises Refused."""
 
   def no_number(name: str) -> Any:
@@ -362,7 +362,7 @@ def _calls(given: Any, where: str) -> list[dict[str, Any]]:
       raise Refused(400, f'{where}.tool_calls must have functions with names', where)
     arguments = function.get('arguments', '{}')
     if isinstance(arguments, str):
-      arguments = _object(arguments, f"{where}.tool_calls: a call's arguments", where)
+      arguments = json_object(arguments, f"{where}.tool_calls: a call's arguments", where)
     if not isinstance(arguments, dict):
       raise Refused(400, f'{where}.tool_calls: arguments must be an object', where)
     found.append({'id': str(call.get('id', '')), 'type': 'function', 'function': {**function, 'arguments': arguments}})
