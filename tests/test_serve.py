@@ -218,6 +218,16 @@ def test_settings_do_what_they_say(tiny, client):
   assert penalized != complete(client, max_tokens=25).choices[0].text
 
 
+@pytest.mark.parametrize('temperature', [1e-300, 1e-45, 1e-38, 1e-37, 1e-9, 9e-4])
+def test_a_tiny_temperature_is_greedy(client, temperature):
+  """To the last bit; and where two tokens have such a bias that their logits, divided, are both infinite."""
+  for bias in ({}, {'7': 100, '5': 99}):
+    answers = [
+      complete(client, temperature=t, logprobs=3, logit_bias=bias, seed=1).choices[0] for t in (0.0, temperature)
+    ]
+    assert answers[0] == answers[1] and all(np.isfinite(answers[1].logprobs.token_logprobs))
+
+
 REFUSED = [
   ({'model': 'unknown'}, 404, 'model'),
   ({'n': 0}, 400, 'n'),

@@ -147,6 +147,14 @@ def test_a_model_is_told_of_tools_by_its_template_or_else_by_us(template, system
     assert turn - sum(i == words.control_id('<|im_end|>') for i in ids) == 1  # what the description spells is text
 
 
+@pytest.mark.parametrize(
+  'asked, read', [(1e-300, 0.0), (9.99e-4, 0.0), (0, 0.0), (1e-3, 1e-3), (0.7, 0.7), (100, 100.0)]
+)
+def test_temperatures_below_a_thousandth_are_0(tiny, asked, read):
+  body = {'model': 'tiny', 'prompt': 'a', 'temperature': asked}
+  assert api.completion(body, {'tiny': start._served('tiny', tiny, None)}, api.Limits()).settings.temperature == read
+
+
 @pytest.mark.parametrize('value, deep', [([[]], False), ({'a': [{}] * 3}, False)])
 def test_depth(value, deep):
   assert (api._depth(value) > api.DEPTH) == deep

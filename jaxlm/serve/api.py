@@ -14,6 +14,7 @@ from jaxlm.serve.engine import Settings
 from jaxlm.serve.slots import TOP
 
 DEPTH = 64  # of JSON
+GREEDY = 1e-3  # temperatures below it are 0, as in vLLM (where it is 1e-5)
 STOPS, STOP_LENGTH = 16, 256
 BIASES = 1024
 TOOLS = 128
@@ -274,8 +275,8 @@ def _shared(fields: Fields, model: Served, limits: Limits, told: int | None) -> 
 
 
 def _warm(temperature: float) -> float:
-  """0 for what differs from it by rounding alone: logits divided by less would overflow."""
-  return temperature if temperature >= 1e-3 else 0.0
+  """0, the likeliest token, for any below GREEDY: clients that want 0 send such, and divided logits stay finite."""
+  return temperature if temperature >= GREEDY else 0.0
 
 
 def _positive(name: str, value: float) -> float:
