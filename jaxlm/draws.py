@@ -10,10 +10,12 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+COLD = 1e-30  # temperatures below it are 0: logits divided by them overflow, or they are no float32 at all
+
 
 @struct.dataclass
 class Sampling:
-  """How the next token is drawn, one value a row. None leaves the step out; temperature 0 is greedy."""
+  """How the next token is drawn, one value a row. None leaves the step out; a temperature below COLD is greedy."""
 
   temperature_B: Any = 1.0
   top_k_B: Any = None  # only the k likeliest tokens
@@ -69,7 +71,7 @@ def log_chances(
   if sampling.repetition_B is not None and seen_BV is not None:
     logits_BV = penalized(logits_BV, seen_BV, sampling.repetition_B)
   temperature_B1 = _column(sampling.temperature_B, logits_BV)
-  greedy_B1 = temperature_B1 <= 0
+  greedy_B1 = temperature_B1 < COLD
   cut_BV = jax.nn.log_softmax(truncate(logits_BV / jnp.where(greedy_B1, 1.0, temperature_B1), sampling), axis=-1)
   best_BV = jnp.arange(logits_BV.shape[-1]) == jnp.argmax(logits_BV, axis=-1, keepdims=True)
   return jnp.where(greedy_B1, jnp.where(best_BV, 0.0, -jnp.inf), cut_BV)
@@ -78,7 +80,7 @@ def log_chances(
 def log_model(logits_BV: Float[Array, 'B V'], sampling: Sampling) -> Float[Array, 'B V']:
   """The model's own log-probabilities at the temperature (1 where greedy): what training compares with."""
   temperature_B1 = _column(sampling.temperature_B, logits_BV)
-  return jax.nn.log_softmax(logits_BV / jnp.where(temperature_B1 <= 0, 1.0, temperature_B1), axis=-1)
+  return jax.nn.log_softmax(logits_BV / jnp.where(temperature_B1 < COLD, 1.0, temperature_B1), axis=-1)
 
 
 def pick(x_BV: Float[Array, '*B V'], token_B: Int[Array, '*B']) -> Float[Array, '*B']:

@@ -32,6 +32,11 @@ def test_a_row_is_a_preference():
   assert row['chosen_by'] == SAID['chosen_by'] and row['rejected_by']['finish_reason'] == 'length'
 
 
+def called(arguments):
+  """A prompt in which the model has called something."""
+  return [{'role': 'assistant', 'tool_calls': [{'function': {'name': 'f', 'arguments': arguments}}]}, *SAID['prompt']]
+
+
 WRONG = [
   {'prompt': []},
   {'prompt': [{'role': 'user', 'content': ''}]},
@@ -51,6 +56,11 @@ WRONG = [
   {'chosen_by': {'model': 'a', 'finish_reason': 'x' * 999}},
   {'chosen_by': {'model': 'a', 'more': 1}},
   {'more': 1},
+  {'prompt': called('{"a": NaN}')},
+  {'prompt': called('{"a": "\\ud800"}')},
+  {'prompt': called('[' * 70 + ']' * 70)},
+  {'prompt': called('[' * 900 + ']' * 900)},
+  {'prompt': called('[' * 99_999 + ']' * 99_999)},
 ]
 
 

@@ -98,6 +98,15 @@ def test_the_cache_may_be_bfloat16():
 # --- generate
 
 
+@pytest.mark.parametrize('temperature', [1e-300, 2e-38, 1e-37, 9e-31, 1e-29])
+def test_tiny_temperatures_take_the_likeliest_token(temperature):
+  """Where logits divided by them would be infinite, too."""
+  logits_BV, keys = jnp.float32([[1.0, 40.0, 2.0, 90.0, 89.5]]), jax.random.split(jax.random.key(1), 1)
+  for more in ({}, {'top_p_B': 0.9}):
+    token_B, logp_B, sampled_B = draws.draw(logits_BV, Sampling(temperature, **more), keys)
+    assert token_B[0] == 3 and sampled_B[0] == 0.0 and jnp.isfinite(logp_B[0])
+
+
 @pytest.mark.parametrize('style', STYLES)
 def test_greedy_is_the_argmax_of_the_full_forward_pass(style):
   cfg = STYLES[style]

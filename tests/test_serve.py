@@ -49,6 +49,7 @@ def adapted(tiny, folder):
 @pytest.fixture(scope='module')
 def server(folder, adapted):
   flags = ('--slots', '3', '--context', '768', '--queue', '8', '--answers', '6', '--body-seconds', '2')
+  flags += ('--choices', str(folder.parent / 'choices.jsonl'))
   server = Server(folder, folder.parent, *flags, '--adapter', f'other={folder.parent / "adapter"}')
   yield server
   assert server.stop() == 0, server.log
@@ -215,6 +216,16 @@ def test_settings_do_what_they_say(tiny, client):
   assert repeated != free.choices[0].text
   penalized = complete(client, max_tokens=25, frequency_penalty=2.0, presence_penalty=2.0).choices[0].text
   assert penalized != complete(client, max_tokens=25).choices[0].text
+
+
+@pytest.mark.parametrize('temperature', [1e-300, 1e-45, 1e-38, 1e-37, 1e-9, 9e-4])
+def test_a_tiny_temperature_is_greedy(client, temperature):
+  """To the last bit; and where two tokens have such a bias that their logits, divided, are both infinite."""
+  for bias in ({}, {'7': 100, '5': 99}):
+    answers = [
+      complete(client, temperature=t, logprobs=3, logit_bias=bias, seed=1).choices[0] for t in (0.0, temperature)
+    ]
+    assert answers[0] == answers[1] and all(np.isfinite(answers[1].logprobs.token_logprobs))
 
 
 REFUSED = [
@@ -409,13 +420,14 @@ def test_a_tool_that_has_to_be_called(client):
   assert chat(client, history, tools=[TOOL]).choices[0].finish_reason
 
 
-def test_hostile_requests_harm_nobody(client, server):
+def test_hostile_requests_harm_nobody(client, server, folder):
   """A few hundred of what `tests/hostile_requests.py` sends by the thousand."""
   attack = hostile_requests.attack(server.url, 'tiny', server.process.pid, requests=300, at_once=12)
   found = asyncio.run(attack)
   assert found.statuses.total() == 300 and found.statuses['200'] and found.statuses['400'] > 50
   assert not [s for s in found.statuses if s.startswith('5') and s != '503'], found.statuses
   assert found.grown[-1] - found.grown[0] < 100 << 20 and found.during
+  assert 0 < found.statuses['201'] <= hostile_requests.lines(str(folder.parent / 'choices.jsonl')) <= 300
   until(lambda: gauge(server, 'live') + gauge(server, 'waiting') == 0)
   assert complete(client).choices[0].text
 

@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import queue
+import socket
+import threading
+import traceback
 
 import jax
 import numpy as np
@@ -15,7 +18,7 @@ from jaxlm import interop, models, sample, sharding
 from jaxlm.data import tokenizer as tok
 from jaxlm.data import turns
 from jaxlm.loops import writing
-from jaxlm.serve import api, engine, metrics, slots, text, tools
+from jaxlm.serve import answers, api, app, engine, metrics, slots, start, text, tools
 from jaxlm.serve.engine import Ask, Bank, Closed, Engine, Full, Piece, Settings
 from jaxlm.serve.line import Line
 
@@ -142,6 +145,14 @@ def test_a_model_is_told_of_tools_by_its_template_or_else_by_us(template, system
   if template in (None, 'chatml', 'qwen'):
     turn = sum(i == words.control_id('<|im_start|>') for i in ids)
     assert turn - sum(i == words.control_id('<|im_end|>') for i in ids) == 1  # what the description spells is text
+
+
+@pytest.mark.parametrize(
+  'asked, read', [(1e-300, 0.0), (9.99e-4, 0.0), (0, 0.0), (1e-3, 1e-3), (0.7, 0.7), (100, 100.0)]
+)
+def test_temperatures_below_a_thousandth_are_0(tiny, asked, read):
+  body = {'model': 'tiny', 'prompt': 'a', 'temperature': asked}
+  assert api.completion(body, {'tiny': start._served('tiny', tiny, None)}, api.Limits()).settings.temperature == read
 
 
 @pytest.mark.parametrize('value, deep', [([[]], False), ({'a': [{}] * 3}, False)])
@@ -358,3 +369,52 @@ def test_arguments_of_earlier_calls_are_read_as_a_body_is(arguments, why):
   call = {'id': '1', 'type': 'function', 'function': {'name': 'f', 'arguments': arguments}}
   with pytest.raises(api.Refused, match=why):
     api._calls([call], 'messages[1]')
+
+
+@pytest.fixture
+def url(bank, running, tiny):
+  """Of the application in front of that engine, served by uvicorn from a thread of this process."""
+  uvicorn = pytest.importorskip('uvicorn', reason="pip install 'jaxlm[dev,serve]'")
+  limits = api.Limits(context=bank.context, tokens=bank.context)
+  service = app.Service(running, {'tiny': start._served('tiny', tiny, None)}, limits, app.Settings())
+  config = uvicorn.Config(app.application(service), lifespan='off', log_config=None, access_log=False, ws='none')
+  server, listening = uvicorn.Server(config), socket.create_server(('127.0.0.1', 0))
+  thread = threading.Thread(target=server.run, kwargs={'sockets': [listening]})
+  thread.start()
+  yield f'http://127.0.0.1:{listening.getsockname()[1]}'
+  server.should_exit = True
+  thread.join()
+  listening.close()
+
+
+def test_what_nobody_foresaw_is_told_as_an_error_and_the_server_goes_on(url, running, monkeypatch, caplog):
+  httpx = pytest.importorskip('httpx', reason="pip install 'jaxlm[dev,serve]'")
+  asked = {'model': 'tiny', 'prompt': 'the whale', 'max_tokens': 8, 'temperature': 0}
+  ask = lambda **more: httpx.post(f'{url}/v1/completions', json=asked | more, timeout=60)
+  usual = ask().raise_for_status().json()['choices']
+
+  def fail(*_):
+    raise RuntimeError('of the inside')
+
+  told = {'message': 'the server failed to answer; its log says why', 'type': 'server_error'}
+  told = {'error': told | {'param': None, 'code': None}}
+  with monkeypatch.context() as patch:
+    patch.setattr(Engine, 'waiting', fail)
+    for found in (httpx.get(f'{url}/metrics'), ask(), ask(stream=True)):
+      assert (found.status_code, found.json()) == (500, told)
+  with monkeypatch.context() as patch:
+    first = answers.Completion._told
+    patch.setattr(answers.Completion, '_told', lambda *given: fail() if given[-1].finish else first(*given))
+    found = ask(stream=True)
+  *chunks, error, done, end = found.text.split('\n\n')
+  assert (
+    found.status_code == 200
+    and json.loads(error.removeprefix('data: ')) == told
+    and (done, end) == ('data: [DONE]', '')
+  )
+  text = ''.join(json.loads(chunk.removeprefix('data: '))['choices'][0]['text'] for chunk in chunks)
+  assert text and usual[0]['text'].startswith(text)
+  traces = [''.join(traceback.format_exception(*record.exc_info)) for record in caplog.records if record.exc_info]
+  assert len(traces) == 4 and all('of the inside' in trace and ', in fail\n' in trace for trace in traces)
+  assert ask().json()['choices'] == usual and running.live() == 0
+  assert 'status="500"' in httpx.get(f'{url}/metrics').text

@@ -14,6 +14,7 @@ from jaxlm.serve.engine import Settings
 from jaxlm.serve.slots import TOP
 
 DEPTH = 64  # of JSON
+GREEDY = 1e-3  # temperatures below it are 0, as in vLLM (where it is 1e-5)
 STOPS, STOP_LENGTH = 16, 256
 BIASES = 1024
 TOOLS = 128
@@ -90,10 +91,10 @@ def parse(raw: bytes) -> dict[str, Any]:
     text = raw.decode()  # json.loads itself lets half a pair of surrogates through
   except UnicodeDecodeError:
     raise Refused(400, 'the body is no text in UTF-8') from None
-  return _object(text, 'the body')
+  return json_object(text, 'the body')
 
 
-def _object(text: str, what: str, where: str | None = None) -> dict[str, Any]:
+def json_object(text: str, what: str, where: str | None = None) -> dict[str, Any]:
   """The JSON object of a text: numbers that JSON has, strings that UTF-8 has, nested up to DEPTH. Raises Refused."""
 
   def no_number(name: str) -> Any:
@@ -274,8 +275,8 @@ def _shared(fields: Fields, model: Served, limits: Limits, told: int | None) -> 
 
 
 def _warm(temperature: float) -> float:
-  """0 for what differs from it by rounding alone: logits divided by less would overflow."""
-  return temperature if temperature >= 1e-3 else 0.0
+  """0, the likeliest token, for any below GREEDY: clients that want 0 send such, and divided logits stay finite."""
+  return temperature if temperature >= GREEDY else 0.0
 
 
 def _positive(name: str, value: float) -> float:
@@ -362,7 +363,7 @@ def _calls(given: Any, where: str) -> list[dict[str, Any]]:
       raise Refused(400, f'{where}.tool_calls must have functions with names', where)
     arguments = function.get('arguments', '{}')
     if isinstance(arguments, str):
-      arguments = _object(arguments, f"{where}.tool_calls: a call's arguments", where)
+      arguments = json_object(arguments, f"{where}.tool_calls: a call's arguments", where)
     if not isinstance(arguments, dict):
       raise Refused(400, f'{where}.tool_calls: arguments must be an object', where)
     found.append({'id': str(call.get('id', '')), 'type': 'function', 'function': {**function, 'arguments': arguments}})

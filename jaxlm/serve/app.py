@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import hmac
 import json
+import logging
 import signal
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from jaxlm.serve.text import Spelling
 GONE = 499  # nobody reads it; it is counted
 LOOPBACK = ('127.0.0.1', 'localhost', '::1')
 ROUTES = ('/', '/health', '/metrics', '/v1/models', '/v1/completions', '/v1/chat/completions', '/v1/choices')
+LOG = logging.getLogger('uvicorn.error')  # where uvicorn writes what a route raises
 OPEN = ('/',)  # without the key: the page asks for it, and has nothing of the server in it
 
 
@@ -125,6 +127,11 @@ def _error(refused: Refused) -> Any:
   return JSONResponse(refused.body(), refused.status, headers.get(refused.status))
 
 
+def _unforeseen() -> Refused:
+  """What a client is told of an error of ours: that there was one. The traceback is the log's alone."""
+  return Refused(500, 'the server failed to answer; its log says why')
+
+
 async def _body(request: Any, settings: Settings) -> bytes:
   """Raises Refused for one that is too large or too slow, or not said to be JSON, as other sites' pages cannot say."""
   if request.headers.get('content-type', '').partition(';')[0].strip().lower() != 'application/json':
@@ -189,7 +196,7 @@ class Running:
 
 
 async def _streamed(running: Running, answer: Answer) -> AsyncGenerator[bytes]:
-  """Server-sent events."""
+  """Server-sent events. What fails on the way is told by one of its own, as the status was sent long ago."""
   event = lambda told: b'data: ' + json.dumps(told, ensure_ascii=False, separators=(',', ':')).encode() + b'\n\n'
   try:
     for chunk in answer.begin():
@@ -202,6 +209,9 @@ async def _streamed(running: Running, answer: Answer) -> AsyncGenerator[bytes]:
       yield event(chunk)
   except Refused as refused:
     yield event(refused.body())
+  except Exception:
+    LOG.exception('a stream failed')
+    yield event(_unforeseen().body())
   yield b'data: [DONE]\n\n'
 
 
@@ -316,6 +326,9 @@ def application(service: Service) -> Any:
   def other(request: Any, error: Any) -> Any:
     return _error(Refused(error.status_code, str(error.detail)))
 
+  def failed(request: Any, error: Any) -> Any:
+    return _error(_unforeseen())  # starlette raises the error again, and uvicorn logs it
+
   routes = [
     Route('/', shell),
     Route('/health', health),
@@ -327,7 +340,8 @@ def application(service: Service) -> Any:
     Route('/v1/completions', route(api.completion, Completion), methods=['POST']),
     Route('/v1/chat/completions', route(api.conversation, Chat), methods=['POST']),
   ]
-  app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={Refused: refused, HTTPException: other})
+  handlers: Any = {Refused: refused, HTTPException: other, Exception: failed}
+  app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
   return Guard(app, service)
 
 

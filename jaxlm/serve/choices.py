@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxlm.data import preferences
 from jaxlm.errors import InputError
-from jaxlm.serve.api import SEED, Fields, Refused
+from jaxlm.serve.api import DEPTH, SEED, Fields, Refused, json_object
 
 SECOND, BURST = 2.0, 20.0  # choices a second, and at once after a rest: people are slower
 FULL = 1 << 30  # bytes of a file that takes no more
@@ -36,9 +36,12 @@ def row(body: Mapping[str, Any], models: Collection[str]) -> dict[str, Any]:
     found[side] = [{'role': 'assistant', 'content': text}]
   try:
     chosen, _ = preferences.checked(preferences.guess(list(found)).read(found)).answers
+    found['prompt'] = chosen.messages[:-1]
+    json_object(json.dumps(found), 'the choice', 'prompt')  # arguments of calls were JSON in a string until now
   except InputError as error:
     raise Refused(400, str(error), 'prompt') from None
-  found['prompt'] = chosen.messages[:-1]
+  except RecursionError:
+    raise Refused(400, f'the choice is nested more than {DEPTH} deep', 'prompt') from None
   if not found['prompt'] or found['prompt'][-1]['role'] != 'user':
     raise Refused(400, 'prompt must end with a message of the user', 'prompt')
   found |= {f'{side}_by': by for side, by in zip(preferences.SIDES, said, strict=True)}
