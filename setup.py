@@ -83,5 +83,5 @@ setup(
     'tyro>=1.0.16',
   ],
   extras_require=EXTRAS,
-  entry_points={'console_scripts': ['jaxlm = jaxlm.cli:main']},
+  entry_points={'console_scripts': ['jaxlm = jaxlm.__main__:run']},
 )

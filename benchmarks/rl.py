@@ -7,8 +7,10 @@ checkpointing (TRL's default has it, and bfloat16), nothing logged or saved. No 
 has no stop ids, TRL's `min_new_tokens`. `grpo`: one update a rollout, no reference; `grpo-lora`: adapters of rank 16
 and a KL term, whose reference is the model without them; `dpo`: all weights, the reference's log-probabilities computed
 before; `dpo-lora`: adapters, the reference in the step. --paged: TRL's continuous batching instead of `generate`.
-Each side is a process of its own that waits for its turn. Only ratios mean something on a shared machine: of seconds,
-and in the last column of seconds of CPU, which do not count what other processes took.
+Each side is a process of its own that waits for its turn; ours has memory in large pages as the command `jaxlm` has it
+(`jaxlm/__main__.py`), theirs what the system gives; with GLIBC_TUNABLES set both have that.
+Only ratios mean something on a shared machine: of seconds, and in the last column of seconds of CPU, which do not count
+what other processes took.
 Needs torch and TRL (pip install -e '.[parity]').
 """
 
@@ -247,6 +249,8 @@ class Side:
   def __init__(self, side: str, what: str, folder: str):
     given = [sys.executable, __file__, *sys.argv[1:], '--what', what, '--child', side, '--folder', folder]
     quiet = {'HF_HUB_OFFLINE': '1', 'TRL_EXPERIMENTAL_SILENCE': '1', 'JAX_PLATFORMS': 'cpu', 'TQDM_DISABLE': '1'}
+    if side == 'jaxlm' and 'GLIBC_TUNABLES' not in os.environ:
+      quiet['GLIBC_TUNABLES'] = 'glibc.malloc.hugetlb=1'  # as `jaxlm` itself has it
     how: Any = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'text': True, 'env': os.environ | quiet}
     self.process = subprocess.Popen(given, **how)
     self._told()

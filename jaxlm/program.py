@@ -160,7 +160,7 @@ def build(
     lr,
     run,
     answers and jax.jit(answers, in_shardings=(shardings.params, layout(bare(batch))), out_shardings=whole),
-    _reader(config, run),
+    _reader(config, run, mesh),
   )
 
 
@@ -169,15 +169,20 @@ def bare(batch: Any) -> dict[str, Any]:
   return {name: x for name, x in batch.items() if name not in ('ref_logps', 'features')}
 
 
-def _reader(config: Pretrain, run: Run) -> Any:
+def _reader(config: Pretrain, run: Run, mesh: Mesh) -> Any:
   """What a rollout is read with before it is learnt from; nothing where that is not needed."""
   how, rl = algorithm(config), config.rl
   if how is None:
     return None
-  wants = {'valued': how.valued, 'compared': rl.kl_coef > 0}
+  wants = {'valued': how.valued, 'compared': rl.kl_coef > 0, 'places': _places(config, mesh)}
   return jax.jit(
     episodic.read(config.model, run, temperature=rl.temperature, chunks=config.compute.loss_chunks, **wants)
   )
+
+
+def _places(config: Pretrain, mesh: Mesh) -> int | None:
+  """Of a row of a rollout that have logits; all of them where rows are cut over devices."""
+  return config.rl.max_new_tokens if mesh.shape['sequence'] == 1 else None
 
 
 def algorithm(config: Pretrain) -> Algorithm | None:
@@ -233,6 +238,7 @@ def _objectives(config: Pretrain, run: Run, groups: int, mesh: Mesh) -> tuple[An
   if algo := algorithm(config):
     names = ('temperature', 'kl_coef', 'value_coef', 'value_clip', 'entropy_coef', 'importance', 'importance_cap')
     values = {name: getattr(config.rl, name) for name in names} | {'longest': config.rl.max_new_tokens}
+    values['places'] = _places(config, mesh)
     return episodic.learn(cfg, run, algo, chunks=chunks, **values), objectives.by_group(cfg, run, groups=1), None
   if config.distill.teacher:
     return *_distilling(config, run, groups, mesh), None

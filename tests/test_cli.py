@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -369,3 +370,21 @@ def test_an_error_of_an_object_store_names_the_place(capsys, monkeypatch):
 def test_generate_and_report_without_a_run(capsys, tmp_path):
   assert 'no finished checkpoint' in one_line(capsys, 'generate', str(tmp_path))
   assert 'no metrics.jsonl' in one_line(capsys, 'report', str(tmp_path))
+
+
+@pytest.mark.parametrize('given', [None, 'glibc.malloc.check=0'])
+def test_large_pages_are_asked_for_where_they_are_left_to_programs(given):
+  code = 'import os; from jaxlm import __main__ as m; m.main = lambda: print(os.environ.get("GLIBC_TUNABLES")); m.run()'
+  env = {name: value for name, value in os.environ.items() if name != 'GLIBC_TUNABLES'}
+  env |= {'GLIBC_TUNABLES': given} if given else {}
+  said = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, check=True).stdout
+  mode = Path('/sys/kernel/mm/transparent_hugepage/enabled')
+  left = mode.exists() and '[madvise]' in mode.read_text()
+  assert said.split() == [given or ('glibc.malloc.hugetlb=1' if left else 'None')]
+
+
+def test_both_ways_to_call_it(tmp_path):
+  installed = Path(sys.executable).parent / 'jaxlm'
+  for command in ([str(installed)], [sys.executable, '-m', 'jaxlm']):
+    found = subprocess.run([*command, 'pretain'], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert found.returncode == 1 and 'did you mean `jaxlm pretrain`?' in found.stderr

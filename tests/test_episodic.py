@@ -1,5 +1,6 @@
 """The loss that a rollout is learnt by, every term of it, against NumPy: its value and its gradient by both heads."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,3 +52,31 @@ def test_the_loss_and_its_gradient(algo):
     assert (by_value[ON] == 0).any() and (by_value[ON] != 0).any()
     want_value = np.einsum('btd,bt->d', x, by_value)
     np.testing.assert_allclose(grads['value'], want_value, atol=2e-5 * np.abs(want_value).max())
+
+
+def test_logits_of_the_answers_alone_teach_the_same():
+  """Answers at the beginning, in the middle, at the end, of one token, and none."""
+  params = {**randomized(LLAMA), 'value': jnp.asarray(RNG.normal(size=LLAMA.d_model), jnp.float32)}
+  batch = {name: RNG.integers(3, 131, (B, T), np.int32) for name in ('tokens', 'targets')}
+  mask = np.zeros((B, T), np.float32)
+  for row, (start, count) in enumerate([(0, 3), (2, 2), (4, 3), (6, 1), (0, 0)]):
+    mask[row, start : start + count] = 1
+  batch |= {
+    'loss_mask': mask,
+    'segment_ids': np.ones((B, T), np.int32),
+    'positions': np.tile(np.arange(T, dtype=np.int32), (B, 1)),
+  }
+  batch |= {name: RNG.normal(size=(B, T)).astype(np.float32) for name in ('advantages', 'values', 'returns')}
+  batch |= {name: -RNG.random((B, T), np.float32) - 4 for name in ('ref_logp', 'sampled_logp')}
+
+  def taught(places):
+    how = {'temperature': TEMPERATURE, 'places': places}
+    learn = episodic.learn(LLAMA, Run(), ALGORITHMS['ppo'], longest=LONGEST, **WEIGHTS, **how)
+    given = {name: jnp.asarray(x) for name, x in batch.items()}
+    loss = lambda params: (lambda found, more: (found.total / found.weight, more))(
+      *learn(params, given | {'old_logp': given['sampled_logp']}, None)
+    )
+    seen = episodic.read(LLAMA, Run(), valued=True, **how)(params, given)
+    return jax.value_and_grad(loss, has_aux=True)(params), {name: x * mask for name, x in seen.items()}
+
+  chex.assert_trees_all_close(taught(3), taught(None), rtol=2e-5, atol=1e-6)
