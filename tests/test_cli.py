@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm import cli
+from jaxlm import __main__, cli
 from jaxlm.errors import InputError
 
 
@@ -373,14 +373,29 @@ def test_generate_and_report_without_a_run(capsys, tmp_path):
 
 
 @pytest.mark.parametrize('given', [None, 'glibc.malloc.check=0'])
-def test_large_pages_are_asked_for_where_they_are_left_to_programs(given):
-  code = 'import os; from jaxlm import __main__ as m; m.main = lambda: print(os.environ.get("GLIBC_TUNABLES")); m.run()'
+def test_large_pages_are_asked_for_where_they_are_left_to_programs(tmp_path, given):
+  """By a program of this name alone: another that calls it would begin again where it is."""
   env = {name: value for name, value in os.environ.items() if name != 'GLIBC_TUNABLES'}
   env |= {'GLIBC_TUNABLES': given} if given else {}
-  said = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, check=True).stdout
   mode = Path('/sys/kernel/mm/transparent_hugepage/enabled')
   left = mode.exists() and '[madvise]' in mode.read_text()
-  assert said.split() == [given or ('glibc.malloc.hugetlb=1' if left else 'None')]
+  code = 'print("begins"); from jaxlm import __main__ as m; m.main = lambda: print(m.sys._xoptions) or 0; m.run()'
+  for name in ('jaxlm', 'other'):
+    (tmp_path / name).write_text(code)
+    said = subprocess.run(
+      [sys.executable, name, 'x'], cwd=tmp_path, env=env, capture_output=True, text=True, check=True
+    )
+    again = name == 'jaxlm' and left and not given
+    assert said.stdout.split() == (['begins', 'begins', "{'jaxlm_again':", 'True}'] if again else ['begins', '{}'])
+
+
+def test_whose_command_line_it_is():
+  ours = __main__.ours
+  assert ours(['python', '/bin/jaxlm', 'rl'], ['/bin/jaxlm', 'rl']) and ours(['python', '-m', 'jaxlm'], ['/m.py'])
+  assert ours(['python', '-P', '-m', 'jaxlm', 'rl', '-x'], ['/m.py', 'rl', '-x'])
+  assert not ours(['python', '-'], ['-']) and not ours(['python', '-c', 'x'], ['-c'])
+  assert not ours(['python', '-m', 'ipykernel_launcher', '-f', 'k'], ['/m.py', 'rl'])
+  assert not ours(['python', 'mine.py', 'jaxlm', 'rl'], ['jaxlm', 'rl', 'x'])
 
 
 def test_both_ways_to_call_it(tmp_path):

@@ -19,7 +19,7 @@ ROWS = [{'answer': '42', 'id': 1}, {'answer': '1/2', 'id': 2}, {'answer': 'blue'
 SAID = [' 42\n', 'It is 0.5', 'Blue?']
 PROMPTS = ['a', 'b', 'c']
 OWN = """
-import os, re, sys, time
+import os, re, subprocess, sys, time
 def ids(prompts, completions, rows):
   return [row['id'] for row in rows]
 def fails(prompts, completions, rows):
@@ -36,6 +36,11 @@ def exits(prompts, completions, rows):
   sys.exit('enough')
 def dies(prompts, completions, rows):
   os._exit(3)
+def reads(prompts, completions, rows):
+  raise EOFError(subprocess.run([sys.executable, '-c', 'input()'], capture_output=True, timeout=9).stderr)
+def starts(prompts, completions, rows):
+  print(subprocess.Popen(['sleep', '99']).pid, file=open('started', 'w'), flush=True)
+  time.sleep(9)
 def prints(prompts, completions, rows):
   print('looks at', rows)
   return [len(str(row.get('day', ''))) for row in rows]
@@ -67,7 +72,10 @@ def test_the_last_number():
   assert score([''] * len(said), said, rows) == [1, 1, 0, 0, 0, 0, 0]
   assert score([''], ['so it is -7'], [{'answer': '#### -7'}]) == [1]
   ends = {'5': '20-15 is 20 - 5', '15': '20-15', '-0.5': 'x = -.5', '0.25': 'about .25', '3': 'v1.2.3', '7': '१२ और ७'}
-  assert score([''] * 6, list(ends.values()), [{'answer': right} for right in ends]) == [1] * 6
+  ends |= {'500': 'It costs Rs.500', '6': 'so it is...6', '8': 'No.8', '-9': 'Answer.-9', '0.75': '$.75', '-2': 'is −2'}
+  ends |= {'11': r'\frac{1}{2}-11', '10': '5%-10%', '4': '[2]-4', '2345': '1,2345', '1234567.5': '1,234,567.5'}
+  given = score([''] * len(ends), list(ends.values()), [{'answer': right} for right in ends])
+  assert [said for said, right in zip(ends.values(), given, strict=True) if not right] == []
 
 
 @pytest.mark.parametrize(
@@ -80,6 +88,7 @@ def test_the_last_number():
     ('holds', 'no scores within 0.3 s'),
     ('exits', 'SystemExit: enough'),
     ('dies', 'ran out of memory or died'),
+    ('reads', 'EOFError'),
     ('none', 'defines no none'),
   ],
 )
@@ -111,7 +120,7 @@ def test_a_sum_that_does_not_end_is_not_right_and_is_told(caplog):
   pytest.importorskip('math_verify', reason="needs pip install -e '.[rl]'")
   said, rows = ['9^{9^{9^{9}}}', '4', '$7^{99999999}$', '2+2'], [{'answer': '4'}] * 4
   assert rewards.parse('math:answer')([''] * 4, said, rows) == [0, 1, 0, 1]
-  assert 1 <= len(caplog.messages) <= 2 and all('reward math:answer: counts as not right' in m for m in caplog.messages)
+  assert len(caplog.messages) >= 1 and all('reward math:answer: counts as not right' in m for m in caplog.messages)
   with pytest.raises(InputError, match='reward math:answer: no scores within 0.5 s; it was at the completion'):
     rewards.parse('math:answer', timeout=0.5)([''] * 4, said, rows)
   with pytest.raises(InputError, match="reward math:none: no column 'none'"):
@@ -146,6 +155,24 @@ def test_no_process_is_left_behind():
   del held
   gc.collect()
   assert not lives(pid)
+
+
+def test_what_a_reward_started_ends_with_it(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'own.py').write_text(OWN)
+  (tmp_path / 'signal.py').write_text('raise SystemExit("not the library")')  # a folder is not looked into for modules
+  score = rewards.parse('python:own.py:starts', timeout=0.5)
+  with pytest.raises(InputError, match='no scores within 0.5 s'):
+    score([''], [''], [{}])
+  assert not lives(int((tmp_path / 'started').read_text()))
+
+
+def test_a_child_that_does_not_read_is_not_waited_for():
+  held = child.Child('import sys, time; print("ready", flush=True); time.sleep(99)')
+  with pytest.raises(TimeoutError, match=r'more than 0\.5 seconds'):
+    held.ask('x' * (1 << 20), 0.5)
+  with pytest.raises(ChildProcessError, match='did not start: ran out of memory or died'):
+    child.Child('raise SystemExit').ask(0, 9.0)
 
 
 def test_an_orphan_ends_by_itself(tmp_path):

@@ -75,7 +75,7 @@ class Renderer:
     asked = {'template': template, 'variables': dict(variables), 'chars': self.chars}
     try:
       return self._child.ask(asked, self.seconds)
-    except (child.Failed, TimeoutError, ChildProcessError) as error:
+    except (child.Failed, OSError) as error:
       raise InputError(f'chat template: {error}') from error
 
 

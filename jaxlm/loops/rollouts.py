@@ -71,7 +71,8 @@ class Rollouts(Feed):
 
   def stream(self, state: Any, steps: int, writer: Writer) -> Callable[[Any], Any]:
     path = epath.Path(self.config.run) / 'metrics.jsonl'
-    self._seen = hosts.from_first(lambda: [row for row in read_rows(path) if row['step'] <= int(state.step)])
+    looks = lambda row: row['step'] <= int(state.step) and ('train/loss' in row or 'reward/mean' in row)
+    self._seen = hosts.from_first(lambda: list(filter(looks, read_rows(path))))
 
     def after(state: Any) -> Any:
       cursor, step = int(state.cursor), int(state.step) + 1

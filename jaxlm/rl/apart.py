@@ -18,7 +18,7 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
   'python': {'each': False, 'memory': None},
 }
 ASKED = 'prompts', 'completions', 'rows'
-FAILURES = child.Failed, TimeoutError, ChildProcessError
+FAILURES = child.Failed, OSError
 Row = Mapping[str, Any]
 SHOWN = 80  # characters of an answer that is told
 
@@ -48,6 +48,9 @@ class Apart:
     self._name, self._how, self._timeout = f'{kind}:{argument}', KINDS[kind], timeout
     code = f'from jaxlm.rl import apart; apart.worker({kind!r}, {argument!r})'
     self._child = child.Child(code, first={}, start=max(timeout, child.START))
+    self._begin()
+
+  def _begin(self) -> None:
     try:
       self._child.start()
     except FAILURES as error:
@@ -55,20 +58,28 @@ class Apart:
 
   def __call__(self, prompts: Sequence[str], completions: Sequence[str], rows: Sequence[Row]) -> list[float]:
     """As a reward is called. Raises InputError for what fails or takes longer than `timeout`."""
-    end = time.monotonic() + self._timeout
+    self._end = time.monotonic() + self._timeout
     batch = [list(prompts), list(completions), json.loads(json.dumps(list(map(dict, rows)), default=str))]
     batches = [[[x] for x in one] for one in zip(*batch, strict=True)] if self._how['each'] else [batch]
-    return [score for some in batches for score in self._scores(some, end)]
+    return [score for some in batches for score in self._scores(some)]
 
-  def _scores(self, batch: list[Any], end: float) -> list[float]:
-    left = max(0.0, end - time.monotonic())
+  def _scores(self, batch: list[Any]) -> list[float]:
+    began = time.monotonic()
+    left = max(0.0, self._end - began)
     limit = min(left, self._how.get('unproved', left))
+    at = f'; it was at the completion {batch[1][0][:SHOWN]!r}' if self._how['each'] else ''
     try:
       return self._child.ask(dict(zip(ASKED, batch, strict=True)), limit)
     except FAILURES as error:
       late = isinstance(error, TimeoutError)
-      at = f'; it was at the completion {batch[1][0][:SHOWN]!r}' if self._how['each'] else ''
-      if 'unproved' not in self._how or (late and limit == left):
+      if 'unproved' not in self._how or not _hopeless(error) or (late and limit == left):
         raise InputError((f'no scores within {self._timeout:g} s' if late else str(error)) + at) from error
       logging.getLogger(__name__).warning(f'reward {self._name}: counts as not right: {error}{at}')
-      return [0.0]
+    self._begin()
+    self._end += time.monotonic() - began  # a policy that writes such answers does not end its run by it
+    return [0.0]
+
+
+def _hopeless(error: Exception) -> bool:
+  """Whether it says that an answer is too much, rather than that something is wrong with the reward."""
+  return isinstance(error, OSError) or str(error).startswith(('MemoryError', 'RecursionError'))

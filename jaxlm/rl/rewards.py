@@ -52,7 +52,10 @@ def mathematics(column: str) -> Reward:
   return lambda prompts, completions, rows: list(map(one, completions, rows))
 
 
-NUMBER = re.compile(r'(?:(?<![\w).])-)?(?:\d+(?:,\d{3})*(?:\.\d+)?|(?<!\d)\.\d+)')  # 20-15 ends in 15, not in -15
+NUMBER = re.compile(
+  r'(?:(?<![\w)\]}%])[-\u2212])?'  # 20-15 ends in 15, not in -15
+  r'(?:\d+(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|(?<![\w.])\.\d+)'  # 'Rs.500' is 500, '$.50' a half
+)
 
 
 def number(column: str) -> Reward:
@@ -63,7 +66,7 @@ def number(column: str) -> Reward:
 
   def last(text: str) -> float | None:
     found = NUMBER.findall(text)
-    return float(found[-1].replace(',', '')) if found else None
+    return float(found[-1].replace(',', '').replace('\u2212', '-')) if found else None
 
   def one(said: str, row: Row) -> float:
     right = last(str(_field(row, column)))
@@ -169,14 +172,16 @@ def within(reward: Reward, timeout: float) -> Reward:
     def work() -> None:
       try:
         found['scores'] = reward(prompts, completions, rows)
-      except BaseException as error:  # it is raised again below
+      except BaseException as error:  # it is told below
         found['error'] = error
 
     thread = threading.Thread(target=work, daemon=True, name='reward')
     thread.start()
     thread.join(timeout)
-    if 'error' in found:
+    if isinstance(found.get('error'), Exception):
       raise found['error']
+    if 'error' in found:  # an end of the program, which is not for a reward to say
+      raise InputError(f'{type(found["error"]).__name__}: {found["error"]}')
     if 'scores' not in found:
       raise InputError(f'no scores within {timeout:g} s')
     return found['scores']
