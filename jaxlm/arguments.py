@@ -16,7 +16,7 @@ class Quickstart:
   """The whole life of a model: tokenizer, data, pre-training, instructions, reward models, PPO, who wins, reports."""
 
   run: str = 'runs/quickstart'  # where everything goes; run again, it goes on where it stopped
-  short: bool = False  # a few minutes instead of twelve: fewer steps, the same path
+  short: bool = False  # a minute or two instead of seven: fewer steps, the same path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +144,8 @@ class Eval:
       raise InputError('--include-path needs --lm-eval')
     if self.judge and (len(self.against) != 1 or self.tasks):
       raise InputError('--judge compares with one other model: --against MODEL, without --tasks')
+    if self.against and not (self.tasks or self.judge or self.jsonl or self.lm_eval):
+      raise InputError('--against compares answers and scores: with --judge, --tasks, --jsonl or --lm-eval')
     within('[0, inf)', temperature=self.temperature)
     at_least(1, most=self.most)
     at_least(1, batch=self.batch, seq_len=self.seq_len, max_new_tokens=self.max_new_tokens)

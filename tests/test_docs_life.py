@@ -29,7 +29,8 @@ RL = TRAINED | {'--prompts': '4', '--samples': '2', '--held-out': '2', '--max-ne
 SMALLER = {
   'tokenizer': {'--vocab-size': '384'},
   'pretrain': TRAINED | {f'--model.{name}': value for name, value in MODEL.items()},
-  'sft': TUNED,
+  # with its own epochs and warm-up, which are for more rows than these
+  'sft': {flag: size for flag, size in TRAINED.items() if flag not in ('--steps', '--optim.warmup-steps')},
   'preference': TUNED,
   'reward': TUNED | {'--folds': '2'},
   'rl': RL,

@@ -236,6 +236,7 @@ def test_the_command_compares_two_models(folders, tmp_path, capsys):
     (['--jsonl', 'x.jsonl', '--tasks', '3'], 'one of them at a time'),
     (['--jsonl', 'x.jsonl', '--shots-from', 'a', 'b'], '2 files for 1'),
     (['--include-path', 'x'], 'needs --lm-eval'),
+    (['--against', 'other'], '--against compares answers and scores'),
     (['--jsonl', 'x.jsonl', '--shots', '-1'], 'shots'),
   ],
 )

@@ -54,7 +54,10 @@ def pretrain(
   what the folder already holds do not belong together, or when another process writes to it.
   """
   trackers.check(config.watch.tracker)
+  wanted = config.optim.warmup_steps
   config, feed = feeds.open_feed(config)
+  if (warm := config.optim.warmup_steps) != wanted:
+    say(f'{config.steps} steps are {config.epochs:g} epochs of these rows: optim.warmup_steps is {warm}, not {wanted}')
   mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
   run, watch = epath.Path(config.run), config.watch
   with _held(run), jax.set_mesh(mesh):
