@@ -161,3 +161,20 @@ def test_a_loop_without_a_count_runs_so_many_rounds():
 
   jaxpr = jax.make_jaxpr(fn)(jnp.ones((3, 3))).jaxpr
   assert [cost.matmul_flops(jaxpr, n) for n in (1, 5)] == [54, 270]
+
+
+def test_logits_of_answers_alone_send_less_and_gather_no_more(monkeypatch):
+  def sent():
+    mesh = sharding.make_mesh(tensor=2)
+    with jax.set_mesh(mesh):
+      built = program.build(rl(max_new_tokens=32), mesh)
+      text = built.step.trace(built.abstract, built.batch).lower().compile().as_text()
+    kinds = {}
+    for one in hlo.collectives(text):
+      kinds[one.kind] = kinds.get(one.kind, 0) + one.total
+    return kinds
+
+  some = sent()
+  monkeypatch.setattr(program, '_places', lambda config, mesh: None)
+  whole = sent()
+  assert some['all-gather'] <= whole['all-gather'] and sum(some.values()) < sum(whole.values())
