@@ -311,3 +311,13 @@ def test_configs_say_their_commands(parsed):
           parsed(command)
           found += 1
   assert found > 50
+
+
+@pytest.mark.parametrize('path', sorted(ROOT.glob('notebooks/*.ipynb')), ids=lambda path: path.stem)
+def test_notebooks_are_kept_as_they_ran(path):
+  """With all outputs, a picture among them, and without an error."""
+  cells = [cell for cell in json.loads(path.read_text())['cells'] if cell['cell_type'] == 'code']
+  outputs = [output for cell in cells for output in cell['outputs']]
+  assert all(cell['execution_count'] for cell in cells) and cells
+  assert not [output for output in outputs if output['output_type'] == 'error']
+  assert any('image/png' in output.get('data', {}) for output in outputs)
