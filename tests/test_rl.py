@@ -100,7 +100,7 @@ def test_it_goes_on_bitwise(home, algo, monkeypatch, capsys):
 
 
 def test_warnings_look_at_what_was_before_it_went_on(home, capsys):
-  how = ('--kl-coef', '0.05', '--kl-target', '1e-9', '--watch.eval-every', '0')
+  how = ('--kl-coef', '0.05', '--kl-target', '1e-3', '--optim.lr', '1e-2', '--watch.eval-every', '0')
   assert rl(home, 'warned', '--steps', '8', *how) == 0
   assert 'policy/kl is' not in capsys.readouterr().out  # of four rollouts, too few
   assert rl(home, 'warned', '--steps', '12', *how) == 0
