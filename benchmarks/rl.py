@@ -30,6 +30,7 @@ from typing import Any
 import jax
 
 from jaxlm import config, interop, models, program, sharding
+from jaxlm.__main__ import LARGE, TUNED
 from jaxlm.config import Lora, Optim, Pretrain, Rl
 from jaxlm.console import table
 from jaxlm.data import chat, tokenizer, turns
@@ -249,8 +250,8 @@ class Side:
   def __init__(self, side: str, what: str, folder: str):
     given = [sys.executable, __file__, *sys.argv[1:], '--what', what, '--child', side, '--folder', folder]
     quiet = {'HF_HUB_OFFLINE': '1', 'TRL_EXPERIMENTAL_SILENCE': '1', 'JAX_PLATFORMS': 'cpu', 'TQDM_DISABLE': '1'}
-    if side == 'jaxlm' and 'GLIBC_TUNABLES' not in os.environ:
-      quiet['GLIBC_TUNABLES'] = 'glibc.malloc.hugetlb=1'  # as `jaxlm` itself has it
+    if side == 'jaxlm' and TUNED not in os.environ:
+      quiet[TUNED] = LARGE  # as `jaxlm` itself has it
     how: Any = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'text': True, 'env': os.environ | quiet}
     self.process = subprocess.Popen(given, **how)
     self._told()

@@ -9,7 +9,7 @@ from pathlib import Path
 from jaxlm.cli import main
 
 HUGE = Path('/sys/kernel/mm/transparent_hugepage/enabled')
-TUNED, AGAIN = 'GLIBC_TUNABLES', 'jaxlm_again'
+TUNED, LARGE, AGAIN = 'GLIBC_TUNABLES', 'glibc.malloc.hugetlb=1', 'jaxlm_again'
 
 
 def run() -> int:
@@ -22,7 +22,7 @@ def run() -> int:
   if AGAIN in sys._xoptions:
     os.environ.pop(TUNED, None)  # it was read: programs that are started from here have what they would have had
   elif TUNED not in os.environ and sys.executable and ours(sys.orig_argv, sys.argv) and _left_to_programs():
-    os.environ[TUNED] = 'glibc.malloc.hugetlb=1'
+    os.environ[TUNED] = LARGE
     os.execv(sys.executable, [sys.executable, '-X', AGAIN, *sys.orig_argv[1:]])
   return main()
 

@@ -37,7 +37,7 @@ def exits(prompts, completions, rows):
 def dies(prompts, completions, rows):
   os._exit(3)
 def reads(prompts, completions, rows):
-  raise EOFError(subprocess.run([sys.executable, '-c', 'input()'], capture_output=True, timeout=9).stderr)
+  raise RuntimeError(subprocess.run([sys.executable, '-c', 'input()'], capture_output=True).stderr[-99:])
 def starts(prompts, completions, rows):
   print(subprocess.Popen(['sleep', '99']).pid, file=open('started', 'w'), flush=True)
   time.sleep(9)
@@ -88,7 +88,7 @@ def test_the_last_number():
     ('holds', 'no scores within 0.3 s'),
     ('exits', 'SystemExit: enough'),
     ('dies', 'ran out of memory or died'),
-    ('reads', 'EOFError'),
+    ('reads', 'RuntimeError: .*EOF when reading'),
     ('none', 'defines no none'),
   ],
 )
@@ -97,7 +97,7 @@ def test_what_fails_is_told(tmp_path, name, why):
   where = f'python:{tmp_path / "own.py"}'
   assert of(f'{where}:ids*0.5 + exact:answer*1') == [1.5, 1, 1.5]
   with pytest.raises(InputError, match=f'reward python:.*{why}'):
-    of(f'{where}:{name}', timeout=0.3)
+    of(f'{where}:{name}', timeout=0.3 if '0.3' in why else 60.0)
 
 
 def test_a_function_may_print_and_dates_are_text(tmp_path):
@@ -110,8 +110,8 @@ ENDLESS = ['a' * 50 + 'b', 'a']
 
 
 def test_a_pattern_that_does_not_end_is_told():
-  score = rewards.parse('regex:^(a+)+$', timeout=0.5)
-  with pytest.raises(InputError, match=r'reward regex:.* no scores within 0.5 s; it was at the completion .aaa'):
+  score = rewards.parse('regex:^(a+)+$', timeout=2.0)
+  with pytest.raises(InputError, match=r'reward regex:.* no scores within 2 s; it was at the completion .aaa'):
     score(['', ''], ENDLESS[::-1], [{}, {}])
   assert score([''], ['aa'], [{}]) == [1]
 
@@ -161,8 +161,8 @@ def test_what_a_reward_started_ends_with_it(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   (tmp_path / 'own.py').write_text(OWN)
   (tmp_path / 'signal.py').write_text('raise SystemExit("not the library")')  # a folder is not looked into for modules
-  score = rewards.parse('python:own.py:starts', timeout=0.5)
-  with pytest.raises(InputError, match='no scores within 0.5 s'):
+  score = rewards.parse('python:own.py:starts', timeout=3.0)
+  with pytest.raises(InputError, match='no scores within 3 s'):
     score([''], [''], [{}])
   assert not lives(int((tmp_path / 'started').read_text()))
 
