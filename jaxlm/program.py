@@ -298,14 +298,21 @@ def _step(config: Pretrain, loss_fn: step.LossFn, optimizer: Any, learns: tree.W
 
 
 def flops_per_token(config: Pretrain) -> float:
-  """`metrics.flops_per_token` of the run's step: with a reference's or a teacher's forward pass, of rewards no head."""
-  flops = metrics.flops_per_token(config.model, config.data.seq_len)
+  """`metrics.flops_per_token` of the run's step.
+
+  With a reference's or a teacher's forward pass; without the head where there are no logits: in reward models, and at
+  the places of a rollout that are no answer's.
+  """
+  flops, head = metrics.flops_per_token(config.model, config.data.seq_len), 6.0 * config.model.d_model
+  head *= config.model.vocab_size
+  if config.rl.algo and config.mesh.sequence == 1:
+    return flops - head * max(0.0, 1 - config.rl.max_new_tokens / config.data.seq_len)
   if config.distill.teacher:
     return flops + metrics.flops_per_token(taught(config), config.data.seq_len) / 3
   if frozen(config):
     return 6.0 * config.model.d_model  # at most: where each token ends an answer
   if config.preference.stage == 'reward':
-    return flops - 6.0 * config.model.d_model * config.model.vocab_size
+    return flops - head
   return flops * (4 / 3 if config.reference == 'adapters' else 1)
 
 

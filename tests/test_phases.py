@@ -163,6 +163,13 @@ def test_a_loop_without_a_count_runs_so_many_rounds():
   assert [cost.matmul_flops(jaxpr, n) for n in (1, 5)] == [54, 270]
 
 
+def test_model_flops_have_a_head_where_there_are_logits():
+  head, whole = 6 * 16 * 256, program.flops_per_token(dataclasses.replace(RL, rl=configs.Rl()))
+  assert program.flops_per_token(RL) == pytest.approx(whole - head / 2)  # answers have 64 of 128 places
+  assert program.flops_per_token(rl(max_new_tokens=128)) == pytest.approx(whole)
+  assert program.flops_per_token(dataclasses.replace(RL, mesh=configs.Mesh(sequence=2))) == pytest.approx(whole)
+
+
 def test_logits_of_answers_alone_send_less_and_gather_no_more(monkeypatch):
   def sent():
     mesh = sharding.make_mesh(tensor=2)

@@ -95,6 +95,13 @@ def test_epochs_are_steps_and_the_run_goes_on(home, tuned):
   assert losses(home, 'tuned') == before
 
 
+def test_a_warm_up_longer_than_the_epochs_is_told(home, capsys):
+  assert sft(home, 'few', '--epochs', '0.3', '--optim.warmup-steps', '99', '--watch.eval-every', '0') == 0
+  steps = bases.newest(home / 'few').config.steps
+  assert f'epochs of these rows: optim.warmup_steps is {steps // 2}, not 99' in capsys.readouterr().out
+  assert bases.newest(home / 'few').config.optim.warmup_steps == steps // 2
+
+
 def test_new_tokens_that_could_not_be_learnt_are_refused(home, capsys):
   adapters = ('--lora.rank', '2', '--steps', '4', '--epochs', '0', '--optim.warmup-steps', '0')
   assert sft(home, 'frozen', *adapters) == 1

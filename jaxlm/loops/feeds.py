@@ -174,7 +174,7 @@ def open_feed(config: Pretrain) -> tuple[Pretrain, Feed]:
 
 
 def counted(config: Pretrain, opened: corpus.Corpus | None = None) -> Pretrain:
-  """The config with the steps that its epochs are, if it counts in epochs; a warm-up that is longer is half of them."""
+  """The config with the steps that its epochs are, if it counts in epochs."""
   if not config.epochs:
     return config
   data = config.data
@@ -185,10 +185,7 @@ def counted(config: Pretrain, opened: corpus.Corpus | None = None) -> Pretrain:
     rows = len(teaching.prompts(config, opened))
   else:
     rows = corpus.training(opened, config).rows
-  steps = max(1, math.ceil(config.epochs * rows / data.global_batch))
-  warm = config.optim.warmup_steps
-  optim = dataclasses.replace(config.optim, warmup_steps=warm if warm < steps else steps // 2)  # of little data
-  return dataclasses.replace(config, steps=steps, optim=optim)
+  return dataclasses.replace(config, steps=max(1, math.ceil(config.epochs * rows / data.global_batch)))
 
 
 def resolved(config: Pretrain, tokenizer: Tokenizer) -> Pretrain:

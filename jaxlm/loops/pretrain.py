@@ -54,10 +54,8 @@ def pretrain(
   what the folder already holds do not belong together, or when another process writes to it.
   """
   trackers.check(config.watch.tracker)
-  wanted = config.optim.warmup_steps
   config, feed = feeds.open_feed(config)
-  if (warm := config.optim.warmup_steps) != wanted:
-    say(f'{config.steps} steps are {config.epochs:g} epochs of these rows: optim.warmup_steps is {warm}, not {wanted}')
+  config = _warmed(config, say)
   mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
   run, watch = epath.Path(config.run), config.watch
   with _held(run), jax.set_mesh(mesh):
@@ -91,6 +89,15 @@ def _held(run: epath.Path) -> Generator[None]:
   with contextlib.ExitStack() as stack:
     hosts.from_first(lambda: stack.enter_context(lock.hold(run)))
     yield
+
+
+def _warmed(config: Pretrain, say: Say) -> Pretrain:
+  """With a warm-up of half the steps where epochs of few rows are not as many as were asked for."""
+  steps, asked = config.steps, config.optim.warmup_steps
+  if not config.epochs or asked < steps:
+    return config
+  say(f'{steps} steps are {config.epochs:g} epochs of these rows: optim.warmup_steps is {steps // 2}, not {asked}')
+  return dataclasses.replace(config, optim=dataclasses.replace(config.optim, warmup_steps=steps // 2))
 
 
 def _check_same(config: Pretrain, feed: Feed) -> None:
