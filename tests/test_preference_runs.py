@@ -215,7 +215,8 @@ def test_scores_of_conversations_are_those_of_the_rows(home, judge):
   turns = lambda row, side: [{'role': 'user', 'content': row['prompt']}, {'role': 'assistant', 'content': row[side]}]
   talks = [Conversation(turns(row, side)) for row in rows for side in ('chosen', 'rejected')]
   scores = scoring.score(model, talks, batch=7).reshape(-1, 2)
-  np.testing.assert_array_equal(scoring.score(model, [talks[5]]), scoring.score(model, talks[5:6], batch=1))
+  alone, padded = scoring.score(model, talks[5:6], batch=1), scoring.score(model, talks[5:6])
+  np.testing.assert_allclose(padded, alone, rtol=1e-5)  # rows repeated to fill a batch change nothing but the rounding
   held = rewards.judge(str(judge))
   there = np.stack([held.chosen, held.rejected], 1)
   assert np.abs(there[:, None] - scores).max(-1).min(1).max() < 1e-4 * np.abs(scores).max() and len(there) > 5
