@@ -137,7 +137,7 @@ def ours(folder: Path, args: argparse.Namespace) -> Iterator[dict[str, float]]:
   settled, feed = feeds.open_feed(settled)
   mesh = sharding.make_mesh(**dataclasses.asdict(settled.mesh), devices=jax.devices()[:1])
   with jax.set_mesh(mesh):
-    built = program.build(settled, mesh, groups=feed.groups)
+    built = program.build(settled, mesh, groups=feed.groups, places=feed.places)
     state = built.around(bases.fitted(settled, bases.open_base(settled.init, mesh)).params)
     feed.attach(built, state, lambda line: None)
     spent: dict[str, float] = {'tokens': 0.0}

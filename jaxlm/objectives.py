@@ -253,12 +253,23 @@ def hidden(cfg: ModelConfig, run: Run, params: Any, batch: Any, key: Any) -> tup
 
 
 def _of_targets(cfg: ModelConfig, run: Run, params: Any, batch: Any, chunks: int, key: Any) -> tuple[Array, Array, Any]:
-  """(logp_BT, lse_BT) of the batch's targets, and what the layers add to the loss."""
+  """(logp_BT, lse_BT) of the batch's targets, and what the layers add to the loss.
+
+  A batch with `places` [B, K] (see `data.pairs`) has logits there alone, and 0 elsewhere.
+  """
   params, out = hidden(cfg, run, params, batch, key)
-  if chunks == 1 and sharded.layout(batch['targets'].shape, run.rules) is None:
-    return *lm.from_logits(models.unembed(cfg, params, out.x_BTD), batch['targets']), out.aux
-  logp_BT, lse_BT, _ = logprobs(cfg, run, params, out.x_BTD, batch['targets'], chunks)
-  return logp_BT, lse_BT, out.aux
+  x_BTD, targets_BT, length = out.x_BTD, batch['targets'], batch['targets'].shape[1]
+  if 'places' in batch:
+    at = jax.vmap(lambda x, places: jnp.take(x, places, axis=0, mode='clip'))
+    x_BTD, targets_BT = (at(x, batch['places']) for x in (x_BTD, targets_BT))
+  if chunks == 1 and sharded.layout(targets_BT.shape, run.rules) is None:
+    found = lm.from_logits(models.unembed(cfg, params, x_BTD), targets_BT)
+  else:
+    found = logprobs(cfg, run, params, x_BTD, targets_BT, chunks)[:2]
+  if 'places' in batch:
+    spread = jax.vmap(lambda x, places: jnp.zeros(length, x.dtype).at[places].set(x, mode='drop'))
+    found = [spread(x, batch['places']) for x in found]
+  return *found, out.aux
 
 
 def logprobs(

@@ -70,11 +70,18 @@ class Program(NamedTuple):
 
 
 def build(
-  config: Pretrain, mesh: Mesh, rules: sharding.Rules = sharding.RULES, *, groups: int = 1, segments: int = 2
+  config: Pretrain,
+  mesh: Mesh,
+  rules: sharding.Rules = sharding.RULES,
+  *,
+  groups: int = 1,
+  segments: int = 2,
+  places: int = 0,
 ) -> Program:
   """Wires model, loss, optimizer and shardings; `groups` is how many the held-out text is counted in.
 
-  `segments` is how many a row may have, of a batch that holds what a frozen trunk makes of them.
+  `segments` is how many a row may have, of a batch that holds what a frozen trunk makes of them; `places` how many of
+  a row's have logits (see `data.pairs`), 0 for all.
 
   Raises InputError for sizes that do not divide.
   """
@@ -132,6 +139,8 @@ def build(
     batch['features'] = jax.ShapeDtypeStruct((shape[0], segments, cfg.d_model), jnp.float32)
     rows = sharding.batch_shardings(jax.ShapeDtypeStruct(shape[:1], jnp.float32), mesh, rules)
     batch['features'] = place(batch['features'], rows)
+  if places and mesh.shape['sequence'] == 1:
+    batch['places'] = jax.ShapeDtypeStruct((shape[0], places), jnp.int32, sharding=batch['tokens'].sharding)
   text = config.preference.stage == 'none' and not config.rl.algo
   held_out = held_out if text else batch
   layout = lambda tree_: jax.tree.map(lambda x: x.sharding, tree_)
@@ -297,8 +306,8 @@ def _step(config: Pretrain, loss_fn: step.LossFn, optimizer: Any, learns: tree.W
   return beside
 
 
-def flops_per_token(config: Pretrain) -> float:
-  """`metrics.flops_per_token` of the run's step.
+def flops_per_token(config: Pretrain, places: int = 0) -> float:
+  """`metrics.flops_per_token` of the run's step, whose rows have logits at so many `places` (0: at all).
 
   With a reference's or a teacher's forward pass; without the head where there are no logits: in reward models, and at
   the places of a rollout that are no answer's.
@@ -313,6 +322,8 @@ def flops_per_token(config: Pretrain) -> float:
     return 6.0 * config.model.d_model  # at most: where each token ends an answer
   if config.preference.stage == 'reward':
     return flops - head
+  if places and config.mesh.sequence == 1:
+    flops -= head * (1 - places / config.data.seq_len)
   return flops * (4 / 3 if config.reference == 'adapters' else 1)
 
 

@@ -15,6 +15,7 @@ from conftest import LLAMA, randomized
 from jaxlm import lora, models, objectives, sharding, tree
 from jaxlm.config import Compute, Data, Lora, Mesh, Optim, Preference, Pretrain
 from jaxlm.data import packing
+from jaxlm.loops import pairing
 from jaxlm.losses import lm
 from jaxlm.losses import preference as losses
 from jaxlm.models import Run
@@ -121,6 +122,26 @@ def test_a_batch_is_its_pairs_alone(folders, policy, name):
     assert float(metrics['nll'].weight) == lengths[:, 0].sum()
 
 
+@pytest.mark.parametrize('name', ['dpo', 'kto'])
+@pytest.mark.parametrize('chunks', [1, 3])
+def test_logits_of_answers_alone_give_the_same(folders, policy, name, chunks):
+  some = rows_of(folders, name)
+  assert 0 < pairing.placed([some]) < T and some.places >= some.learnt == max(
+    int(some[i]['loss_mask'].sum()) for i in range(len(some))
+  )
+  batch = preferred.batch_of(some, [0, 1, 2])
+  picked, rest = tree.split(policy, lora.is_adapter)
+  how = stage(name, chunks=chunks)
+  fn = jax.jit(jax.value_and_grad(lambda p, batch: how(tree.combine(p, rest), batch, None)[0].total))
+  whole = {k: x for k, x in batch.items() if k != 'places'}
+  (got, got_grads), (want, want_grads) = fn(picked, batch), fn(picked, whole)
+  assert float(got) == pytest.approx(float(want), rel=1e-5)
+  for (path, a), (_, b) in zip(tree.items(got_grads), tree.items(want_grads), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max()) + 1e-7, err_msg=path)
+  made = lambda batch: f'{T}x{CFG.vocab_size}xf32' in fn.lower(picked, batch).as_text()
+  assert (made(whole), made(batch)) == (chunks == 1, False)
+
+
 def elsewhere(some, unit, seq_len, before, after):
   """A row with a unit and others around it, as `PairRows` makes rows, padded to `seq_len`."""
   units = [*before, unit, *after]
@@ -171,6 +192,7 @@ def config(name, **how):
 def test_eight_devices_and_micro_batches_are_one_device(folders, policy, name):
   """Three steps, the rows cut over data and fsdp, heads over tensor, the sequence over a ring."""
   some = rows_of(folders, name, T + 1)
+  places = 0 if name == 'reward' else pairing.placed([some])
   batches = [
     {k: np.asarray(v) for k, v in preferred.batch_of(some, [(i + j) % len(some) for j in range(8)]).items()}
     for i in range(3)
@@ -182,7 +204,8 @@ def test_eight_devices_and_micro_batches_are_one_device(folders, policy, name):
     one = config(name, mesh=Mesh(**sizes), compute=Compute(accum=accum))
     devices = jax.devices()[: 1 if len(sizes) == 1 else 8]
     mesh = sharding.make_mesh(**sizes, devices=devices)
-    built = build(one, mesh)
+    built = build(one, mesh, places=places if len(sizes) > 1 else 0)
+    assert ('places' in built.batch) == bool(places and len(sizes) == 3)  # not where rows are cut over devices
     with jax.set_mesh(mesh):
       now, seen = built.around(jax.device_put(jax.tree.map(jnp.copy, randomized(CFG)), _layout(built))), []
       for batch in batches:

@@ -28,6 +28,8 @@ class PairRows:
   segment s, and `ref_logps` float32 [T] where `reference` [units, 2] has the log-probabilities of all units' answers.
   Where `features` [units, 2, D] has what a trunk makes of their ends, `features` float32 [segments, D] has it in the
   same order; `segments` is set beside it, to `most` of the streams whose rows make one batch, or to more.
+  Where `places` is set, to `learnt` (targets of a row's answers at most) of such streams or to more, `places` int32
+  [places] are those where `loss_mask` is on, and T for those that are over.
   `loss_mask` is on for the targets of answers. With `ends` it is on for the last token of each answer instead, where a
   score is read; rows then hold the last token of a document, which is else predicted alone.
   `keep` (bool, one a unit) leaves out others.
@@ -54,24 +56,28 @@ class PairRows:
     self._token_bytes, (self._labels, self._margins) = tokenizer.token_bytes(), tokens.answers()
     self._starts = tokens.document_starts()
     self.features: np.ndarray | None = None
-    self.segments = 0
-    lengths = self._unit_lengths()
+    self.segments, self.places = 0, 0
+    lengths, answers = self._unit_lengths()
     self.most = 2 * int(np.searchsorted(np.cumsum(np.sort(lengths)), seq_len, 'right'))  # segments of any row, or more
     wanted = np.ones(len(lengths), np.bool_) if keep is None else keep
     fits = wanted & (lengths <= seq_len)
     self.units, self.count, self.dropped = np.flatnonzero(fits), len(lengths), int((wanted & ~fits).sum())
     self._used = int(lengths[fits].sum())
     row = packing.best_fit(lengths[fits], seq_len)
+    self.learnt = int(np.bincount(row, answers[fits]).max(initial=0))
     self._order = np.argsort(row, kind='stable')
     self._bounds = np.searchsorted(row[self._order], np.arange(row.max(initial=-1) + 2))
 
-  def _unit_lengths(self) -> np.ndarray:
-    sizes = np.diff(self._starts)
+  def _unit_lengths(self) -> tuple[np.ndarray, np.ndarray]:
+    """Places of each unit, and how many of them are under the loss mask."""
+    sizes, (prompts, answers) = np.diff(self._starts), completions(self.tokens).T
+    if self.ends:
+      answers = np.ones_like(answers)
     if self.unit == 'pair':
-      return (sizes[::2] + sizes[1::2]) - 2 * (not self.ends)
-    self._prompts = completions(self.tokens)[:, 0]
+      return (sizes[::2] + sizes[1::2]) - 2 * (not self.ends), answers[::2] + answers[1::2]
+    self._prompts = prompts
     other = (np.arange(len(sizes)) + self.apart) % max(1, len(sizes))
-    return (sizes - 1) + (self._prompts + (sizes - self._prompts)[other] - 1)
+    return (sizes - 1) + (prompts + (sizes - prompts)[other] - 1), answers + answers[other]
 
   def __len__(self) -> int:
     return len(self._bounds) - 1
@@ -103,6 +109,9 @@ class PairRows:
     if self.reference is not None:
       said['ref_logps'] = self.reference[units]
     found |= {name: packing.padded(x.reshape(-1), self.seq_len, x.dtype.type) for name, x in said.items()}
+    if self.places:
+      on = np.flatnonzero(found['loss_mask'])
+      found['places'] = np.append(on, np.full(self.places - len(on), self.seq_len)).astype(np.int32)
     if self.features is not None:
       ends = self.features[units]
       found['features'] = packing.padded(ends.reshape(-1, ends.shape[-1]), self.segments, np.float32)

@@ -28,6 +28,7 @@ class Feed(Protocol):
   contents: str  # what a saved run must find again
   groups: int  # that held-out text is counted in
   segments: int = 2  # a row may have, of preferences
+  places: int = 0  # of a row that have logits, of preferences; 0: all
   unit: int = 1  # a run is left after a multiple of so many batches: what is in between is not in its state
   names: list[str]  # of the sources that are mixed
   watches: bool  # whether something is held out
@@ -91,6 +92,7 @@ class Prepared(Feed):
     self.groups, self.watches = len(self._groups), len(self._rows) > 0
     found = [*pairing.leaves(self.training.batches.rows), *pairing.leaves(self._rows)]
     self.segments = max((stream.most for stream in found), default=2)
+    self.places = 0 if config.preference.stage == 'reward' else pairing.placed(found)
 
   def _held_out(self) -> tuple[data_batches.Joined, list[corpus.Group]]:
     if self.text:

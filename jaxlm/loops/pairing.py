@@ -1,6 +1,6 @@
 """Preferences as the data of a run: rows of whole pairs for training and for evaluation, and what is said of them."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,8 @@ from jaxlm.data import batches
 from jaxlm.data.pairs import PairRows, folds
 from jaxlm.data.prepared import Prepared
 from jaxlm.errors import InputError
+
+MULTIPLE = 16  # of the places that have logits
 
 
 def rows(config: Pretrain, folder: Prepared, *, held_out: bool, kind: str | None = None) -> batches.Joined:
@@ -46,6 +48,15 @@ def leaves(source: Any) -> Iterator[PairRows]:
     yield source
   for part in getattr(source, 'parts', ()):
     yield from leaves(part)
+
+
+def placed(streams: Sequence[PairRows]) -> int:
+  """How many places of a row have logits, set in all streams, whose rows are of one length; 0 where it is all."""
+  learnt = max((one.learnt for one in streams), default=0)
+  places = -(-learnt // MULTIPLE) * MULTIPLE
+  for one in streams:
+    one.places = places if places < one.seq_len else 0
+  return streams[0].places if streams else 0
 
 
 def of_units(

@@ -60,7 +60,7 @@ def pretrain(
   run, watch = epath.Path(config.run), config.watch
   with _held(run), jax.set_mesh(mesh):
     _check_same(config, feed)
-    built = program.build(config, mesh, groups=feed.groups, segments=feed.segments)
+    built = program.build(config, mesh, groups=feed.groups, segments=feed.segments, places=feed.places)
     built = program.fitting(built, program.memory_limit(mesh))
     keep = {'keep_last': watch.keep_last, 'keep_every': watch.keep_every, 'keep_best': watch.keep_best}
     checkpoints = Checkpoints(run / 'checkpoints', **keep, say=say)
@@ -271,7 +271,7 @@ def _describe(wired: Wired, mesh: Any) -> None:
   facts = {
     'model': {
       'parameters': tree.size(built.abstract.params),
-      'training FLOPs a token': program.flops_per_token(config),
+      'training FLOPs a token': program.flops_per_token(config, wired.feed.places),
       'tokens a step': config.data.global_batch * config.data.seq_len,
     },
     'data': wired.feed.facts(),
@@ -361,7 +361,7 @@ def _check_room(config: Pretrain, tokenizer: Tokenizer) -> None:
 def _logger(wired: Wired, mesh: Any, writer: Writer, on_step: OnStep, offset: int) -> OnStep:
   """Turns a step's metrics into a row: names of the ecosystem, throughput, utilisation, epochs; looks for spikes."""
   config, built, feed = wired.config, wired.built, wired.feed
-  flops = program.flops_per_token(config)
+  flops = program.flops_per_token(config, feed.places)
   peak = metrics.peak_flops(mesh.devices.flat)
 
   def log(step: int, values: dict[str, float]) -> None:
