@@ -258,18 +258,19 @@ def _of_targets(cfg: ModelConfig, run: Run, params: Any, batch: Any, chunks: int
   A batch with `places` [B, K] (see `data.pairs`) has logits there alone, and 0 elsewhere.
   """
   params, out = hidden(cfg, run, params, batch, key)
-  x_BTD, targets_BT, length = out.x_BTD, batch['targets'], batch['targets'].shape[1]
+  x_BTD, targets_BT = out.x_BTD, batch['targets']
+  T = batch['targets'].shape[1]
   if 'places' in batch:
     at = jax.vmap(lambda x, places: jnp.take(x, places, axis=0, mode='clip'))
     x_BTD, targets_BT = (at(x, batch['places']) for x in (x_BTD, targets_BT))
-  if chunks == 1 and sharded.layout(targets_BT.shape, run.rules) is None:
-    found = lm.from_logits(models.unembed(cfg, params, x_BTD), targets_BT)
+  if chunks == 1 and sharded.layout((len(targets_BT), targets_BT.shape[1]), run.rules) is None:
+    logp_BT, lse_BT = lm.from_logits(models.unembed(cfg, params, x_BTD), targets_BT)
   else:
-    found = logprobs(cfg, run, params, x_BTD, targets_BT, chunks)[:2]
+    logp_BT, lse_BT, _ = logprobs(cfg, run, params, x_BTD, targets_BT, chunks)
   if 'places' in batch:
-    spread = jax.vmap(lambda x, places: jnp.zeros(length, x.dtype).at[places].set(x, mode='drop'))
-    found = [spread(x, batch['places']) for x in found]
-  return *found, out.aux
+    spread = jax.vmap(lambda x, places: jnp.zeros(T, x.dtype).at[places].set(x, mode='drop'))
+    logp_BT, lse_BT = (spread(x, batch['places']) for x in (logp_BT, lse_BT))
+  return logp_BT, lse_BT, out.aux
 
 
 def logprobs(
