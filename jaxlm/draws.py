@@ -73,7 +73,7 @@ def log_chances(
   temperature_B1 = _column(sampling.temperature_B, logits_BV)
   greedy_B1 = temperature_B1 < COLD
   cut_BV = jax.nn.log_softmax(truncate(logits_BV / jnp.where(greedy_B1, 1.0, temperature_B1), sampling), axis=-1)
-  best_BV = jnp.arange(logits_BV.shape[-1]) == jnp.argmax(logits_BV, axis=-1, keepdims=True)
+  best_BV = jnp.arange(logits_BV.shape[-1]) == likeliest(logits_BV)[:, None]
   return jnp.where(greedy_B1, jnp.where(best_BV, 0.0, -jnp.inf), cut_BV)
 
 
@@ -98,5 +98,13 @@ def draw(
 
 
 def drawn(log_chances_BV: Float[Array, 'B V'], keys_B: Array) -> Int[Array, ' B']:
-  """A token a row of these log-probabilities, which need not add up to one."""
-  return jax.vmap(jax.random.categorical)(keys_B, log_chances_BV).astype(jnp.int32)
+  """A token a row of these log-probabilities, which need not add up to one: that of `jax.random.categorical`."""
+  noise = lambda key, x_V: jax.random.gumbel(key, x_V.shape, x_V.dtype)
+  return likeliest(jax.vmap(noise)(keys_B, log_chances_BV) + log_chances_BV)
+
+
+def likeliest(x_BV: Float[Array, 'B V']) -> Int[Array, ' B']:
+  """Where each row is largest, the first of equals. CPUs do the two passes many entries at a time, an argmax one."""
+  order_V = jnp.arange(x_BV.shape[-1], dtype=jnp.int32)
+  first_B = jnp.min(jnp.where(x_BV == x_BV.max(axis=-1, keepdims=True), order_V, len(order_V)), axis=-1)
+  return jnp.minimum(first_B, len(order_V) - 1)
