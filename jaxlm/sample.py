@@ -54,7 +54,7 @@ def prefill(
   laid = lambda x, *names: sharding.constrain(x, ('batch', *names), run.rules)
   prompts_BP, lengths_B = laid(prompts_BP, None), laid(lengths_B)
   cache = models.init_cache(cfg, prompts_BP.shape[0], slots, run.dtype, ahead=ahead)
-  cache = jax.tree.map(lambda x_BSKN: laid(x_BSKN, None, 'act_kv_heads', None), cache)
+  cache = jax.tree.map(lambda x_BKSN: laid(x_BKSN, 'act_kv_heads', None, None), cache)
   order_1P = jnp.arange(prompts_BP.shape[1], dtype=jnp.int32)[None]
   positions_BP = jnp.where(order_1P < lengths_B[:, None], order_1P, -1)
   out = models.hidden(cfg, params, prompts_BP, run=run, positions_BT=positions_BP, cache=cache, first=True)

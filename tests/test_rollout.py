@@ -100,7 +100,7 @@ def test_on_eight_devices(cfg):
     found = rollout.engine(cfg, max_new_tokens=N, stop_ids=STOP, rows=8, mesh=mesh)(ready, prompts, seeds)
     state = sample.begin(cfg, ready, prompts[:8], jax.random.key(0), max_new_tokens=N, run=Run(rules=rollout.DECODE))
     k = state.cache[0].k
-    assert k.sharding.shard_shape(k.shape) == (2, k.shape[1], 1, 8)
+    assert k.sharding.shard_shape(k.shape) == (2, 1, k.shape[2], 8)
   np.testing.assert_array_equal(found.tokens_MN, want.tokens_MN)
   np.testing.assert_allclose(found.logp_MN, want.logp_MN, atol=2e-5)
 

@@ -18,16 +18,17 @@ from jaxlm.models.config import ModelConfig
 class Cache:
   """Keys and values seen so far: the key of position p is in slot p, or, in a ring of S slots, in slot p mod S.
 
-  Stacked like the layers it belongs to: [L, B, S, K, N], or [B, S, K, N] for one layer.
+  Heads stand before slots: a token's products with all keys of a head then read them in a row. Stacked like the
+  layers it belongs to: [L, B, K, S, N], or [B, K, S, N] for one layer.
   """
 
-  k: Float[Array, '*layers B S K N']
-  v: Float[Array, '*layers B S K N']
+  k: Float[Array, '*layers B K S N']
+  v: Float[Array, '*layers B K S N']
   ring: bool = struct.field(pytree_node=False, default=False)
 
   @property
   def slots(self) -> int:
-    return self.k.shape[-3]
+    return self.k.shape[-2]
 
   def write(self, k: Float[Array, 'B T K N'], v: Float[Array, 'B T K N'], positions_BT: Int[Array, 'B T']) -> 'Cache':
     """One layer's cache with these keys and values; negative positions and, without a ring, those past the end are
@@ -39,7 +40,7 @@ class Cache:
       slots_BT = positions_BT % S
     slots_BT = jnp.where(kept_BT, slots_BT, S)
     # a row at a time: a scatter over rows and slots would have every device gather what all others write
-    own = jax.vmap(lambda old, slots, new: old.at[slots].set(new.astype(old.dtype), mode='drop'))
+    own = jax.vmap(lambda old, slots, new: old.at[:, slots].set(new.astype(old.dtype).swapaxes(0, 1), mode='drop'))
     return self.replace(k=own(self.k, slots_BT, k), v=own(self.v, slots_BT, v))  # ty: ignore
 
   def positions(self, last_B1: Int[Array, 'B 1']) -> Int[Array, 'B S']:

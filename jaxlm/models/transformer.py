@@ -137,7 +137,7 @@ class Attention(nn.Module):
     if cache is not None:
       cache = cache.write(k_BTKN, v_BTKN, ctx.positions)
       if not ctx.own:
-        k_BTKN, v_BTKN = cache.k, cache.v
+        k_BTKN, v_BTKN = cache.k.swapaxes(1, 2), cache.v.swapaxes(1, 2)
     q_BTHN = constrain(q_BTHN, ('batch', 'seq', 'act_heads', None), rules)
     scale, softcap = cfg.attention_multiplier, cfg.attention_softcap
     if self.run.attention == 'splash' and cache is None:
@@ -267,13 +267,13 @@ def axes(cfg: ModelConfig) -> Params:
 def init_cache(cfg: ModelConfig, batch: int, length: int, dtype: Any = jnp.float32, *, ahead: int = 1) -> Any:
   """An empty cache of `length` positions for every layer; local layers keep their window, if that is less.
 
-  A tuple of one a layer, [B, S, K, N]. `ahead` is the most tokens that a call after the first will have.
+  A tuple of one a layer, [B, K, S, N]. `ahead` is the most tokens that a call after the first will have.
   """
 
   def empty(kind: str) -> Cache:
     kept = cfg.window + ahead - 1
     ring = kind == 'local' and kept < length
-    shape = (batch, kept if ring else length, cfg.kv_heads, cfg.head_size)
+    shape = (batch, cfg.kv_heads, kept if ring else length, cfg.head_size)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), ring)
 
   return tuple(map(empty, cfg.kinds))

@@ -71,7 +71,7 @@ def _laid(tree: Any, run: Run) -> Any:
   """Rows over the mesh's axes for a batch, heads of a cache over those for heads; what is not divisible is whole."""
 
   def lay(x: Array) -> Array:
-    names = (None, 'act_kv_heads', None) if x.ndim == 4 else (None,) * (x.ndim - 1)
+    names = ('act_kv_heads', None, None) if x.ndim == 4 else (None,) * (x.ndim - 1)
     return sharding.constrain(x, ('batch', *names), run.rules)
 
   return jax.tree.map(lay, tree)
