@@ -29,12 +29,12 @@ def devices_line(accelerators: Mapping[str, str] = ACCELERATORS) -> str:
     devices = jax.devices()
   except (RuntimeError, AssertionError) as e:  # JAX asserts where it knows the platform and no plugin brings it
     extra = {'gpu': 'cuda', 'cuda': 'cuda', 'tpu': 'tpu'}.get(asked.split(',')[0])
-    remedy = f"pip install 'jaxlm[{extra}]', or " if extra else ''
+    remedy = f"pip install -e '.[{extra}]', or " if extra else ''
     raise InputError(f'JAX has no {asked!r} here: {remedy}unset JAX_PLATFORMS') from e
   idle = next((path for path in accelerators if Path(path).exists()), None)
   if devices[0].platform == 'cpu' and idle and not asked:
     raise InputError(
-      f"this machine has an accelerator ({idle}) and JAX sees only the CPU: pip install 'jaxlm[{accelerators[idle]}]', "
+      f"this machine has an accelerator ({idle}) and JAX sees only the CPU: pip install -e '.[{accelerators[idle]}]', "
       'or set JAX_PLATFORMS=cpu to compute on the CPU all the same'
     )
   processes = f', in {jax.process_count()} processes' * (jax.process_count() > 1)

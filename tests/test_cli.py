@@ -65,7 +65,7 @@ def test_devices_line_refuses_an_idle_accelerator(tmp_path, monkeypatch):
   device = tmp_path / 'accel0'
   assert cli.devices_line({str(device): 'tpu'}).startswith('devices: 8 x cpu')
   device.touch()
-  with pytest.raises(InputError, match=r"pip install 'jaxlm\[tpu\]'"):
+  with pytest.raises(InputError, match=r"pip install -e '\.\[tpu\]'"):
     cli.devices_line({str(device): 'tpu'})
   monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
   assert cli.devices_line({str(device): 'tpu'}).startswith('devices: 8 x cpu')
@@ -76,7 +76,7 @@ def test_a_missing_plugin_names_its_pip_line(tmp_path):
   command = [sys.executable, '-m', 'jaxlm', 'quickstart', '--run', str(tmp_path / 'run')]
   done = subprocess.run(command, env=env, capture_output=True, text=True)
   assert done.returncode == 1
-  assert "pip install 'jaxlm[cuda]'" in done.stderr.splitlines()[-1]
+  assert "pip install -e '.[cuda]'" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize('verb, goes_on', [('sft', True), ('pretrain', True), ('quickstart', True), ('eval', False)])

@@ -380,7 +380,7 @@ def test_progress_rises_to_all_bytes_of_the_files(tmp_path, t):
 
 
 def test_near_duplicates_are_dropped_and_counted(tmp_path, t):
-  pytest.importorskip('datasketch', reason="datasketch is not installed: pip install 'jaxlm[dedup]'")
+  pytest.importorskip('datasketch', reason="datasketch is not installed: pip install -e '.[dedup]'")
   words = [' '.join(f'word{i * 37 % 101}{j}' for i in range(101)) for j in range(5)]
   texts = [*words, words[2].replace('word372', 'other'), words[4] + ' end']
   summary = prepare([jsonl(tmp_path / 'a.jsonl', texts)], t, tmp_path / 'out', val_fraction=0, near=0.8)
