@@ -300,9 +300,12 @@ class Verify:
   folder: Positional[str]  # of a run, or of prepared data
 
 
-def parse(cls: Any, args: Sequence[str], verb: str, default: Any = None) -> Any:
-  """Arguments into an instance of `cls`; tyro prints what is wrong with them, the nearest flag, and exits with 2."""
-  return tyro.cli(cls, prog=f'jaxlm {verb}', args=args, default=default)
+def parse(cls: Any, args: Sequence[str], verb: str, default: Any = None, about: str | None = None) -> Any:
+  """Arguments into an instance of `cls`; tyro prints what is wrong with them, the nearest flag, and exits with 2.
+
+  `about` heads the help; where it is not given, the docstring of `cls`.
+  """
+  return tyro.cli(cls, prog=f'jaxlm {verb}', args=args, default=default, description=about)
 
 
 def parse_some(cls: Any, args: Sequence[str], verb: str) -> tuple[Any, list[str]]:

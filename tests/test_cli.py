@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm import __main__, cli
+from jaxlm import __main__, cli, stages
 from jaxlm.errors import InputError
 
 
@@ -52,6 +53,19 @@ def test_every_verb_explains_itself(capsys, verb):
   code, out, _ = run(capsys, verb, '--help')
   assert code == 0
   assert f'usage: jaxlm {verb}' in out
+
+
+@pytest.mark.parametrize('stage', list(stages.ABOUT))
+def test_help_of_a_stage_is_its_own_and_lists_short_names(capsys, monkeypatch, stage):
+  monkeypatch.setenv('COLUMNS', '200')
+  _, out, _ = run(capsys, stage, '--help')
+  assert stages.ABOUT[stage] in out and 'A pre-training run' not in out
+  listed = dict(re.findall(r'--(\S+) is --(\S+)', out))
+  first = {'sft': None, 'reward': 'folds', 'preference': 'loss', 'rl': 'algo', 'distill': 'teacher'}[stage]
+  assert list(listed)[:1] == [first] * bool(first)
+  for short, long in listed.items():  # each is read as the long one: what is wrong with it is said of that
+    _, *texts = run(capsys, stage, f'--{short}')
+    assert f'--{long}' in ''.join(texts)
 
 
 def test_unknown_flag_names_the_nearest(capsys):
