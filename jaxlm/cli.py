@@ -113,6 +113,8 @@ def _tokenizer(args: Sequence[str]) -> None:
   if bad.counts:
     print(f'left out: {bad.counts.total()} bad records')
   print(f'{options.out}: {trained.vocab_size} tokens, sha256 {trained.digest[:12]}')
+  if trained.vocab_size < options.vocab_size:
+    print(f'fewer tokens than --vocab-size {options.vocab_size}: this text has no more pairs to merge, give more of it')
 
 
 def _prepare(args: Sequence[str]) -> None:

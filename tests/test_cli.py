@@ -68,6 +68,22 @@ def test_help_of_a_stage_is_its_own_and_lists_short_names(capsys, monkeypatch, s
     assert f'--{long}' in ''.join(texts)
 
 
+def test_text_too_small_for_what_was_asked_is_told(capsys, tmp_path):
+  source, vocabulary = tmp_path / 'a.jsonl', tmp_path / 't.json'
+  source.write_text(''.join(json.dumps({'text': f'{i} abcab'}) + '\n' for i in range(5)))
+  train = 'tokenizer', str(source), '--val-fraction', '0', '--out', str(vocabulary), '--vocab-size'
+  out = run(capsys, *train, '3000')[1].splitlines()
+  assert out[-1].startswith('fewer tokens than --vocab-size 3000: ') and int(out[-2].split()[1]) < 300
+  assert run(capsys, *train, '260')[1].splitlines()[-1].startswith(f'{vocabulary}: 260 tokens')
+  prepare = 'prepare', str(source), '--tokenizer', str(vocabulary), '--out', str(tmp_path / 'out'), '--val-fraction'
+  assert (
+    run(capsys, *prepare, '0.001')[1]
+    .splitlines()[-1]
+    .startswith('nothing is held out: val_fraction is 0.001, none of 5 documents fell into it: ')
+  )
+  assert all('nothing is held out' not in run(capsys, *prepare, share)[1] for share in ('0', '0.5'))
+
+
 def test_unknown_flag_names_the_nearest(capsys):
   code, out, err = run(capsys, 'pretrain', '--optim.lrr', '1')
   assert code == 2
