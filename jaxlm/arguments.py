@@ -104,8 +104,9 @@ class Inspect:
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
-  """Perplexity and bits per byte of a run on held-out text, by kind and by source.
+  """Perplexity and bits per byte of a run on held-out text, by kind and by source, with 95 % intervals.
 
+  jaxlm eval RUN_A --against RUN_B: of both, and how far they are apart, paired by document.
   jaxlm eval RUN_A --against RUN_B --judge WHAT: how often A's answers to held-out prompts are preferred to those of B.
   jaxlm eval MODEL --jsonl FILE --shots 5: multiple choice, continuations, texts or answers of your own.
   jaxlm eval MODEL --lm-eval TASK,TASK --include-path DIR: tasks of lm-eval.
@@ -144,8 +145,6 @@ class Eval:
       raise InputError('--include-path needs --lm-eval')
     if self.judge and (len(self.against) != 1 or self.tasks):
       raise InputError('--judge compares with one other model: --against MODEL, without --tasks')
-    if self.against and not (self.tasks or self.judge or self.jsonl or self.lm_eval):
-      raise InputError('--against compares answers and scores: with --judge, --tasks, --jsonl or --lm-eval')
     within('[0, inf)', temperature=self.temperature)
     at_least(1, most=self.most)
     at_least(1, batch=self.batch, seq_len=self.seq_len, max_new_tokens=self.max_new_tokens)

@@ -221,6 +221,8 @@ def judged(options: 'arguments.Eval') -> bool:
 
   if not rewards.is_reward(options.run):
     return False
+  if options.against:
+    raise InputError(f'{options.run}: is a reward model, which --against compares with no other')
   found = rewards.judge(options.run, options.data, batch=options.batch, seq_len=options.seq_len)
   _judged(options.run, found, ', '.join(options.data) or 'held-out pairs', 'held_out', options.out)
   return True
