@@ -104,8 +104,9 @@ class Inspect:
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
-  """Perplexity and bits per byte of a run on held-out text, by kind and by source.
+  """Perplexity and bits per byte of a run on held-out text, by kind and by source, with 95 % intervals.
 
+  jaxlm eval RUN_A --against RUN_B: of both, and how far they are apart, paired by document.
   jaxlm eval RUN_A --against RUN_B --judge WHAT: how often A's answers to held-out prompts are preferred to those of B.
   jaxlm eval MODEL --jsonl FILE --shots 5: multiple choice, continuations, texts or answers of your own.
   jaxlm eval MODEL --lm-eval TASK,TASK --include-path DIR: tasks of lm-eval.
@@ -144,8 +145,6 @@ class Eval:
       raise InputError('--include-path needs --lm-eval')
     if self.judge and (len(self.against) != 1 or self.tasks):
       raise InputError('--judge compares with one other model: --against MODEL, without --tasks')
-    if self.against and not (self.tasks or self.judge or self.jsonl or self.lm_eval):
-      raise InputError('--against compares answers and scores: with --judge, --tasks, --jsonl or --lm-eval')
     within('[0, inf)', temperature=self.temperature)
     at_least(1, most=self.most)
     at_least(1, batch=self.batch, seq_len=self.seq_len, max_new_tokens=self.max_new_tokens)
@@ -300,9 +299,12 @@ class Verify:
   folder: Positional[str]  # of a run, or of prepared data
 
 
-def parse(cls: Any, args: Sequence[str], verb: str, default: Any = None) -> Any:
-  """Arguments into an instance of `cls`; tyro prints what is wrong with them, the nearest flag, and exits with 2."""
-  return tyro.cli(cls, prog=f'jaxlm {verb}', args=args, default=default)
+def parse(cls: Any, args: Sequence[str], verb: str, default: Any = None, about: str | None = None) -> Any:
+  """Arguments into an instance of `cls`; tyro prints what is wrong with them, the nearest flag, and exits with 2.
+
+  `about` heads the help; where it is not given, the docstring of `cls`.
+  """
+  return tyro.cli(cls, prog=f'jaxlm {verb}', args=args, default=default, description=about)
 
 
 def parse_some(cls: Any, args: Sequence[str], verb: str) -> tuple[Any, list[str]]:

@@ -113,6 +113,8 @@ def _tokenizer(args: Sequence[str]) -> None:
   if bad.counts:
     print(f'left out: {bad.counts.total()} bad records')
   print(f'{options.out}: {trained.vocab_size} tokens, sha256 {trained.digest[:12]}')
+  if trained.vocab_size < options.vocab_size:
+    print(f'fewer tokens than --vocab-size {options.vocab_size}: this text has no more pairs to merge, give more of it')
 
 
 def _prepare(args: Sequence[str]) -> None:
@@ -211,11 +213,14 @@ def _eval(args: Sequence[str]) -> None:
       return
   if stages.judged(options):
     return
-  found = perplexity.evaluate(
-    options.run, options.data, batch=options.batch, seq_len=options.seq_len, baselines=options.baselines
-  )
-  print(table(*perplexity.rows(found)))
-  print(perplexity.write(found, options.file('eval.json')))
+  given = options.run, options.data
+  found = perplexity.evaluate(*given, batch=options.batch, seq_len=options.seq_len, baselines=options.baselines)
+  again = lambda name: perplexity.evaluate(name, found.data, batch=options.batch, seq_len=found.seq_len)
+  others = [again(name) for name in options.against]
+  figures, against = perplexity.rows(found), perplexity.compared([found, *others]) if others else None
+  print(shown := '\n\n'.join(table(*one) for one in (figures, against) if one))
+  for path in perplexity.write(found, figures, against, shown, options.file('eval.json')):
+    print(path)
 
 
 def _tasks(options: 'arguments.Eval') -> None:

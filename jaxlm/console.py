@@ -294,7 +294,7 @@ def _told(pieces: Iterator[str], interrupts: Interrupts) -> str:
 
 
 def summary_shown(summary: Any) -> None:
-  """Prints tables of what was read, left out, and kept of a prepared folder (its `Summary`)."""
+  """Prints tables of what was read, left out, and kept of a prepared folder (its `Summary`), and what it lacks."""
   read, kinds = summary.read(), {split: summary.kinds(split) for split in summary.splits}
   whole = lambda rows: [*rows, ('all', *(sum(column) for column in list(zip(*rows, strict=True))[1:]))]
   rows = [(kind, *n.values()) for kind, n in read.items()]
@@ -307,3 +307,6 @@ def summary_shown(summary: Any) -> None:
   learned = lambda split, kind: [summary.chat['learned'][split].get(kind, 0)] if summary.chat else []
   figures = lambda kind: (n for split, of in kinds.items() for n in (*of[kind].figures, *learned(split, kind)))
   print(table(header, whole([(kind, *figures(kind)) for kind in kinds['train']])))
+  if (share := summary.inputs['val_fraction']) and not summary.splits['validation'].documents:
+    fell = f'none of {summary.splits["train"].documents} documents fell into it'
+    print(f'\nnothing is held out: val_fraction is {share:g}, {fell}: give more, or a larger val_fraction')

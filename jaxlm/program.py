@@ -93,7 +93,7 @@ def build(
     raise InputError(f'data.seq_len={config.data.seq_len} does not divide by mesh.sequence={mesh.shape["sequence"]}')
   rules_of = rules if mesh.size > 1 else None
   if compute.float8 and importlib.util.find_spec('qwix') is None:
-    raise InputError("compute.float8 needs qwix: pip install 'jaxlm[quant]'")
+    raise InputError("compute.float8 needs qwix: pip install -e '.[quant]'")
   run = Run(
     jnp.dtype(dtype),
     attention,

@@ -10,10 +10,18 @@ from jaxlm.errors import InputError
 
 if TYPE_CHECKING:
   from jaxlm import arguments
-  from jaxlm.config import Distill, Pretrain, Rl
+  from jaxlm.config import Pretrain
   from jaxlm.evals.rewards import Judged
 
 ACCELERATORS = {'/dev/nvidia0': 'cuda', '/dev/accel0': 'tpu', '/dev/vfio/0': 'tpu'}  # device file -> extra
+
+ABOUT = {  # what each stage is, in its help
+  'sft': 'Instruction-tune a model on conversations: adapters on their base, or with --lora.rank 0 all of it.',
+  'reward': 'Learn scores of answers from preferences, and say how many held-out pairs they tell right.',
+  'preference': 'Learn what is preferred from pairs or labelled answers, by dpo, ipo, kto, orpo, simpo or cpo.',
+  'rl': 'Learn from rewards: answers to prompts are drawn, scored, and learnt from, by ppo, grpo and others.',
+  'distill': "Learn what a teacher would say, on data or on the student's own answers.",
+}
 
 
 def devices_line(accelerators: Mapping[str, str] = ACCELERATORS) -> str:
@@ -29,12 +37,12 @@ def devices_line(accelerators: Mapping[str, str] = ACCELERATORS) -> str:
     devices = jax.devices()
   except (RuntimeError, AssertionError) as e:  # JAX asserts where it knows the platform and no plugin brings it
     extra = {'gpu': 'cuda', 'cuda': 'cuda', 'tpu': 'tpu'}.get(asked.split(',')[0])
-    remedy = f"pip install 'jaxlm[{extra}]', or " if extra else ''
+    remedy = f"pip install -e '.[{extra}]', or " if extra else ''
     raise InputError(f'JAX has no {asked!r} here: {remedy}unset JAX_PLATFORMS') from e
   idle = next((path for path in accelerators if Path(path).exists()), None)
   if devices[0].platform == 'cpu' and idle and not asked:
     raise InputError(
-      f"this machine has an accelerator ({idle}) and JAX sees only the CPU: pip install 'jaxlm[{accelerators[idle]}]', "
+      f"this machine has an accelerator ({idle}) and JAX sees only the CPU: pip install -e '.[{accelerators[idle]}]', "
       'or set JAX_PLATFORMS=cpu to compute on the CPU all the same'
     )
   processes = f', in {jax.process_count()} processes' * (jax.process_count() > 1)
@@ -130,53 +138,43 @@ def _run(options: 'Pretrain') -> None:
 
 def sft(args: Sequence[str]) -> None:
   """`jaxlm sft`."""
-  from jaxlm import arguments, config
+  from jaxlm import config
 
-  default, args = _config(args, config.SFT)
-  _trained(arguments.parse(config.Pretrain, args, 'sft', default), rows=True)
+  _trained(_staged(args, 'sft', config.SFT), rows=True)
 
 
 def preference(args: Sequence[str]) -> None:
   """`jaxlm preference`."""
-  _trained(_staged(args, 'preference', ('loss', 'beta')), rows=True)
+  from jaxlm import config
+
+  _trained(_staged(args, 'preference', config.PREFERENCE), rows=True)
 
 
 def rl(args: Sequence[str]) -> None:
-  """`jaxlm rl`; its own flags have short names."""
-  from jaxlm import arguments, config
+  """`jaxlm rl`."""
+  from jaxlm import config
 
-  default, args = _config(args, config.RL)
-  _trained(arguments.parse(config.Pretrain, _short(args, 'rl', config.Rl), 'rl', default))
+  _trained(_staged(args, 'rl', config.RL))
 
 
 def distill(args: Sequence[str]) -> None:
-  """`jaxlm distill`; its own flags have short names."""
-  from jaxlm import arguments, config
+  """`jaxlm distill`."""
+  from jaxlm import config
 
-  default, args = _config(args, config.DISTILL)
-  options = arguments.parse(config.Pretrain, _short(args, 'distill', config.Distill), 'distill', default)
+  options = _staged(args, 'distill', config.DISTILL)
   if not options.distill.teacher:
     raise InputError('distill: needs --teacher: a run, a Hugging Face folder or a .gguf file')
   _trained(options, rows=True)
-
-
-def _short(args: Sequence[str], part: str, fields: 'type[Rl | Distill]') -> list[str]:
-  """The arguments with the flags of a part of the config by their whole names."""
-  import dataclasses
-
-  names = {field.name.replace('_', '-') for field in dataclasses.fields(fields)}
-  short = lambda arg: arg.startswith('--') and arg[2:].partition('=')[0].replace('_', '-') in names
-  return [f'--{part}.{arg[2:]}' if short(arg) else arg for arg in args]
 
 
 def reward(args: Sequence[str]) -> None:
   """`jaxlm reward`: the run, before it those of the folds, and after each what held-out pairs say of it."""
   import dataclasses
 
-  options = _staged(args, 'reward', ('folds',))
-  from jaxlm import hosts
+  from jaxlm import config, hosts
   from jaxlm.evals import rewards
 
+  options = _staged(args, 'reward', config.REWARD)
   with hosts.joined(options.watch.step_timeout):
     options, parts = _begun(options, rows=True), []
     for fold in range(options.preference.folds):
@@ -190,17 +188,31 @@ def reward(args: Sequence[str]) -> None:
     _judged(options.run, rewards.judge(options.run, kept=True), 'held-out pairs', 'held_out')
 
 
-def _staged(args: Sequence[str], stage: str, short: Sequence[str]) -> 'Pretrain':
-  """The run of a stage of preferences, some of whose flags have `short` names."""
+def short_names(stage: str) -> dict[str, str]:
+  """A stage's flags that have a short name: {'loss': 'preference.loss'}, all of `rl` and `distill` for these two."""
+  import dataclasses
+
+  from jaxlm import config
+
+  if kind := {'rl': config.Rl, 'distill': config.Distill}.get(stage):
+    names = (field.name.replace('_', '-') for field in dataclasses.fields(kind) if field.name != 'architecture')
+    return {name: f'{stage}.{name}' for name in names}
+  return {name: f'preference.{name}' for name in {'preference': ('loss', 'beta'), 'reward': ('folds',)}.get(stage, ())}
+
+
+def _staged(args: Sequence[str], stage: str, default: 'Pretrain') -> 'Pretrain':
+  """The run of a stage after pre-training; its help says what that is, and lists the short names."""
   import dataclasses
 
   from jaxlm import arguments, config
 
-  default, args = _config(args, config.REWARD if stage == 'reward' else config.PREFERENCE)
-  default = dataclasses.replace(default, preference=dataclasses.replace(default.preference, stage=stage))
-  for name in short:
-    args = [f'--preference.{arg[2:]}' if arg.partition('=')[0] == f'--{name}' else arg for arg in args]
-  return arguments.parse(config.Pretrain, args, stage, default)
+  (default, args), short = _config(args, default), short_names(stage)
+  if stage in ('preference', 'reward'):
+    default = dataclasses.replace(default, preference=dataclasses.replace(default.preference, stage=stage))
+  name = lambda arg: arg[2:].partition('=')[0].replace('_', '-') if arg.startswith('--') else ''
+  args = [f'--{short[name(arg)]}{arg[2 + len(name(arg)) :]}' if name(arg) in short else arg for arg in args]
+  listed = '\n'.join(['\n\nShort names:'] * bool(short) + [f'--{one} is --{long}' for one, long in short.items()])
+  return arguments.parse(config.Pretrain, args, stage, default, ABOUT[stage] + listed)
 
 
 def judged(options: 'arguments.Eval') -> bool:
@@ -209,6 +221,8 @@ def judged(options: 'arguments.Eval') -> bool:
 
   if not rewards.is_reward(options.run):
     return False
+  if options.against:
+    raise InputError(f'{options.run}: is a reward model, which --against compares with no other')
   found = rewards.judge(options.run, options.data, batch=options.batch, seq_len=options.seq_len)
   _judged(options.run, found, ', '.join(options.data) or 'held-out pairs', 'held_out', options.out)
   return True

@@ -138,7 +138,7 @@ def devices(topology: Topology) -> list[Any]:
 
 def _gpus(topology: Topology) -> list[Any]:
   if importlib.util.find_spec('jax_cuda13_plugin') is None:
-    raise InputError("compiling for GPUs needs JAX's CUDA plugin, on any machine: pip install 'jaxlm[cuda]'")
+    raise InputError("compiling for GPUs needs JAX's CUDA plugin, on any machine: pip install -e '.[cuda]'")
   chip = topology.chip
   about = {'bandwidth': int(chip.hbm), 'memory': int(chip.memory_gib * 2**30), 'name': topology.platform.upper()}
   shape = f'1x{topology.shape[0]}x{topology.shape[1]}'
@@ -148,7 +148,7 @@ def _gpus(topology: Topology) -> list[Any]:
 def _tpus(topology: Topology) -> list[Any]:
   os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
   if importlib.util.find_spec('libtpu') is None:
-    raise InputError("compiling for TPUs needs libtpu, on any machine: pip install 'jaxlm[tpu]'")
+    raise InputError("compiling for TPUs needs libtpu, on any machine: pip install -e '.[tpu]'")
   how: dict[str, Any] = {'wrap': topology.wrap}
   if topology.slices > 1:
     how['num_slices'] = topology.slices

@@ -40,7 +40,7 @@ from jaxlm.models import presets
 
 COMPILER = importlib.util.find_spec('libtpu') is not None
 GIB = 2.0**30
-print('jax', jax.__version__, '- the TPU compiler is', 'here' if COMPILER else "not here: pip install 'jaxlm[tpu]'")
+print('jax', jax.__version__, '- the TPU compiler is', 'here' if COMPILER else "not here: pip install -e '.[tpu]'")
 
 # %% [markdown]
 # ## A run

@@ -165,7 +165,7 @@ def bucket(tmp_path_factory):
   """The root of an empty bucket."""
   for module in ('gcsfs', 'gcp_storage_emulator'):
     if not importlib.util.find_spec(module):  # not imported: what is set below is read when it is
-      pytest.skip(f"{module} is not installed: pip install 'jaxlm[dev]'")
+      pytest.skip(f"{module} is not installed: pip install -e '.[dev]'")
   with socket.socket() as free:
     free.bind(('localhost', 0))
     port = free.getsockname()[1]

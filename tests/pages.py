@@ -9,7 +9,7 @@ import typing
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxlm import arguments, config, scale
+from jaxlm import arguments, scale, stages
 
 ROOT = Path(__file__).parents[1]
 PAGES = {str(p.relative_to(ROOT)): p for p in (ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *ROOT.glob('docs/*.md'))}
@@ -99,15 +99,8 @@ def links(page: str) -> list[str]:
 def flags() -> set[str]:
   """Every flag of every verb, as '--optim.lr'."""
   kinds = [kind for kind in vars(arguments).values() if dataclasses.is_dataclass(kind)]
-  short = [field.name for kind in (config.Rl, config.Distill) for field in dataclasses.fields(kind)]
-  names = [
-    *short,
-    'loss',
-    'beta',
-    'folds',
-    'help',
-    *(name for kind in (*kinds, scale.Dialled) for name in _names(kind)),
-  ]
+  short = [name for stage in stages.ABOUT for name in stages.short_names(stage)]
+  names = [*short, 'help', *(name for kind in (*kinds, scale.Dialled) for name in _names(kind))]
   return {f'--{name.replace("_", "-")}' for name in names}
 
 

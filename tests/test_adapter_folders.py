@@ -57,6 +57,7 @@ def test_bases_that_are_not_there(base, why, tmp_path, monkeypatch):
   with pytest.raises(InputError, match=why):
     foreign.open_model(str(tmp_path))
   assert peft.base_of(folder(tmp_path)) == 'hf://ORG/NAME'
+  assert peft.base_of(folder(tmp_path, revision='v2')) == 'hf://ORG/NAME@v2'
 
 
 @pytest.mark.parametrize(

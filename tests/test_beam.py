@@ -29,7 +29,7 @@ EVERYTHING = {'near': 0.8, 'quality': True, 'max_bad': 5, 'val_fraction': 0.3}
 
 @pytest.fixture
 def library():
-  pytest.importorskip('apache_beam', reason="apache_beam is not installed: pip install 'jaxlm[beam]'")
+  pytest.importorskip('apache_beam', reason="apache_beam is not installed: pip install -e '.[beam]'")
 
 
 @pytest.fixture
@@ -291,7 +291,7 @@ def test_without_the_library_the_extra_is_named(t, tmp_path, monkeypatch, capsys
   t.save(tmp_path / 'tokenizer.json')
   args = ['prepare', source, '--tokenizer', str(tmp_path / 'tokenizer.json'), '--out', str(tmp_path / 'out')]
   assert cli.main([*args, '--beam-runner', 'DirectRunner']) == 1
-  assert capsys.readouterr().err == "jaxlm: --beam-runner needs more than is installed: pip install 'jaxlm[beam]'\n"
+  assert capsys.readouterr().err == "jaxlm: --beam-runner needs more than is installed: pip install -e '.[beam]'\n"
   assert cli.main([*args, '--beam-options', '--project=a']) == 1
   assert '--beam-options needs --beam-runner' in capsys.readouterr().err
 

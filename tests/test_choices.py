@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-pytest.importorskip('starlette', reason="pip install 'jaxlm[serve]'")
+pytest.importorskip('starlette', reason="pip install -e '.[serve]'")
 
 from jaxlm.data import preferences  # noqa: E402
 from jaxlm.errors import InputError  # noqa: E402

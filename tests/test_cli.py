@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm import __main__, cli
+from jaxlm import __main__, cli, stages
 from jaxlm.errors import InputError
 
 
@@ -54,6 +55,35 @@ def test_every_verb_explains_itself(capsys, verb):
   assert f'usage: jaxlm {verb}' in out
 
 
+@pytest.mark.parametrize('stage', list(stages.ABOUT))
+def test_help_of_a_stage_is_its_own_and_lists_short_names(capsys, monkeypatch, stage):
+  monkeypatch.setenv('COLUMNS', '200')
+  _, out, _ = run(capsys, stage, '--help')
+  assert stages.ABOUT[stage] in out and 'A pre-training run' not in out
+  listed = dict(re.findall(r'--(\S+) is --(\S+)', out))
+  first = {'sft': None, 'reward': 'folds', 'preference': 'loss', 'rl': 'algo', 'distill': 'teacher'}[stage]
+  assert list(listed)[:1] == [first] * bool(first)
+  for short, long in listed.items():  # each is read as the long one: what is wrong with it is said of that
+    _, *texts = run(capsys, stage, f'--{short}')
+    assert f'--{long}' in ''.join(texts)
+
+
+def test_text_too_small_for_what_was_asked_is_told(capsys, tmp_path):
+  source, vocabulary = tmp_path / 'a.jsonl', tmp_path / 't.json'
+  source.write_text(''.join(json.dumps({'text': f'{i} abcab'}) + '\n' for i in range(5)))
+  train = 'tokenizer', str(source), '--val-fraction', '0', '--out', str(vocabulary), '--vocab-size'
+  out = run(capsys, *train, '3000')[1].splitlines()
+  assert out[-1].startswith('fewer tokens than --vocab-size 3000: ') and int(out[-2].split()[1]) < 300
+  assert run(capsys, *train, '260')[1].splitlines()[-1].startswith(f'{vocabulary}: 260 tokens')
+  prepare = 'prepare', str(source), '--tokenizer', str(vocabulary), '--out', str(tmp_path / 'out'), '--val-fraction'
+  assert (
+    run(capsys, *prepare, '0.001')[1]
+    .splitlines()[-1]
+    .startswith('nothing is held out: val_fraction is 0.001, none of 5 documents fell into it: ')
+  )
+  assert all('nothing is held out' not in run(capsys, *prepare, share)[1] for share in ('0', '0.5'))
+
+
 def test_unknown_flag_names_the_nearest(capsys):
   code, out, err = run(capsys, 'pretrain', '--optim.lrr', '1')
   assert code == 2
@@ -65,7 +95,7 @@ def test_devices_line_refuses_an_idle_accelerator(tmp_path, monkeypatch):
   device = tmp_path / 'accel0'
   assert cli.devices_line({str(device): 'tpu'}).startswith('devices: 8 x cpu')
   device.touch()
-  with pytest.raises(InputError, match=r"pip install 'jaxlm\[tpu\]'"):
+  with pytest.raises(InputError, match=r"pip install -e '\.\[tpu\]'"):
     cli.devices_line({str(device): 'tpu'})
   monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
   assert cli.devices_line({str(device): 'tpu'}).startswith('devices: 8 x cpu')
@@ -76,7 +106,7 @@ def test_a_missing_plugin_names_its_pip_line(tmp_path):
   command = [sys.executable, '-m', 'jaxlm', 'quickstart', '--run', str(tmp_path / 'run')]
   done = subprocess.run(command, env=env, capture_output=True, text=True)
   assert done.returncode == 1
-  assert "pip install 'jaxlm[cuda]'" in done.stderr.splitlines()[-1]
+  assert "pip install -e '.[cuda]'" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize('verb, goes_on', [('sft', True), ('pretrain', True), ('quickstart', True), ('eval', False)])

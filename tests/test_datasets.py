@@ -441,7 +441,7 @@ def test_what_the_cache_does_not_hold_is_one_line(tmp_path):
 
 def test_without_the_library_the_hub_names_the_extra(monkeypatch):
   monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
-  with pytest.raises(InputError, match=r"pip install 'jaxlm\[hub\]'"):
+  with pytest.raises(InputError, match=r"pip install -e '\.\[hub\]'"):
     datasets.hub_files('hf://datasets/org/set')
 
 

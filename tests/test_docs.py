@@ -270,6 +270,18 @@ def said():
   return found
 
 
+def test_extras_are_installed_from_a_clone():
+  """The package is on no index: pages and messages say `pip install -e '.[EXTRA]'`, of extras that there are."""
+  named_there = re.findall(r'^EXTRAS = (.*?^\})', (ROOT / 'setup.py').read_text(), re.DOTALL | re.MULTILINE)
+  extras, count = ast.literal_eval(named_there[0]), 0
+  for text in [*said(), *(path.read_text() for path in [*PAGES.values(), *ROOT.glob('notebooks/*.py')])]:
+    assert not re.search(r"['\"` ]jaxlm\[[\w,-]+\]", text), text
+    for named in re.findall(r"pip install [^\n]*?-e '\.\[([^\]\0]+)\]'", text):
+      assert set(named.split(',')) <= set(extras), text
+      count += 1
+  assert count > 30
+
+
 def test_messages_that_are_quoted_are_said():
   """Tables of what goes wrong: each line's parts between '...' stand in one text of the package."""
   texts, count = said(), 0

@@ -3,7 +3,7 @@
 import pytest
 
 for needed in ('openai', 'starlette', 'uvicorn'):
-  pytest.importorskip(needed, reason="pip install 'jaxlm[dev,serve]'")
+  pytest.importorskip(needed, reason="pip install -e '.[dev,serve]'")
 
 from pages import blocks  # noqa: E402
 from served import Server, model  # noqa: E402

@@ -95,5 +95,5 @@ def test_a_model_learns_in_eight_bits(sizes):
 def test_without_qwix_it_is_one_line(monkeypatch):
   monkeypatch.setattr(program.importlib.util, 'find_spec', lambda name: None)
   run = config.Pretrain(model=dataclasses.replace(LLAMA), compute=config.Compute(float8=True))
-  with pytest.raises(InputError, match=r"pip install 'jaxlm\[quant\]'"):
+  with pytest.raises(InputError, match=r"pip install -e '\.\[quant\]'"):
     program.build(run, sharding.make_mesh(devices=jax.devices()[:1]))

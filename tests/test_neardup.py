@@ -20,7 +20,7 @@ WORDS = 211
 @pytest.fixture(autouse=True)
 def _needs_datasketch(request):
   if 'without_the_library' not in request.node.name:
-    pytest.importorskip('datasketch', reason="datasketch is not installed: pip install 'jaxlm[dedup]'")
+    pytest.importorskip('datasketch', reason="datasketch is not installed: pip install -e '.[dedup]'")
 
 
 def pieces(*names):
@@ -152,5 +152,5 @@ def test_settings_that_make_no_sense_are_refused(wrong):
 
 def test_without_the_library_the_extra_is_named(monkeypatch):
   monkeypatch.setitem(sys.modules, 'datasketch', None)
-  with pytest.raises(InputError, match=r"pip install 'jaxlm\[dedup\]'"):
+  with pytest.raises(InputError, match=r"pip install -e '\.\[dedup\]'"):
     neardup.NearDuplicates()

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 for needed in ('websockets', 'httpx', 'starlette', 'uvicorn'):
-  pytest.importorskip(needed, reason="pip install 'jaxlm[dev,serve]'")
+  pytest.importorskip(needed, reason="pip install -e '.[dev,serve]'")
 
 import browser as chromium  # noqa: E402
 from served import Server, adapter, model, reciting  # noqa: E402

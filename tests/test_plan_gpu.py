@@ -37,7 +37,7 @@ def test_gpus_have_no_slices():
 
 def test_without_the_plugin_it_is_one_line(monkeypatch):
   monkeypatch.setattr(topology.importlib.util, 'find_spec', lambda name: None)
-  with pytest.raises(InputError, match=r"pip install 'jaxlm\[cuda\]'"):
+  with pytest.raises(InputError, match=r"pip install -e '\.\[cuda\]'"):
     topology.devices(topology.parse('h100-8'))
 
 

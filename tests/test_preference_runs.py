@@ -192,6 +192,8 @@ def test_a_reward_model_is_told_from_lengths(home, judge, capsys):
   assert 'regression on length' in out and 'paired bootstrap' in out
   again = json.loads((judge / 'rewards.json').read_text())
   assert again == found
+  assert cli.main(['eval', str(judge), '--against', str(judge)]) == 1
+  assert 'is a reward model, which --against compares with no other' in capsys.readouterr().err
   assert cli.main(['eval', str(judge), '--data', str(home / 'rm' / 'data'), '--out', str(home / 'table.json')]) == 0
   assert json.loads((home / 'table.json').read_text())['held_out'] == found['held_out']
   text = report.write(judge).read_text()

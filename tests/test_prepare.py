@@ -161,11 +161,14 @@ def test_one_kind_read_alone(tmp_path, t, monkeypatch):
   assert list(ready.texts('validation', 'b')) == held_out
   alone, whole = ready.split('train', 'b'), ready.split('train')
   assert alone.bytes == ready.summary.kinds('train')['b'].bytes
-  groups = whole.groups(0, len(whole))
+  documents = whole.documents(0, len(whole))
+  groups = whole.document_groups()[documents]
   assert len(groups) == len(whole) and set(groups) == {0, 1, 2}
+  lengths = [len(t.encode(text)) + 2 for name in 'abc' for text in texts[name] if not in_validation(text, 0.2)]
+  np.testing.assert_array_equal(np.bincount(documents), lengths)
   np.testing.assert_array_equal(alone.read(0, len(alone))[0], whole.read(0, len(whole))[0][groups == 1])
   for start, stop in [(0, 5), (12, 30), (len(whole) - 3, len(whole) + 9), (7, 7)]:
-    np.testing.assert_array_equal(whole.groups(start, stop), groups[start:stop])
+    np.testing.assert_array_equal(whole.documents(start, stop), documents[start:stop])
   with pytest.raises(InputError, match="no kind 'd': it has a, b, c"):
     ready.split('train', 'd')
 
@@ -380,7 +383,7 @@ def test_progress_rises_to_all_bytes_of_the_files(tmp_path, t):
 
 
 def test_near_duplicates_are_dropped_and_counted(tmp_path, t):
-  pytest.importorskip('datasketch', reason="datasketch is not installed: pip install 'jaxlm[dedup]'")
+  pytest.importorskip('datasketch', reason="datasketch is not installed: pip install -e '.[dedup]'")
   words = [' '.join(f'word{i * 37 % 101}{j}' for i in range(101)) for j in range(5)]
   texts = [*words, words[2].replace('word372', 'other'), words[4] + ' end']
   summary = prepare([jsonl(tmp_path / 'a.jsonl', texts)], t, tmp_path / 'out', val_fraction=0, near=0.8)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlm import cli, interop, models
-from jaxlm.data import sources, tokenizer
+from jaxlm.data import prepare, prepared, sources, tokenizer
 from jaxlm.errors import InputError
 from jaxlm.evals import questions, subject
 from jaxlm.evals.questions import Measure
@@ -181,7 +181,7 @@ def test_metrics_by_hand():
 
 def test_intervals_hold_what_they_say():
   """Of 400 draws from a known truth about 95 % of the intervals, paired ones too, have it inside."""
-  rng, inside = np.random.default_rng(0), np.zeros(3)
+  rng, inside = np.random.default_rng(0), np.zeros(4)
   for _ in range(400):
     a, b = (rng.random(60) < 0.7) * 1.0, rng.normal(1.0, 0.3, 60)
     other = np.where(rng.random(60) < 0.6, a, rng.random(60) < 0.5)  # 0.62 in the mean
@@ -192,6 +192,9 @@ def test_intervals_hold_what_they_say():
     inside[1] += low <= 0.7 <= high
     low, high = questions.interval(Measure(b, np.ones(60), 'perplexity'))
     inside[2] += low <= np.e <= high
+    tokens = rng.lognormal(4.0, 0.5, 60).round()  # documents: of all lengths, each with a difficulty of its own
+    low, high = questions.interval(Measure(tokens * rng.normal(1.0, 0.3, 60), tokens, 'bits'))
+    inside[3] += low <= 1 / np.log(2) <= high
   assert (inside / 400 >= 0.92).all() and (inside / 400 <= 0.985).all()
   low, high = questions.interval(Measure(np.arange(10) < 7, np.ones(10)))
   assert (round(low, 4), round(high, 4)) == (0.3968, 0.8922)  # of 7 in 10, as in tables of Wilson's interval
@@ -230,13 +233,52 @@ def test_the_command_compares_two_models(folders, tmp_path, capsys):
   assert sum(subject.rolling(asked, texts)[:2]) == pytest.approx(whole, abs=1e-3)
 
 
+def test_perplexities_are_by_document_and_compared(folders, tmp_path, capsys):
+  """Two kinds, one of two sources: values by hand, intervals and differences over documents, as JSON and Markdown."""
+  texts = {'x': [f'It was {i} nights cold, and {"very " * i}dark.' for i in range(9)], 'y': ['A thé.', 'Nothing of it']}
+  for kind, some in texts.items():
+    rows = [{'text': text, 'source': f'{kind}{i % 2}' if kind == 'x' else 'one'} for i, text in enumerate(some)]
+    (tmp_path / f'{kind}.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  vocabulary = subject.opened(str(folders / 'a')).tokenizer
+  given = [str(tmp_path / 'x.jsonl'), str(tmp_path / 'y.jsonl')]
+  prepare.prepare(given, vocabulary, tmp_path / 'data', val_fraction=0.7)
+  whole = prepared.load(tmp_path / 'data')
+  held_out = {kind: list(whole.texts('validation', kind)) for kind in texts}
+  assert len(held_out['x']) > 4 and len(held_out['y']) == 1
+  a, b, out = str(folders / 'a'), str(folders / 'b'), tmp_path / 'e.json'
+  command = ['eval', a, '--data', str(tmp_path / 'data'), '--seq-len', '997', '--out', str(out)]
+  assert cli.main([*command, '--against', b]) == 0
+  shown, found = capsys.readouterr().out, json.loads(out.read_text())
+  assert (tmp_path / 'e.md').read_text() in shown and '| x/x0 ' in shown and '| y/one ' not in shown
+
+  ids = lambda text: [vocabulary.bos_id, *vocabulary.encode(text), vocabulary.eos_id]
+  surprise = lambda asked, some: np.array([-by_hand(asked, ids(text))[0].sum() for text in some])
+  models = {name: subject.opened(name) for name in (a, b)}
+  nats = {name: {kind: surprise(asked, held_out[kind]) for kind in texts} for name, asked in models.items()}
+  tokens = np.array([len(vocabulary.encode(text)) + 1 for text in held_out['x']])
+  value = lambda name: np.exp(nats[name]['x'].sum() / tokens.sum())
+  lines = {(row['text'], row['metric'], row['model']): row for row in found['compared']}
+  for name in (a, b):
+    assert lines['x', 'perplexity', name]['value'] == pytest.approx(value(name), rel=1e-4)
+    assert lines['x', 'perplexity', name]['documents'] == len(tokens)
+  measures = [Measure(nats[name]['x'], tokens, 'perplexity') for name in (a, b)]
+  row = lines['x', 'perplexity', f'{a} - {b}']
+  assert (row['value'], row['from'], row['to']) == pytest.approx(questions.difference(*measures), rel=1e-3)
+  sure = found['intervals']['x']
+  assert (sure['perplexity_from'], sure['perplexity_to']) == pytest.approx(questions.interval(measures[0]), rel=1e-4)
+  assert found['intervals']['y']['perplexity_from'] is None and not [line for line in lines if line[0] == 'y']
+  bits = sum(x.sum() for x in nats[a].values()) / np.log(2)
+  size = sum(len(text.encode()) for some in held_out.values() for text in some)
+  assert found['all']['bits_per_byte'] == pytest.approx(bits / size, rel=1e-4)
+  assert lines['all', 'bits_per_byte', a]['value'] == pytest.approx(bits / size, rel=1e-4)
+
+
 @pytest.mark.parametrize(
   'flags, said',
   [
     (['--jsonl', 'x.jsonl', '--tasks', '3'], 'one of them at a time'),
     (['--jsonl', 'x.jsonl', '--shots-from', 'a', 'b'], '2 files for 1'),
     (['--include-path', 'x'], 'needs --lm-eval'),
-    (['--against', 'other'], '--against compares answers and scores'),
     (['--jsonl', 'x.jsonl', '--shots', '-1'], 'shots'),
   ],
 )

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 for needed in ('openai', 'httpx', 'starlette', 'uvicorn'):
-  pytest.importorskip(needed, reason="pip install 'jaxlm[dev,serve]'")
+  pytest.importorskip(needed, reason="pip install -e '.[dev,serve]'")
 
 import hostile_requests  # noqa: E402
 import httpx  # noqa: E402

@@ -374,7 +374,7 @@ def test_arguments_of_earlier_calls_are_read_as_a_body_is(arguments, why):
 @pytest.fixture
 def url(bank, running, tiny):
   """Of the application in front of that engine, served by uvicorn from a thread of this process."""
-  uvicorn = pytest.importorskip('uvicorn', reason="pip install 'jaxlm[dev,serve]'")
+  uvicorn = pytest.importorskip('uvicorn', reason="pip install -e '.[dev,serve]'")
   limits = api.Limits(context=bank.context, tokens=bank.context)
   service = app.Service(running, {'tiny': start._served('tiny', tiny, None)}, limits, app.Settings())
   config = uvicorn.Config(app.application(service), lifespan='off', log_config=None, access_log=False, ws='none')
@@ -388,7 +388,7 @@ def url(bank, running, tiny):
 
 
 def test_what_nobody_foresaw_is_told_as_an_error_and_the_server_goes_on(url, running, monkeypatch, caplog):
-  httpx = pytest.importorskip('httpx', reason="pip install 'jaxlm[dev,serve]'")
+  httpx = pytest.importorskip('httpx', reason="pip install -e '.[dev,serve]'")
   asked = {'model': 'tiny', 'prompt': 'the whale', 'max_tokens': 8, 'temperature': 0}
   ask = lambda **more: httpx.post(f'{url}/v1/completions', json=asked | more, timeout=60)
   usual = ask().raise_for_status().json()['choices']

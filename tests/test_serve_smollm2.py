@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 for needed in ('openai', 'starlette', 'uvicorn', 'llguidance'):
-  pytest.importorskip(needed, reason="pip install 'jaxlm[dev,serve]'")
+  pytest.importorskip(needed, reason="pip install -e '.[dev,serve]'")
 
 import openai  # noqa: E402
 from served import Server  # noqa: E402

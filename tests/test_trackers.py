@@ -33,7 +33,7 @@ def test_a_package_that_is_not_there_is_one_line_before_the_run(kind, tmp_path, 
   if importlib.util.find_spec(kind):
     pytest.skip(f'{kind} is installed')
   flags = ['--run', str(tmp_path / 'run'), '--data.path', str(tmp_path / 'nowhere'), '--watch.tracker', kind, *SIZES]
-  assert f"pip install 'jaxlm[{kind}]'" in one_line(capsys, 'pretrain', *flags)
+  assert f"pip install -e '.[{kind}]'" in one_line(capsys, 'pretrain', *flags)
   assert not (tmp_path / 'run').exists()
 
 
@@ -80,7 +80,7 @@ def test_one_that_fails_is_told_once_and_ends_nothing(tmp_path, monkeypatch, sou
 @pytest.mark.filterwarnings('ignore')  # of packages that are not ours
 def test_trackio(tmp_path, monkeypatch):
   monkeypatch.setenv('TRACKIO_DIR', str(tmp_path / 'kept'))
-  pytest.importorskip('trackio', reason='needs jaxlm[trackio]')
+  pytest.importorskip('trackio', reason="needs pip install -e '.[trackio]'")
   from trackio.sqlite_storage import SQLiteStorage
 
   said = []
@@ -96,7 +96,7 @@ def test_trackio(tmp_path, monkeypatch):
 def test_wandb_offline(tmp_path, monkeypatch):
   monkeypatch.setenv('WANDB_MODE', 'offline')
   monkeypatch.setenv('WANDB_SILENT', 'true')
-  pytest.importorskip('wandb', reason='needs jaxlm[wandb]')
+  pytest.importorskip('wandb', reason="needs pip install -e '.[wandb]'")
   said = []
   interrupted(tmp_path / 'run', 'wandb', said)
   name = json.loads((tmp_path / 'run' / trackers.NAMED).read_text())['name']

@@ -103,7 +103,8 @@ def test_export_of_adapters_and_of_what_they_make(home, capsys):
   assert tuned(home, 'out', '--steps', '4') == 0
   assert cli.main(['export', str(home / 'out'), str(home / 'hf'), '--merge']) == 0
   assert cli.main(['export', str(home / 'out'), str(home / 'adapter')]) == 0
-  assert 'LoRA' in capsys.readouterr().out
+  base = home / 'base'
+  assert f'on {base}: peft needs it as a folder, by `jaxlm export {base} DIR`' in capsys.readouterr().out
   model = foreign.as_model(home / 'out')
   merged, tokens = interop.load(str(home / 'hf')), jnp.arange(12).reshape(2, 6)
   logits = lambda cfg, params: np.asarray(models.forward(cfg, params, tokens)[0])
@@ -123,6 +124,21 @@ def test_export_of_adapters_and_of_what_they_make(home, capsys):
   there.write_text(json.dumps(json.loads(there.read_text()) | {'base_model_name_or_path': None}))
   assert cli.main(['generate', str(home / 'adapter'), '--prompt', 'The ']) == 1
   assert 'names no base_model_name_or_path' in capsys.readouterr().err
+
+
+def test_adapters_on_an_import_name_what_was_imported(home, tmp_path, capsys):
+  assert cli.main(['export', str(home / 'base'), str(tmp_path / 'hf')]) == 0
+  assert cli.main(['import', str(tmp_path / 'hf'), '--run', str(tmp_path / 'imported')]) == 0
+  assert run(home, 'on_import', '--init', str(tmp_path / 'imported'), *ADAPTERS, '--steps', '1') == 0
+  assert cli.main(['export', str(home / 'on_import'), str(tmp_path / 'adapter')]) == 0
+  said, named = capsys.readouterr().out, tmp_path / 'adapter' / 'adapter_config.json'
+  assert f'on {tmp_path / "hf"}\n' in said
+  assert json.loads(named.read_text())['base_model_name_or_path'] == str(tmp_path / 'hf')
+  assert foreign.published_base(str(home / 'on_import')) is None  # it has learnt
+  assert foreign.published_base('hf://ORG/NAME@v2') == ('ORG/NAME', 'v2')
+  shutil.rmtree(tmp_path / 'hf')  # the run is left, and named
+  assert foreign.published_base(str(tmp_path / 'imported')) is None
+  assert '`jaxlm import a.gguf --run RUN` and `jaxlm export RUN DIR` first' in foreign._first('a.gguf')
 
 
 def test_a_filter_trains_what_it_picks(home, capsys):

@@ -72,13 +72,13 @@ def run(
     return _collected(this, folder)
 
 
-def _library(module: str = 'apache_beam', install: str = 'jaxlm[beam]') -> Any:
+def _library(module: str = 'apache_beam', install: str = "-e '.[beam]'") -> Any:
   """A module of Beam's, imported without what it logs about optional parts of it."""
   logging.disable(logging.WARNING)
   try:
     return importlib.import_module(module)
   except ImportError as error:
-    raise InputError(f"--beam-runner needs more than is installed: pip install '{install}'") from error
+    raise InputError(f'--beam-runner needs more than is installed: pip install {install}') from error
   finally:
     logging.disable(logging.NOTSET)
 
@@ -93,7 +93,7 @@ def _engine(runner: str, options: str) -> tuple[str, Any]:
   if name is None:
     raise InputError(f'--beam-runner {runner}: Beam has no such runner; it has {", ".join(sorted(known.values()))}')
   if name == DATAFLOW:
-    _library('apache_beam.runners.dataflow.internal.apiclient', 'apache-beam[gcp]')
+    _library('apache_beam.runners.dataflow.internal.apiclient', "'apache-beam[gcp]'")
   try:
     words = shlex.split(options)
     flags = module.PipelineOptions([*words, f'--runner={name}'])

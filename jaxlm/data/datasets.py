@@ -196,7 +196,7 @@ def hub_files(spec: str) -> list[epath.Path]:
     import huggingface_hub
     from huggingface_hub.utils import filter_repo_objects
   except ImportError as error:
-    raise InputError(f"{spec}: reading from the hub needs huggingface_hub: pip install 'jaxlm[hub]'") from error
+    raise InputError(f"{spec}: reading from the hub needs huggingface_hub: pip install -e '.[hub]'") from error
   repo, revision, glob = parse_hub(spec)
   below = f'{glob}/' if glob else ''
   patterns = [glob] * bool(glob) + [f'{below}*{ending}' for ending in ENDINGS]

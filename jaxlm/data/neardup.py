@@ -33,7 +33,7 @@ class Sketcher:
     try:
       import datasketch
     except ImportError as error:
-      raise InputError("near-duplicates need datasketch: pip install 'jaxlm[dedup]'") from error
+      raise InputError("near-duplicates need datasketch: pip install -e '.[dedup]'") from error
     if not (0 < threshold < 1 and shingle > 0 and num_perm > 1):
       raise InputError(
         f'near-duplicates: threshold must be between 0 and 1, shingle positive and num_perm at least 2, '

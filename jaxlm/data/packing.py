@@ -1,7 +1,7 @@
 """Rows for training out of a stream of tokens: concatenate and split, or best fit; segments keep documents apart."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -48,14 +48,14 @@ def pack(
 class Rows:
   """The rows of a split: row r covers stream[r * T : (r + 1) * T + 1]; each text token is a target exactly once.
 
-  With `groups`, which says under what number each group of the split is to be counted, rows have `group` int32 [T]:
-  that number for each target.
+  With `numbers` [documents], which says under what number each document of the split is to be counted, rows have
+  `group` int32 [T]: that number for each target.
   """
 
-  def __init__(self, tokens: Tokens, seq_len: int, tokenizer: Tokenizer, groups: Sequence[int] | None = None):
+  def __init__(self, tokens: Tokens, seq_len: int, tokenizer: Tokenizer, numbers: Any = None):
     self.tokens, self.seq_len, self.pad_id = tokens, seq_len, tokenizer.pad_id
     self._token_bytes = tokenizer.token_bytes()
-    self._groups = None if groups is None else np.asarray(groups, np.int32)
+    self._numbers = None if numbers is None else np.asarray(numbers, np.int32)
 
   def __len__(self) -> int:
     return max(-(-(len(self.tokens) - 1) // self.seq_len), 0)
@@ -71,8 +71,8 @@ class Rows:
     start, stop = row * self.seq_len, (row + 1) * self.seq_len + 1
     learned = self.tokens.learned(start, stop)
     packed = pack(*self.tokens.read(start, stop), self.seq_len, self.pad_id, self._token_bytes, learned)
-    if self._groups is not None:
-      packed['group'] = padded(self._groups[self.tokens.groups(start + 1, stop)], self.seq_len, np.int32)
+    if self._numbers is not None:
+      packed['group'] = padded(self._numbers[self.tokens.documents(start + 1, stop)], self.seq_len, np.int32)
     return packed
 
 

@@ -247,13 +247,22 @@ class Tokens:
     labels, margins = (np.load(os.fspath(self._answers[name])) for name in ANSWERS)
     return labels[self.numbers], margins[self.numbers]
 
-  def groups(self, start: int, stop: int) -> np.ndarray:
-    """int32: the group (kind and source, see `Summary.groups`) of each token at [start, stop), cut at the end."""
+  def documents(self, start: int, stop: int) -> np.ndarray:
+    """int64: which document, from 0, each token at [start, stop), cut at the end, belongs to."""
     start, stop = max(start, 0), min(stop, len(self))
     if start >= stop:
-      return np.zeros(0, np.int32)
+      return np.zeros(0, np.int64)
     first, last, offsets = self._span(start, stop)
-    return np.repeat(self._groups[first:last].astype(np.int32), np.diff(np.clip(offsets, start, stop)))
+    return np.repeat(self._begun[first:last] - 1, np.diff(np.clip(offsets, start, stop)))
+
+  @cached_property
+  def _begun(self) -> np.ndarray:
+    """int64 [records]: documents that have begun with it."""
+    return np.cumsum(self._begins)
+
+  def document_groups(self) -> np.ndarray:
+    """[documents]: the group (kind and source, see `Summary.groups`) of each."""
+    return self._groups[self._begins]
 
   def _span(self, start: int, stop: int) -> tuple[int, int, np.ndarray]:
     """The records [first, last) that cover the tokens [start, stop), and their offsets, the end included."""

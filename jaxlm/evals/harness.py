@@ -92,7 +92,7 @@ def lm(asked: Subject, bar: Bar) -> Any:
   try:
     from lm_eval.api.model import LM  # ty: ignore
   except ImportError as error:
-    raise InputError("lm-eval is not installed: pip install 'jaxlm[lm-eval]'") from error
+    raise InputError("lm-eval is not installed: pip install -e '.[lm-eval]'") from error
   return type('Jaxlm', (Adapter, LM), {})(asked, bar)
 
 

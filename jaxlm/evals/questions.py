@@ -239,9 +239,12 @@ def difference(a: Measure, b: Measure, seed: int = 0) -> tuple[float, float, flo
 
 def _percentiles(metric: Callable[[np.ndarray], np.ndarray], count: int, seed: int) -> tuple[float, float]:
   rng, at_once = np.random.default_rng(seed), max(1, (1 << 20) // count)
-  parts = range(0, RESAMPLES, at_once)
-  drawn = [metric(rng.integers(0, count, (min(at_once, RESAMPLES - at), count))) for at in parts]
-  low, high = np.percentile(np.concatenate(drawn), [2.5, 97.5])
+  most = max(1000, min(RESAMPLES, (1 << 27) // count))  # fewer of very many rows
+  with np.errstate(divide='ignore', invalid='ignore'):  # a draw of rows without weight has no value
+    parts = range(0, most, at_once)
+    drawn = np.concatenate([metric(rng.integers(0, count, (min(at_once, most - at), count))) for at in parts])
+  drawn = drawn[np.isfinite(drawn)]
+  low, high = np.percentile(drawn, [2.5, 97.5]) if len(drawn) else (float('nan'), float('nan'))
   return float(low), float(high)
 
 

@@ -53,7 +53,7 @@ def score(answers: Sequence[str], references: Sequence[str], names: Sequence[str
   try:
     return {name: of[name]() for name in names}
   except ImportError as error:
-    raise InputError("scores need rouge-score and sacrebleu: pip install 'jaxlm[eval]'") from error
+    raise InputError("scores need rouge-score and sacrebleu: pip install -e '.[eval]'") from error
 
 
 def _rouge_l(pairs: Sequence[tuple[str, str]]) -> list[float]:

@@ -76,7 +76,7 @@ def _from_hub(source: str) -> str:
   try:
     import huggingface_hub
   except ImportError as error:
-    raise InputError(f"{source}: reading from the hub needs huggingface_hub: pip install 'jaxlm[hub]'") from error
+    raise InputError(f"{source}: reading from the hub needs huggingface_hub: pip install -e '.[hub]'") from error
   repo, _, revision = source.removeprefix(HUB).removeprefix('models/').partition('@')
   how: dict[str, Any] = {'allow_patterns': FILES, 'ignore_patterns': OTHERS}
   if COMMIT.fullmatch(revision):

@@ -49,7 +49,8 @@ def base_of(directory: epath.PathLike) -> str:
 
   Raises InputError if it says none, one that is neither, or an adapter.
   """
-  named = read_json(epath.Path(directory).expanduser() / CONFIG).get('base_model_name_or_path')
+  config = read_json(epath.Path(directory).expanduser() / CONFIG)
+  named = config.get('base_model_name_or_path')
   if not isinstance(named, str) or not named:
     raise InputError(f'{directory}: names no base_model_name_or_path: load the base with adapter={str(directory)!r}')
   if is_adapter(named):
@@ -58,7 +59,7 @@ def base_of(directory: epath.PathLike) -> str:
     return named
   if not HUB_NAME.fullmatch(named) or named.endswith('.gguf'):
     raise InputError(f'{directory}: names {named} as its base, which is not here: set base_model_name_or_path anew')
-  return f'hf://{named}'
+  return f'hf://{named}' + (f'@{config["revision"]}' if config.get('revision') else '')
 
 
 def load(directory: epath.PathLike, cfg: ModelConfig, params: Any, *, family: str | None = None) -> Any:
@@ -83,8 +84,10 @@ def load(directory: epath.PathLike, cfg: ModelConfig, params: Any, *, family: st
   )
 
 
-def export(cfg: ModelConfig, params: Any, directory: epath.PathLike, *, base: str = '') -> None:
-  """Writes the adapters of a tree as peft opens them, on a base model that is called `base`.
+def export(
+  cfg: ModelConfig, params: Any, directory: epath.PathLike, *, base: str = '', revision: str | None = None
+) -> None:
+  """Writes the adapters of a tree as peft opens them, on a base model that is called `base`, on the hub of a revision.
 
   Raises InputError if the tree has none, or one on a matrix that the family stores with others (GPT-2's attention) or
   that is of experts or in no layer.
@@ -121,6 +124,7 @@ def export(cfg: ModelConfig, params: Any, directory: epath.PathLike, *, base: st
     'peft_type': 'LORA',
     'task_type': 'CAUSAL_LM',
     'base_model_name_or_path': base,
+    'revision': revision,
     'r': ranks[first],
     'lora_alpha': alphas[first],
     'rank_pattern': {_exactly(m): r for m, r in ranks.items() if r != ranks[first]},

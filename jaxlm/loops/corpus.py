@@ -112,17 +112,23 @@ def _check_text(folder: Prepared) -> None:
     raise InputError(f'{folder.path}: holds preferences: `jaxlm preference` and `jaxlm reward` learn from them')
 
 
-def held_out(folders: Sequence[Prepared], seq_len: int) -> tuple[batches.Joined, list[Group]]:
-  """All held-out rows, their targets counted by group, and what each group is."""
+def held_out(
+  folders: Sequence[Prepared], seq_len: int, *, by_document: bool = False
+) -> tuple[batches.Joined, list[Group]]:
+  """All held-out rows, their targets counted by group or by document, and of what group each of these is."""
   for one in folders:
     _check_text(one)
-  groups = list(dict.fromkeys(group for one in folders for group in one.summary.groups))
-  number = {group: i for i, group in enumerate(groups)}
-  rows = [
-    packing.Rows(one.split('validation'), seq_len, one.tokenizer, [number[group] for group in one.summary.groups])
-    for one in folders
-  ]
-  return batches.Joined(rows), groups
+  splits = [one.split('validation') for one in folders]
+  found = [[one.summary.groups[i] for i in split.document_groups()] for one, split in zip(folders, splits, strict=True)]
+  if by_document:
+    groups = list(itertools.chain(*found))
+    numbers = np.split(np.arange(len(groups)), np.cumsum([len(some) for some in found])[:-1])
+  else:
+    groups = list(dict.fromkeys(group for one in folders for group in one.summary.groups))
+    number = {group: i for i, group in enumerate(groups)}
+    numbers = [[number[group] for group in some] for some in found]
+  parts = zip(folders, splits, numbers, strict=True)
+  return batches.Joined([packing.Rows(split, seq_len, one.tokenizer, some) for one, split, some in parts]), groups
 
 
 class Score(NamedTuple):
@@ -151,11 +157,12 @@ def scores(totals: dict[str, Any], names: Sequence[Any]) -> dict[Any, Score]:
   `names` says what each group is to be counted as; a name without a token is left out.
   """
   nll, bits = totals['nll'], totals['bits_per_byte']
-  arrays = [np.asarray(x, np.float64) for x in (nll.total, nll.weight, bits.total, bits.weight)]
+  number = {name: i for i, name in enumerate(dict.fromkeys(names))}
+  places = [number[name] for name in names]
+  arrays = [np.bincount(places, np.asarray(x)) for x in (nll.total, nll.weight, bits.total, bits.weight)]
   found = {}
-  for name in dict.fromkeys(names):
-    picked = np.array([other == name for other in names])
-    nats, tokens, bits, bytes_ = (float(values[picked].sum()) for values in arrays)
+  for name, *sums in zip(number, *arrays, strict=True):
+    nats, tokens, bits, bytes_ = map(float, sums)
     if tokens:
       found[name] = Score(nats / tokens, bits / bytes_ if bytes_ else float('nan'), int(tokens), int(bytes_))
   return found

@@ -63,10 +63,34 @@ def export_run(run: Any, directory: Any, *, dtype: str = 'float32', merge: bool 
     config = bases.newest(run).config
     if config.lora.also:
       raise InputError(f'{run}: {config.lora.also} learned too (lora.also), which peft would lack: add --merge')
-    peft.export(model.cfg, model.params, directory, base=config.init)
-    return 'a LoRA adapter of peft, float32'
+    found = published_base(config.init)
+    base, revision = found or (config.init, None)
+    peft.export(model.cfg, model.params, directory, base=base, revision=revision)
+    return f'a LoRA adapter of peft, float32, on {base}{"" if found else _first(base)}'
   model = model._replace(params=lora.merge(model.params))
   return f'{interop.export(model, directory, dtype=jnp.dtype(dtype))}, {dtype}'
+
+
+def published_base(source: str) -> tuple[str, str | None] | None:
+  """(name, revision) by which peft opens a base of adapters: a folder, or a name on the hub; None where there is none.
+
+  A run that is an import, its weights as they came, is what it came from, if that is no folder that went away.
+  """
+  if source.startswith(interop.HUB):
+    name, _, revision = source.removeprefix(interop.HUB).removeprefix('models/').partition('@')
+    return name, revision or None
+  if not source or not epath.Path(source).expanduser().is_dir():
+    return None
+  if not bases.is_run(source):
+    return source, None
+  found = bases.newest(source)
+  return None if found.step or found.meta['data'] else published_base(found.config.init)
+
+
+def _first(base: str) -> str:
+  """What has to be done before peft opens a run or a GGUF file, in words."""
+  run, imported = ('RUN', f'`jaxlm import {base} --run RUN` and ') if base.endswith('.gguf') else (base, '')
+  return f': peft needs it as a folder, by {imported}`jaxlm export {run} DIR` first, DIR as base_model_name_or_path'
 
 
 def open_model(source: str) -> interop.Model:

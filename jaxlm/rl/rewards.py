@@ -41,7 +41,7 @@ def mathematics(column: str) -> Reward:
   try:
     import math_verify
   except ImportError as error:
-    raise InputError("reward math: needs math-verify: pip install 'jaxlm[rl]'") from error
+    raise InputError("reward math: needs math-verify: pip install -e '.[rl]'") from error
   quiet: dict[str, Any] = {'parsing_timeout': None}  # its own is a signal, which no long product hears; `apart` holds
   logging.getLogger('math_verify').setLevel(logging.ERROR)  # it warns of that
 
@@ -117,7 +117,7 @@ def _gym(name: str, size: int, seed: int, **how: Any) -> Any:
   try:
     import reasoning_gym
   except ImportError as error:
-    raise InputError("tasks of reasoning-gym need it: pip install 'jaxlm[rl]'") from error
+    raise InputError("tasks of reasoning-gym need it: pip install -e '.[rl]'") from error
   if name not in GYM:
     raise InputError(f'reward gym:{name}: its checker was not tried here; there are {", ".join(GYM)}')
   try:

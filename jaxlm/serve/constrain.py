@@ -45,7 +45,7 @@ class Grammars:
     try:
       import llguidance
     except ImportError as error:
-      raise InputError("response_format and forced tools need llguidance: pip install 'jaxlm[serve]'") from error
+      raise InputError("response_format and forced tools need llguidance: pip install -e '.[serve]'") from error
     if self._made is None:
       self._made = llguidance.LLTokenizer(self._tokenizer.inner.to_str(), eos_token=self._ends)
     try:

@@ -29,7 +29,7 @@ NEEDED = ('starlette', 'uvicorn')
 def serve(options: arguments.Serve, say: Callable[[str], None]) -> None:
   """Blocks until SIGTERM or SIGINT. Raises InputError for what cannot be served."""
   if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-    raise InputError(f"serving needs {missing[0]}: pip install 'jaxlm[serve]'")
+    raise InputError(f"serving needs {missing[0]}: pip install -e '.[serve]'")
   key = options.api_key or os.environ.get(KEY) or None
   local = options.host in app.LOOPBACK
   if not local and key is None:

@@ -50,7 +50,7 @@ class Tracker:
 def check(kind: Kind) -> None:
   """Raises InputError if a tracker's package is not there; imports nothing."""
   if kind in EXTRA and importlib.util.find_spec(kind) is None:
-    raise InputError(f"watch.tracker={kind}: needs {kind}: pip install 'jaxlm[{kind}]'")
+    raise InputError(f"watch.tracker={kind}: needs {kind}: pip install -e '.[{kind}]'")
 
 
 def open_tracker(kind: Kind, run: epath.Path, step: int, say: Say, config: Mapping[str, Any]) -> Tracker:
