@@ -15,6 +15,7 @@ import tempfile
 import time
 import urllib.request
 import zipfile
+import zlib
 from pathlib import Path
 
 FLAGS = (
@@ -26,6 +27,9 @@ if importlib.metadata.version('jaxlib') == '0.10.2':  # half the time again; oth
   FLAGS += ('--xla_cpu_use_fusion_emitters=false',)
 os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *FLAGS]).strip()
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+# each program is compiled once for all workers, and for what they start: a fifth of the processors' time
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', f'{tempfile.gettempdir()}/jaxlm-tests-{os.getuid()}')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 
 import beartype  # noqa: E402
 import jax  # noqa: E402
@@ -104,6 +108,22 @@ EXPERTS = dataclasses.replace(
   experts_per_token=2,
   shared_d_ff=7,
 )
+
+
+def pytest_addoption(parser):
+  parser.addoption('--slow', default='0/1', metavar='K/N', help='slow tests too: the Kth part of N, 1/1 is all')
+
+
+def pytest_collection_modifyitems(config, items):
+  """Leaves slow tests out but for a part, by their names' hash, unless `-m` says what is wanted."""
+  part, parts = map(int, config.getoption('--slow').split('/'))
+  if config.option.markexpr:
+    return
+  number = lambda item: zlib.crc32(item.nodeid.encode()) % parts
+  left = [item for item in items if item.get_closest_marker('slow') and (not part or number(item) != part - 1)]
+  if left:
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if item not in set(left)]
 
 
 @pytest.fixture(scope='module', autouse=True)

@@ -44,6 +44,7 @@ def test_a_step_that_does_not_fit_is_one_line_and_no_step(home, monkeypatch, cap
   assert not (home / 'large' / 'metrics.jsonl').exists() and not list((home / 'large').glob('checkpoints/*'))
 
 
+@pytest.mark.slow
 def test_a_step_that_fits_is_the_same(home, monkeypatch):
   """Batches of another size, as in a warm-up, too."""
   ramp = ('--data.batch-warmup', '8=3')

@@ -119,6 +119,7 @@ def test_marks_belong_to_letters_and_layout_is_no_word():
   assert fault('\n'.join(['*', '>', '|'] * 50 + [PROSE['english']])) is None
 
 
+@pytest.mark.slow
 def test_a_long_book_is_not_worse_for_its_length():
   lines = [' '.join(words(343)[n % 300 : n % 300 + 9]) + f' {n}' for n in range(30_000)]
   assert fault('\n'.join(lines)) is None

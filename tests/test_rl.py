@@ -79,7 +79,7 @@ def test_every_algorithm_begins_at_ratio_one(home, algo):
   assert ('value' in bases.read(bases.newest(home / algo))[1]) == ALGORITHMS[algo].valued
 
 
-@pytest.mark.parametrize('algo', ['ppo', 'dapo'])
+@pytest.mark.parametrize('algo', ['ppo', pytest.param('dapo', marks=pytest.mark.slow)])
 def test_it_goes_on_bitwise(home, algo, monkeypatch, capsys):
   """After a save that was made, and after a SIGTERM while a rollout is scored, which is learnt from in two steps."""
   how = ('--steps', '8', '--kl-coef', '0.05', '--watch.eval-every', '0')

@@ -32,7 +32,7 @@ def one_by_one(cfg, sampling, prompts=PROMPTS):
 
 
 @pytest.mark.parametrize('sampling', SETTINGS)
-@pytest.mark.parametrize('cfg', [LLAMA, MIXED], ids=['llama', 'mixed'])
+@pytest.mark.parametrize('cfg', [LLAMA, pytest.param(MIXED, marks=pytest.mark.slow)], ids=['llama', 'mixed'])
 def test_a_completion_does_not_know_its_row(cfg, sampling):
   engine = rollout.engine(cfg, max_new_tokens=N, sampling=SETTINGS[sampling], stop_ids=STOP, rows=5)
   found, want = engine(randomized(cfg), PROMPTS, SEEDS), one_by_one(cfg, SETTINGS[sampling])

@@ -40,7 +40,9 @@ def generate(cfg, prompts=PROMPTS, new=NEW, **kwargs):
 
 
 @pytest.mark.parametrize('kind', ['look-up', 'itself', 'another'])
-@pytest.mark.parametrize('style', STYLES)
+@pytest.mark.parametrize(
+  'style', [name if name in ('llama', 'gpt2') else pytest.param(name, marks=pytest.mark.slow) for name in STYLES]
+)
 def test_greedy_tokens_are_the_same(style, kind):
   """Beyond the window of the local layers, in ragged rows, one of which stops early."""
   cfg = STYLES[style]
@@ -138,6 +140,7 @@ def test_sampled_continuations_are_distributed_the_same(setting, kind):
   assert 1.02 < out.passes_B.mean() < 1.98, out.passes_B.mean()  # some drafts stood, and some fell
 
 
+@pytest.mark.slow
 def test_the_logprobs_are_of_the_full_forward_pass():
   sampling = Sampling(0.8, 40)
   out = generate(MIXED, sampling=sampling, draft=Draft(*small(MIXED), 3))
@@ -228,6 +231,7 @@ def test_a_draft_model_s_learned_positions_end_too():
     generate(LLAMA, draft=Draft(cfg, params))
 
 
+@pytest.mark.slow
 def test_drafts_do_not_recompile():
   lengths = []
   for prompts, draft in itertools.product((PROMPTS, PROMPTS[::-1]), (Lookup(4), Lookup(4))):
