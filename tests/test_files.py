@@ -8,7 +8,7 @@ import pytest
 
 from jaxlm.data.datasets import _tf_records
 from jaxlm.files import Appended
-from jaxlm.train import metrics, trackers
+from jaxlm.train import board, metrics
 
 
 @contextlib.contextmanager
@@ -70,8 +70,8 @@ def test_tensorboard_reads_the_events(tmp_path):
   writer.close()
   metrics.Writer(tmp_path, 3).close()
   first, second = sorted(tmp_path.glob('events.out.tfevents.*'))
-  head, scalars = (trackers._events.Event.FromString(record) for record in _tf_records(first, 1))
+  head, scalars = (board._events.Event.FromString(record) for record in _tf_records(first, 1))
   assert head.file_version == 'brain.Event:2' and scalars.step == 3
   assert {v.tag: v.simple_value for v in scalars.summary.value} == {'train/loss': 2.5, 'eval/legal_gov/loss': 1.0}
-  _, purge = (trackers._events.Event.FromString(record) for record in _tf_records(second, 1))
-  assert (purge.step, purge.session_log.status) == (4, trackers._events.SessionLog.START)
+  _, purge = (board._events.Event.FromString(record) for record in _tf_records(second, 1))
+  assert (purge.step, purge.session_log.status) == (4, board._events.SessionLog.START)

@@ -5,19 +5,13 @@ import importlib.util
 import json
 import os
 import secrets
-import socket
-import struct
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from etils import epath
-from tensorboardX import summary
-from tensorboardX.proto import event_pb2, summary_pb2
-from tensorboardX.record_writer import masked_crc32c
 
 from jaxlm.errors import InputError
-from jaxlm.files import Appended, read_json, write_whole
+from jaxlm.files import read_json, write_whole
 
 Kind = Literal['none', 'tensorboard', 'trackio', 'wandb']
 Say = Callable[[str], None]
@@ -26,9 +20,6 @@ Values = Mapping[str, float]
 EXTRA = ('trackio', 'wandb')  # packages, each an extra of its own name
 PROJECT = 'jaxlm'
 NAMED = 'tracker.json'  # the run's name there, drawn once
-
-_events: Any = event_pb2  # generated modules: no type checker sees what is in them
-_summaries: Any = summary_pb2
 
 
 class Tracker:
@@ -63,6 +54,8 @@ def open_tracker(kind: Kind, run: epath.Path, step: int, say: Say, config: Mappi
   if kind == 'none':
     return Tracker()
   if kind == 'tensorboard':
+    from jaxlm.train.board import Board  # its package imports torch where that is installed
+
     return Board(run, step, say)
   try:
     package = importlib.import_module(kind)
@@ -70,29 +63,6 @@ def open_tracker(kind: Kind, run: epath.Path, step: int, say: Say, config: Mappi
   except Exception as error:  # whatever a tracker raises: no key, no disk, no server
     say(f'{kind}: {type(error).__name__}: {error}; the run goes on without it, metrics.jsonl has all')
     return Tracker()
-
-
-class Board(Tracker):
-  """TensorBoard's event file in the run's folder."""
-
-  def __init__(self, run: epath.Path, step: int, say: Say):
-    self._file = Appended(run / f'events.out.tfevents.{time.time():.6f}.{socket.gethostname()}', say)
-    self._file.add(_event(file_version='brain.Event:2'))
-    if step:  # hides what an interrupted run showed after it
-      self._file.add(_event(step=step + 1, session_log=_events.SessionLog(status=_events.SessionLog.START)))
-
-  def row(self, step: int, values: Values) -> None:
-    scalars = [summary.scalar(name, value).value[0] for name, value in values.items()]
-    self._file.add(_event(step=step, summary=_summaries.Summary(value=scalars)))
-
-  def sample(self, step: int, prompt: str, text: str) -> None:
-    self._file.add(_event(step=step, summary=summary.text('sample', f'**{prompt}** {text}')))
-
-  def flush(self) -> None:
-    self._file.flush()
-
-  def close(self) -> None:
-    self._file.close()
 
 
 class Told(Tracker):
@@ -137,14 +107,3 @@ def _name(run: epath.Path) -> str:
   if not path.exists():
     write_whole(path, json.dumps({'name': f'{run.name}-{secrets.token_hex(4)}'}))
   return read_json(path)['name']
-
-
-def _event(**fields: Any) -> bytes:
-  """One record of an event file: its length, the event, and a checksum of each."""
-  data = _events.Event(wall_time=time.time(), **fields).SerializeToString()
-  length = struct.pack('<Q', len(data))
-  return b''.join((length, _checksum(length), data, _checksum(data)))
-
-
-def _checksum(data: bytes) -> bytes:
-  return struct.pack('<I', masked_crc32c(data))
