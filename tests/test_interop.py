@@ -118,7 +118,8 @@ params = jax.block_until_ready(interop.load(sys.argv[1], dtype=jax.numpy.dtype(s
 print((peak() - before) / tree.nbytes(params))
 """
   command = [sys.executable, '-c', code, str(source), dtype]
-  done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {'XLA_FLAGS': ''}, check=True)
+  env = os.environ | {'XLA_FLAGS': '', 'JAX_ENABLE_COMPILATION_CACHE': 'false'}  # writing programs down takes memory
+  done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
   return float(done.stdout)
 
 
