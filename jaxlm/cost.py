@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxlm import hlo, program
+from jaxlm import fitting, hlo
 from jaxlm.errors import InputError
 from jaxlm.models.dispatch import WORST_CASE
 from jaxlm.program import GIB
@@ -71,7 +71,7 @@ def of(traced: Any, on: Topology, chips: int, *, name: str = 'step', rounds: int
   A loop without a count runs `rounds` times. Raises InputError where the compiler refuses for another reason.
   """
   try:
-    compiled = program.compiled_or_gib(traced.lower())
+    compiled = fitting.compiled_or_gib(traced.lower())
   except jax.errors.JaxRuntimeError as error:
     raise InputError(f'{on.name}: the compiler refuses the {name}: {str(error).splitlines()[0]}') from error
   flops = matmul_flops(traced.jaxpr.jaxpr, rounds) / chips

@@ -259,7 +259,7 @@ def _of_targets(cfg: ModelConfig, run: Run, params: Any, batch: Any, chunks: int
   """
   params, out = hidden(cfg, run, params, batch, key)
   x_BTD, targets_BT = out.x_BTD, batch['targets']
-  T = batch['targets'].shape[1]
+  T = targets_BT.shape[1]
   if 'places' in batch:
     at = jax.vmap(lambda x, places: jnp.take(x, places, axis=0, mode='clip'))
     x_BTD, targets_BT = (at(x, batch['places']) for x in (x_BTD, targets_BT))

@@ -3,7 +3,7 @@
 import pytest
 from tiny_run import furnish
 
-from jaxlm import cli, program
+from jaxlm import cli, fitting
 from jaxlm.train import metrics
 
 
@@ -37,7 +37,7 @@ def losses(home, name):
 
 
 def test_a_step_that_does_not_fit_is_one_line_and_no_step(home, monkeypatch, capsys):
-  monkeypatch.setattr(program, 'memory_limit', lambda mesh: 10_000)
+  monkeypatch.setattr(fitting, 'memory_limit', lambda mesh: 10_000)
   assert run(home, 'large') == 1
   line = capsys.readouterr().err.strip().splitlines()[-1]
   assert line.startswith('jaxlm: the step needs ') and 'of a device that has 0.00' in line and 'jaxlm plan' in line
@@ -49,7 +49,7 @@ def test_a_step_that_fits_is_the_same(home, monkeypatch):
   """Batches of another size, as in a warm-up, too."""
   ramp = ('--data.batch-warmup', '8=3')
   assert run(home, 'unknown', *ramp) == 0
-  monkeypatch.setattr(program, 'memory_limit', lambda mesh: 10**12)
+  monkeypatch.setattr(fitting, 'memory_limit', lambda mesh: 10**12)
   assert run(home, 'known', *ramp) == 0
   assert losses(home, 'known') == losses(home, 'unknown') != []
 
@@ -57,4 +57,4 @@ def test_a_step_that_fits_is_the_same(home, monkeypatch):
 def test_a_cpu_does_not_say_what_it_has():
   from jaxlm import sharding
 
-  assert program.memory_limit(sharding.make_mesh()) is None
+  assert fitting.memory_limit(sharding.make_mesh()) is None

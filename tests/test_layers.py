@@ -29,7 +29,7 @@ LAYERS = (
     'serve',
   ),
   ('loops',),
-  ('objectives', 'episodic', 'distilling', 'config', 'program', 'scale'),
+  ('objectives', 'episodic', 'distilling', 'config', 'program', 'fitting', 'scale'),
   ('train', 'sample', 'draws', 'speculate', 'rl', 'lora', 'interop'),
   ('models', 'losses', 'data'),
   ('tree', 'masked', 'sharding', 'errors', 'files', 'hosts', 'peers', 'child'),

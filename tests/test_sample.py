@@ -312,3 +312,14 @@ def test_draws_follow_the_distribution(how, critical):
   assert np.sum((counts - expected)[alive] ** 2 / expected[alive]) < critical
   np.testing.assert_allclose(logp, log_softmax(scaled)[tokens], atol=1e-5)
   np.testing.assert_allclose(sampled_logp, log_softmax(cut)[tokens], atol=1e-5)
+
+
+def test_a_draw_is_that_of_categorical_and_the_first_of_equals():
+  logits = np.random.default_rng(0).normal(size=(7, 131)).astype(np.float32)
+  logits[:, ::3], logits[3] = -np.inf, 0.0
+  keys = jax.random.split(jax.random.key(2), 7)
+  np.testing.assert_array_equal(
+    draws.drawn(jnp.asarray(logits), keys), jax.vmap(jax.random.categorical)(keys, jnp.asarray(logits))
+  )
+  ties = np.round(logits)
+  np.testing.assert_array_equal(draws.likeliest(jnp.asarray(ties)), ties.argmax(axis=1))

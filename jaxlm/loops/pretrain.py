@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from jaxlm import config as configs
-from jaxlm import hosts, program, sharding, tree
+from jaxlm import fitting, hosts, program, sharding, tree
 from jaxlm.config import Pretrain
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import InputError, Stopped
@@ -61,7 +61,7 @@ def pretrain(
   with _held(run), jax.set_mesh(mesh):
     _check_same(config, feed)
     built = program.build(config, mesh, groups=feed.groups, segments=feed.segments, places=feed.places)
-    built = program.fitting(built, program.memory_limit(mesh))
+    built = fitting.fitting(built, fitting.memory_limit(mesh))
     keep = {'keep_last': watch.keep_last, 'keep_every': watch.keep_every, 'keep_best': watch.keep_best}
     checkpoints = Checkpoints(run / 'checkpoints', **keep, say=say)
     rewinds = rewind.Rewinds(run, watch.spike, watch.most_rewinds)
