@@ -114,13 +114,22 @@ def pytest_addoption(parser):
   parser.addoption('--slow', default='0/1', metavar='K/N', help='slow tests too: the Kth part of N, 1/1 is all')
 
 
+def called(item) -> str:
+  """The id of the case that a test is of, '' for a test without cases."""
+  return item.callspec.id if hasattr(item, 'callspec') else ''
+
+
 def pytest_collection_modifyitems(config, items):
-  """Leaves slow tests out but for a part, by their names' hash, unless `-m` says what is wanted."""
+  """Leaves slow tests out but for a part, by their names' hash, unless `-m` says what is wanted.
+
+  `slow(but=CASE)` is a slow test that has one case in the fast ones.
+  """
   part, parts = map(int, config.getoption('--slow').split('/'))
   if config.option.markexpr:
     return
   number = lambda item: zlib.crc32(item.nodeid.encode()) % parts
-  left = [item for item in items if item.get_closest_marker('slow') and (not part or number(item) != part - 1)]
+  slow = lambda item: any(mark.kwargs.get('but') != called(item) for mark in item.iter_markers('slow'))
+  left = [item for item in items if slow(item) and (not part or number(item) != part - 1)]
   if left:
     config.hook.pytest_deselected(items=left)
     items[:] = [item for item in items if item not in set(left)]

@@ -156,6 +156,7 @@ def trained(prepared):
   return run
 
 
+@pytest.mark.slow
 def test_the_verbs_in_a_row(trained, capsys):
   rows = [json.loads(line) for line in (trained / 'metrics.jsonl').read_text().splitlines()]
   assert {'train/loss', 'train/grad_norm', 'train/lr', 'perf/tokens_per_s', 'perf/mfu'} <= rows[0].keys()
@@ -184,6 +185,7 @@ def test_the_verbs_in_a_row(trained, capsys):
   assert '<script' not in page
 
 
+@pytest.mark.slow
 def test_a_run_says_what_happened_what_it_held_and_what_it_read(trained, capsys, tmp_path):
   timeline = [json.loads(line) for line in (trained / 'timeline.jsonl').read_text().splitlines()]
   assert [(one['what'], one['step']) for one in timeline] == [
@@ -221,6 +223,7 @@ def test_data_that_is_not_prepared(capsys, tmp_path):
   assert 'jaxlm prepare' in one_line(capsys, 'pretrain', '--data.path', str(tmp_path), '--run', str(tmp_path / 'run'))
 
 
+@pytest.mark.slow
 def test_configs_that_do_not_hold_together(capsys, tmp_path, prepared):
   bad = tmp_path / 'bad.py'
   bad.write_text('from jaxlm.config import Optim, Pretrain\nconfig = Pretrain(optim=Optim(learning=1))\n')
@@ -265,6 +268,7 @@ def test_config_values_of_the_wrong_kind(capsys, tmp_path, text, message):
   assert message in line and 'bad.py' in line
 
 
+@pytest.mark.slow
 def test_no_prompts_means_no_samples_and_the_last_step_is_saved(capsys, tmp_path, prepared):
   flags = ['--data.path', str(prepared / 'data'), '--run', str(tmp_path / 'run'), *SIZES]
   code, _, err = run(capsys, 'pretrain', *flags, '--watch.prompts')
@@ -304,6 +308,7 @@ def test_a_damaged_checkpoint_is_named_and_stays(capsys, prepared, trained):
     target.write_bytes(good)
 
 
+@pytest.mark.slow
 def test_numbers_out_of_range(capsys, tmp_path, prepared):
   data = ['--data.path', str(prepared / 'data'), '--run', str(tmp_path / 'run')]
   for flag, value in (
@@ -361,6 +366,7 @@ def test_numbers_out_of_range(capsys, tmp_path, prepared):
     assert 'must be' in one_line(capsys, 'generate', 'somewhere', *flags.split())
 
 
+@pytest.mark.slow
 def test_data_that_were_damaged_are_named_before_or_in_training(capsys, tmp_path, prepared):
   def refused(way, pattern):
     data = tmp_path / way

@@ -68,6 +68,7 @@ def test_ngram_equals_the_plain_version():
   assert compression.ngram_probs(b'ab', b'ab', 2)[1] == pytest.approx(slow_prob(b'ab', b'a', ord('b'), 2))
 
 
+@pytest.mark.slow(but='1-train0')
 @pytest.mark.parametrize('train', [TEXT, b'aaaaaaaa', b'ab', b'a', b'', bytes(range(256)) * 3])
 @pytest.mark.parametrize('order', [1, 2, 5, 8])
 def test_probabilities_sum_to_one(train, order):

@@ -230,6 +230,7 @@ def folder(tmp_path):
   return write_tfrecord(tmp_path / 'prose' / '1.0.0', [records[:7], records[7:]])
 
 
+@pytest.mark.slow
 def test_every_flipped_byte_of_a_tfrecord_is_seen(folder):
   path = folder / 'prose-train.tfrecord-00000-of-00002'
   whole = path.read_bytes()

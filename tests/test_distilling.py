@@ -77,6 +77,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms():
   assert float(own_answers.total) == pytest.approx(float(0.7 * apart.total), rel=1e-6)
 
 
+@pytest.mark.slow(but='2')
 @pytest.mark.parametrize('chunks', [2, 5])
 def test_parts_of_the_sequence_give_the_same(chunks):
   batch = BATCH | {'teacher': SHOWN}
@@ -113,6 +114,7 @@ def test_the_teacher_gets_no_gradient():
   assert all(not np.any(g) for g in jax.tree.leaves(jax.grad(total)(SHOWN)))
 
 
+@pytest.mark.slow
 def test_padding_and_packing_change_nothing():
   loss, given = objective(alpha=0.6), {'teacher': SHOWN}
   want = both(loss, BATCH | given)
@@ -312,6 +314,7 @@ def test_answers_are_those_of_the_student_of_the_moment(home):
     assert np.isfinite(report['loss']) and int(new.cursor) == 1
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_line(home, capsys):
   other = furnish_other(home)
   cases = (
@@ -344,6 +347,7 @@ def furnish_other(home):
   return other
 
 
+@pytest.mark.slow
 def test_another_teacher_is_refused(home, capsys):
   assert ran(home, 'moved', '--steps', '4') == 0
   assert ran(home, 'moved', '--steps', '6', '--teacher', str(home / 'moved')) == 1

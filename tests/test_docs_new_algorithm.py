@@ -100,6 +100,7 @@ def trained(home, name, *more):
   return cli.main(['rl', *(part for pair in args.items() for part in pair)])
 
 
+@pytest.mark.slow
 def test_its_command_trains(home):
   """From a ratio of 1 on, moved by the second update; stopped half way it goes on bitwise."""
   assert trained(home, 'whole') == 0

@@ -54,6 +54,7 @@ def test_the_loss_and_its_gradient(algo):
     np.testing.assert_allclose(grads['value'], want_value, atol=2e-5 * np.abs(want_value).max())
 
 
+@pytest.mark.slow
 def test_logits_of_the_answers_alone_teach_the_same():
   """Answers at the beginning, in the middle, at the end, of one token, and none."""
   params = {**randomized(LLAMA), 'value': jnp.asarray(RNG.normal(size=LLAMA.d_model), jnp.float32)}

@@ -168,6 +168,7 @@ def exact_one():
   return -jax.grad(lambda theta: jnp.sum(chance(theta, ONE, 1.0) * REWARD[:V]))(THETA)
 
 
+@pytest.mark.slow(but='2')
 @pytest.mark.parametrize('size', [2, 3])
 def test_groups(size):
   """RLOO is exact; taking the whole group's mean off leaves (G - 1) / G of it; dividing by the spread turns it."""

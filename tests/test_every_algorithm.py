@@ -87,6 +87,7 @@ def summed(how):
 PENALISED = [(name, KL_COEF) for name, how in ALGORITHMS.items() if how.kl == 'reward']
 
 
+@pytest.mark.slow(but='grpo-0.0')
 @pytest.mark.parametrize('name, kl_coef', [*((name, 0.0) for name in ALGORITHMS), *PENALISED])
 def test_the_mean_gradient_is_that_of_the_expected_reward(name, kl_coef):
   """And of E[reward] - c KL where the penalty is in the reward, over all groups of answers.
@@ -114,6 +115,7 @@ def test_the_mean_gradient_is_that_of_the_expected_reward(name, kl_coef):
   assert cosine > 1 - 1e-5 if exact else 0.5 < cosine < 1 - 1e-4
 
 
+@pytest.mark.slow(but='cispo')
 @pytest.mark.parametrize('name', [name for name, how in ALGORITHMS.items() if how.kl == 'loss'])
 def test_a_penalty_in_the_loss_is_the_mean_of_k3(name):
   """Value and gradient of k3 by hand over answers with no score, averaged as the loss averages."""
@@ -139,6 +141,7 @@ def padded(x, left, right, fill=0):
   return jnp.pad(x, ((0, 0), (left, right)), constant_values=fill)
 
 
+@pytest.mark.slow(but='cispo')
 @pytest.mark.parametrize('name', ALGORITHMS)
 def test_padding_and_repeated_groups_change_nothing(name):
   """From scores to the gradient, off the policy that wrote, with both penalties and a value function."""

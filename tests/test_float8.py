@@ -67,6 +67,7 @@ def test_only_the_layers_large_matmuls_change():
   assert 1e-3 < np.linalg.norm(differ[0] - differ[1]) / np.linalg.norm(differ[0]) < 0.3
 
 
+@pytest.mark.slow(but='sizes0')
 @pytest.mark.parametrize('sizes', [{'fsdp': 1}, {'fsdp': 4, 'tensor': 2}])
 def test_a_model_learns_in_eight_bits(sizes):
   model = dataclasses.replace(LLAMA, d_model=24, n_heads=4, n_kv_heads=2, head_dim=6, d_ff=40, vocab_size=128)

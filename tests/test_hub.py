@@ -56,6 +56,7 @@ def logits(model):
   return models.forward(model.cfg, model.params, ids)[0]
 
 
+@pytest.mark.slow(but='-offline')
 @pytest.mark.parametrize('how', [OFFLINE, NOWHERE], ids=['offline', 'no network'])
 @pytest.mark.parametrize('revision', ['', '@v2', f'@{COMMITS["v2"]}'])
 def test_a_cached_model_is_imported_without_a_network(cache, tmp_path, how, revision):
@@ -68,6 +69,7 @@ def test_a_cached_model_is_imported_without_a_network(cache, tmp_path, how, revi
   np.testing.assert_array_equal(logits(want._replace(cfg=config.model, params=params)), logits(want))
 
 
+@pytest.mark.slow(but='some/other-offline')
 @pytest.mark.parametrize('how', [OFFLINE, NOWHERE], ids=['offline', 'no network'])
 @pytest.mark.parametrize('name', ['some/other', 'some/tiny@v3', 'some/tiny/deep', '../../etc', ''])
 def test_what_is_not_in_the_cache_is_one_line(cache, tmp_path, how, name):

@@ -70,6 +70,7 @@ def test_in_bfloat16_and_onto_a_mesh(tmp_path):
   np.testing.assert_array_equal(q, randomized(cfg)['layers']['attn']['q'].astype(jnp.bfloat16).astype(jnp.float32))
 
 
+@pytest.mark.slow(but='llama-float32')
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize('kind', ['llama', 'gpt2', 'mixtral'])
 def test_blocks_that_lie_across_devices(kind, dtype, tmp_path, monkeypatch):
@@ -87,6 +88,7 @@ def test_blocks_that_lie_across_devices(kind, dtype, tmp_path, monkeypatch):
   assert not laid.params['embed'].is_fully_replicated
 
 
+@pytest.mark.slow(but='float16')
 @pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
 def test_short_floats_go_in_and_out_without_a_change(dtype, tmp_path):
   """Gemma's norms are a tensor and one: added and taken away in float32, whatever they and the leaves are stored as."""
@@ -143,6 +145,7 @@ def top_heavy(tmp_path_factory):
   return folder
 
 
+@pytest.mark.slow(but='bfloat16')
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_one_tensor_that_is_most_of_a_model_is_never_held_twice(top_heavy, dtype):
   assert 1.0 < peak_of_import(top_heavy, dtype) < 1.3
@@ -405,6 +408,7 @@ def test_the_dial_s_multipliers_are_exported_as_granite(tmp_path):
     hf_config.family_of(MIXED)
 
 
+@pytest.mark.slow
 def test_logits_survive(tmp_path):
   cfg = NAMED['gemma3_text']
   exported(cfg, tmp_path / 'out')

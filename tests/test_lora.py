@@ -36,6 +36,7 @@ def moved(params, by=0.3):
   return tree.path_map(lambda path, x: draw(x) if lora.is_adapter(path, x) else x, params)
 
 
+@pytest.mark.slow(but='llama-lora-attention')
 @pytest.mark.parametrize('where', ['attention', 'all-linear', 'layers/mlp/up,layers/attn/q'])
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('cfg', [LLAMA, MIXED, EXPERTS], ids=['llama', 'mixed', 'experts'])
@@ -161,6 +162,7 @@ def test_every_adapter_of_every_layer_has_its_own_key():
   assert np.abs(dropped[0] - dropped[2]).max() > 1e-2
 
 
+@pytest.mark.slow(but='int8-0.012-0.3')
 @pytest.mark.parametrize('qtype, error, share', [('nf4', 0.11, 0.2), ('int8', 0.012, 0.3)])
 def test_few_bits_within_their_error(qtype, error, share):
   """The stated error of a matrix; an adapter on one begins as nothing and learns, the bits do not."""
@@ -182,6 +184,7 @@ def test_few_bits_within_their_error(qtype, error, share):
     lora.quantize(params, tile=60)
 
 
+@pytest.mark.slow
 def test_a_foreign_tree():
   """A stock Linen model through `merge`, which is differentiable."""
 

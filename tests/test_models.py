@@ -370,6 +370,7 @@ def test_a_later_token_changes_nothing_before_it(cfg, params):
     assert same[:at].all() and not same[at:].any()
 
 
+@pytest.mark.slow(but='llama')
 @DENSE  # a grouped matmul has no Jacobian by rows
 def test_causality_by_gradient(cfg, params):
   """d x[t] / d input[s] is exactly zero for s > t and is not for s <= t."""
@@ -419,6 +420,7 @@ def test_jit_is_no_jit():
   np.testing.assert_allclose(plain, jitted(cfg)(randomized(cfg), tokens(cfg)), atol=1e-5)
 
 
+@pytest.mark.slow(but='llama-loop')
 @pytest.mark.parametrize(
   'style, mode', [('llama', 'unroll 2'), ('llama', 'unroll all'), ('llama', 'loop'), ('gpt2', 'loop')]
 )
@@ -458,6 +460,7 @@ def test_remat_saves_memory():
   assert full < dots < none / 2
 
 
+@pytest.mark.slow(but='llama')
 def test_dropout_needs_a_key(cfg, params):
   ids, drop = tokens(cfg), jitted(cfg, dropout=0.5)
   one, again, other = (drop(params, ids, key=jax.random.key(seed)) for seed in (3, 3, 4))
@@ -468,6 +471,7 @@ def test_dropout_needs_a_key(cfg, params):
   assert np.abs(one - without).max() > 0.1 and np.abs(one - other).max() > 0.1
 
 
+@pytest.mark.slow(but='llama')
 def test_dropout_drops_and_scales(cfg, params):
   """What a sub-layer adds is nothing or 1 / (1 - rate) of what it was; here the MLP adds nothing."""
   layer = jax.tree.map(lambda x: x[0], params['layers'])
@@ -584,6 +588,7 @@ def test_the_padded_vocabulary_is_never_trained(style, chunks, multipliers):
     assert np.any(grads['head'][:, cfg.vocab_size - 1])
 
 
+@pytest.mark.slow
 def test_noise_on_embeddings_is_uniform_within_its_bound():
   """NEFTune: alpha / sqrt(T * D), on what enters the first layer, another for each key, none without one."""
   cfg = dataclasses.replace(SHALLOW, n_layers=1)

@@ -207,6 +207,7 @@ def test_a_models_padding_does_not_count(mode):
 # --- a run
 
 
+@pytest.mark.slow
 def test_a_run_with_experts_on_eight_devices_writes_what_its_routers_add(tmp_path):
   tiny = ModelConfig(d_model=16, n_layers=2, n_heads=2, d_ff=23, n_experts=5, shared_d_ff=13)
   config = dataclasses.replace(
@@ -233,6 +234,7 @@ def test_a_run_with_experts_on_eight_devices_writes_what_its_routers_add(tmp_pat
   assert row['train/loss'] == row['train/nll'] and not {'train/balance', 'train/router_z'} & row.keys()
 
 
+@pytest.mark.slow(but='sizes1')
 @pytest.mark.parametrize('sizes', [{'data': 8, 'fsdp': 1}, {'data': 2, 'fsdp': 2, 'tensor': 2}])
 def test_each_device_computes_its_own_tokens(sizes):
   """Read from the compiled step: left to itself, the compiler has each device do the experts of all of them."""
@@ -271,6 +273,7 @@ def test_flops_of_experts_and_of_windows_by_hand():
 EXCHANGE = {'expert': 4, 'fsdp': 2}
 
 
+@pytest.mark.slow(but='0')
 @pytest.mark.parametrize('favourite', [None, 0, 7])
 def test_experts_on_other_devices_are_those_here(favourite):
   """Rows of 8 devices with experts over 4; the worst case, all tokens to the experts of one device, too."""
@@ -302,6 +305,7 @@ def test_experts_on_other_devices_are_those_here(favourite):
       np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_no_device_gathers_the_experts_of_others():
   """Read from the compiled step: tokens travel, experts' matrices do not (over the axis of experts)."""
   model = ModelConfig(vocab_size=128, d_model=24, n_layers=1, n_heads=2, d_ff=40, n_experts=8)

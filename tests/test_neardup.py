@@ -63,6 +63,7 @@ def corpus():
   return mixed
 
 
+@pytest.mark.slow(but='0.8')
 @pytest.mark.parametrize('threshold', [0.6, 0.8, 0.9])
 def test_decisions_agree_with_the_exact_similarity(threshold):
   near, kept, sure, wrong = neardup.NearDuplicates(threshold), [], [0, 0], 0

@@ -313,6 +313,7 @@ def test_muon_of_a_stack_is_muon_of_each_layer():
       np.testing.assert_allclose(mine, theirs, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_muon_moves_each_matrix_of_each_expert_on_its_own_and_decays_it():
   """Leaf by leaf of a model with experts: matrices as if alone under Muon, all else as under AdamW."""
   params, axes, rng = randomized(EXPERTS), models.axes(EXPERTS), np.random.default_rng(5)

@@ -88,6 +88,7 @@ def alone(params, ids_BT, learned_BT, scored):
   return jnp.sum(jnp.where(learned_BT[:, 1:], logp_BT, 0.0), axis=1)
 
 
+@pytest.mark.slow(but='dpo')
 @pytest.mark.parametrize('name', [*LOSSES, 'reward'])
 def test_a_batch_is_its_pairs_alone(folders, policy, name):
   """Against every answer in a forward pass of its own, the reference read without adapters."""
@@ -122,6 +123,7 @@ def test_a_batch_is_its_pairs_alone(folders, policy, name):
     assert float(metrics['nll'].weight) == lengths[:, 0].sum()
 
 
+@pytest.mark.slow(but='1-dpo')
 @pytest.mark.parametrize('name', ['dpo', 'kto'])
 @pytest.mark.parametrize('chunks', [1, 3])
 def test_logits_of_answers_alone_give_the_same(folders, policy, name, chunks):
@@ -153,10 +155,8 @@ def elsewhere(some, unit, seq_len, before, after):
 
 
 # all but kto, whose baseline is the whole batch's
-@pytest.mark.parametrize(
-  'name',
-  [n if n in ('dpo', 'reward') else pytest.param(n, marks=pytest.mark.slow) for n in (*LOSSES, 'reward') if n != 'kto'],
-)
+@pytest.mark.slow(but='reward')
+@pytest.mark.parametrize('name', [n for n in (*LOSSES, 'reward') if n != 'kto'])
 def test_a_pair_is_worth_the_same_anywhere(folders, policy, name):
   """Alone, behind and before others, in longer rows: with the others alone taken off, loss and gradients stay."""
   some = rows_of(folders, name, 401)
@@ -188,6 +188,7 @@ def config(name, **how):
   return Pretrain(model=CFG, data=data, optim=Optim(lr=1e-2, warmup_steps=0), steps=3, preference=preference, **given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['dpo', 'kto', 'reward'])
 def test_eight_devices_and_micro_batches_are_one_device(folders, policy, name):
   """Three steps, the rows cut over data and fsdp, heads over tensor, the sequence over a ring."""

@@ -131,6 +131,7 @@ def test_a_run_decodes_with_the_programs_of_its_plan(monkeypatch):
   assert calls == ['prefill', 'decode'] and made.lengths_M.min() > 0
 
 
+@pytest.mark.slow
 def test_the_largest_phase_decides(monkeypatch):
   """Rows that decode need a cache; a step of eight rows would fit."""
   small = planned(monkeypatch, RL, compare=False)
@@ -170,6 +171,7 @@ def test_model_flops_have_a_head_where_there_are_logits():
   assert program.flops_per_token(dataclasses.replace(RL, mesh=configs.Mesh(sequence=2))) == pytest.approx(whole)
 
 
+@pytest.mark.slow
 def test_logits_of_answers_alone_send_less_and_gather_no_more(monkeypatch):
   def sent():
     mesh = sharding.make_mesh(tensor=2)

@@ -123,6 +123,7 @@ def test_flops_from_shapes(cfg, remat, times):
     assert forward == pytest.approx(exact, rel=1e-6)
 
 
+@pytest.mark.slow(but='16-2')
 @pytest.mark.parametrize('experts, k', [(8, 4), (16, 2)])
 def test_flops_of_experts_on_several_devices(experts, k):
   """The rows that are there, wherever the experts are: fewer of a device than a token uses, too."""

@@ -74,6 +74,7 @@ def full(home):
   return home / 'full'
 
 
+@pytest.mark.slow
 def test_adapters_learn_what_is_preferred(home, capsys):
   assert run(home, 'preference', 'dpo', lora__rank=3) == 0
   out = capsys.readouterr().out
@@ -91,6 +92,7 @@ def test_adapters_learn_what_is_preferred(home, capsys):
   assert cli.main(['generate', str(home / 'dpo'), '--prompt', 'The ', '--max-new-tokens', '3']) == 0
 
 
+@pytest.mark.slow(but='simpo')
 @pytest.mark.parametrize('loss', ['ipo', 'kto', 'orpo', 'simpo', 'cpo'])
 def test_every_loss_is_a_run(home, loss):
   rows = 'labels.jsonl' if loss == 'kto' else 'pairs.jsonl'
@@ -102,11 +104,13 @@ def test_every_loss_is_a_run(home, loss):
   assert (home / loss / 'reference').exists() is False
 
 
+@pytest.mark.slow
 def test_kto_reads_pairs_too(home):
   assert run(home, 'preference', 'kto_pairs', '--loss', 'kto', lora__rank=3, steps=2) == 0
   assert evaluated(home, 'kto_pairs', 'eval/loss')[-1] < 0.5
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_bitwise_in_the_middle_of_an_epoch(home, full):
   assert run(home, 'preference', 'parts', lora__rank=0, watch__save_every=2, optim__lr=3e-3) == 0
   for step in (4, 6):
@@ -122,6 +126,7 @@ def test_a_run_goes_on_bitwise_in_the_middle_of_an_epoch(home, full):
   assert rows[3] == pytest.approx(4 * 5 / len(stream)) and rows[3] % 1  # step 4 is in the middle of an epoch
 
 
+@pytest.mark.slow
 def test_a_cached_reference_gives_the_curve_of_the_one_in_the_step(home):
   """Adapters both times: read in the step, and computed before it."""
   assert run(home, 'preference', 'in_step', lora__rank=3, steps=3) == 0
@@ -130,6 +135,7 @@ def test_a_cached_reference_gives_the_curve_of_the_one_in_the_step(home):
     np.testing.assert_allclose(evaluated(home, 'cached', name), evaluated(home, 'in_step', name), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_another_base_or_data_is_refused(home, full, capsys):
   again = {'lora__rank': 0, 'watch__save_every': 2, 'optim__lr': 3e-3, 'steps': 7}
   other = ['pretrain', str(home / 'tiny.py'), '--run', str(home / 'other'), '--steps', '5']
@@ -180,6 +186,7 @@ def judge(home):
   return home / 'rm'
 
 
+@pytest.mark.slow
 def test_a_reward_model_is_told_from_lengths(home, judge, capsys):
   found = json.loads((judge / 'rewards.json').read_text())
   folds = {line['what']: line for line in found['folds']['table']}
@@ -211,6 +218,7 @@ def test_folds_hold_out_every_pair_once(judge):
       assert not set(seen.units) & set(out.units) and len(seen.units) + len(out.units) == seen.count
 
 
+@pytest.mark.slow
 def test_scores_of_conversations_are_those_of_the_rows(home, judge):
   model = scoring.open_model(judge)
   rows = [json.loads(line) for line in (home / 'pairs.jsonl').read_text().splitlines()]
@@ -228,6 +236,7 @@ def test_scores_of_conversations_are_those_of_the_rows(home, judge):
     scoring.score(model, [Conversation([*talks[0].messages, {'role': 'user', 'content': 'And?'}])])
 
 
+@pytest.mark.slow
 def test_a_value_head_is_the_reward_models_alone(home, judge, capsys):
   params = writing.load(judge)[1]
   assert params['value'].shape == (96,) and float(jnp.abs(params['value']).max()) > 0
@@ -266,6 +275,7 @@ def frozen(home):
   return home / 'frozen'
 
 
+@pytest.mark.slow
 def test_a_head_on_features_learns_as_on_the_trunk(home, frozen):
   """The curves of the run and of a fold, the weights and the table; what folds share is computed once."""
   assert run(home, 'reward', 'trunk', '--folds', '2', '--preference.features', '', **HEAD) == 0
@@ -318,6 +328,7 @@ def test_a_head_on_features_goes_on_bitwise_and_on_its_own_base_alone(home, froz
   assert 'missing, the features of a run that has begun' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_weight_decay_reaches_the_value_head(home, frozen):
   assert run(home, 'reward', 'free', **HEAD | {'optim__weight_decay': 0, 'steps': 2}) == 0
   assert run(home, 'reward', 'held', **HEAD | {'optim__weight_decay': 50, 'steps': 2}) == 0

@@ -51,6 +51,7 @@ def by_hand(asked, ids):
   return np.asarray(jax.nn.log_softmax(logits))[np.arange(len(ids) - 1), ids[1:]], np.asarray(logits).argmax(-1)[:-1]
 
 
+@pytest.mark.slow
 def test_likelihoods_are_those_of_a_row_alone(asked):
   """Among rows of all lengths, some of them the same but for the last token, in batches of three."""
   rng = np.random.default_rng(0)
@@ -95,6 +96,7 @@ def test_white_space_goes_to_what_follows(asked):
     subject.pair(asked, '', '')
 
 
+@pytest.mark.slow
 def test_answers_end_before_a_stop_text(asked):
   prompts = ['It was a', 'cold', 'the night and the day']
   whole = subject.continued(asked, prompts, new=20)
@@ -233,6 +235,7 @@ def test_the_command_compares_two_models(folders, tmp_path, capsys):
   assert sum(subject.rolling(asked, texts)[:2]) == pytest.approx(whole, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_perplexities_are_by_document_and_compared(folders, tmp_path, capsys):
   """Two kinds, one of two sources: values by hand, intervals and differences over documents, as JSON and Markdown."""
   texts = {'x': [f'It was {i} nights cold, and {"very " * i}dark.' for i in range(9)], 'y': ['A thé.', 'Nothing of it']}

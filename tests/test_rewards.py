@@ -116,6 +116,7 @@ def test_a_pattern_that_does_not_end_is_told():
   assert score([''], ['aa'], [{}]) == [1]
 
 
+@pytest.mark.slow
 def test_a_sum_that_does_not_end_is_not_right_and_is_told(caplog):
   pytest.importorskip('math_verify', reason="needs pip install -e '.[rl]'")
   said, rows = ['9^{9^{9^{9}}}', '4', '$7^{99999999}$', '2+2'], [{'answer': '4'}] * 4
@@ -197,6 +198,7 @@ def test_what_is_none(spec):
     of(spec)
 
 
+@pytest.mark.slow(but='chain_sum')
 @pytest.mark.parametrize('name', rewards.GYM)
 def test_checkers_give_nothing_to_junk(name):
   """Right answers are right; an empty, a constant and a copied answer get at most a hundredth."""

@@ -63,6 +63,7 @@ def series(home, name, what):
   return [row[what] for row in rows_of(home, name) if what in row]
 
 
+@pytest.mark.slow(but='grpo')
 @pytest.mark.parametrize('algo', ALGORITHMS)
 def test_every_algorithm_begins_at_ratio_one(home, algo):
   """Two updates a rollout; at the first the weights are those that wrote, and the sampler agrees with training."""
@@ -79,7 +80,8 @@ def test_every_algorithm_begins_at_ratio_one(home, algo):
   assert ('value' in bases.read(bases.newest(home / algo))[1]) == ALGORITHMS[algo].valued
 
 
-@pytest.mark.parametrize('algo', ['ppo', pytest.param('dapo', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('algo', ['ppo', 'dapo'])
 def test_it_goes_on_bitwise(home, algo, monkeypatch, capsys):
   """After a save that was made, and after a SIGTERM while a rollout is scored, which is learnt from in two steps."""
   how = ('--steps', '8', '--kl-coef', '0.05', '--watch.eval-every', '0')
@@ -99,6 +101,7 @@ def test_it_goes_on_bitwise(home, algo, monkeypatch, capsys):
   assert cli.main(['export', str(home / whole), str(home / f'out_{algo}')]) == 0  # a value function is left out
 
 
+@pytest.mark.slow
 def test_warnings_look_at_what_was_before_it_went_on(home, capsys):
   how = ('--kl-coef', '0.05', '--kl-target', '1e-3', '--optim.lr', '1e-2', '--watch.eval-every', '0')
   assert rl(home, 'warned', '--steps', '8', *how) == 0

@@ -31,8 +31,9 @@ def one_by_one(cfg, sampling, prompts=PROMPTS):
   return jax.tree.map(np.asarray, sample.generate(cfg, randomized(cfg), prompts, jax.random.key(0), **how))
 
 
+@pytest.mark.slow(but='llama-plain')
 @pytest.mark.parametrize('sampling', SETTINGS)
-@pytest.mark.parametrize('cfg', [LLAMA, pytest.param(MIXED, marks=pytest.mark.slow)], ids=['llama', 'mixed'])
+@pytest.mark.parametrize('cfg', [LLAMA, MIXED], ids=['llama', 'mixed'])
 def test_a_completion_does_not_know_its_row(cfg, sampling):
   engine = rollout.engine(cfg, max_new_tokens=N, sampling=SETTINGS[sampling], stop_ids=STOP, rows=5)
   found, want = engine(randomized(cfg), PROMPTS, SEEDS), one_by_one(cfg, SETTINGS[sampling])
@@ -64,6 +65,7 @@ def test_finished_rows_make_room(monkeypatch):
   assert sum(passes) < 0.7 * one_after_the_other
 
 
+@pytest.mark.slow
 def test_equal_prompts_are_read_once(monkeypatch):
   read, prefill = [], sample.prefill
 
@@ -82,6 +84,7 @@ def test_equal_prompts_are_read_once(monkeypatch):
     np.testing.assert_allclose(found.logp_MN[m], alone.logp_MN[0], atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('cfg', [LLAMA, EXPERTS], ids=['llama', 'experts'])
 def test_on_eight_devices(cfg):
   """Weights resharded once; rows are cut over the devices, and the cache with them."""
@@ -105,6 +108,7 @@ def test_on_eight_devices(cfg):
   np.testing.assert_allclose(found.logp_MN, want.logp_MN, atol=2e-5)
 
 
+@pytest.mark.slow(but='plain')
 @pytest.mark.parametrize('sampling', SETTINGS)
 def test_what_the_sampler_says_is_what_training_says(sampling):
   """Trap 7: with the weights unchanged the ratio is 1, for every sampling setting."""

@@ -1,6 +1,5 @@
 """From answers to what is learnt from them: known answers through the loop, against the papers in NumPy."""
 
-import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -92,6 +91,7 @@ def read(params, rows, width):
   return places, logps, [None if values is None else values[m, at] for m, at in enumerate(places)]
 
 
+@pytest.mark.slow(but='grpo')
 @pytest.mark.parametrize('algo', ALGORITHMS)
 def test_what_is_learnt_from_known_answers(known, home, algo):
   """The whole buffer, and what is told of it, over rollouts in which every case is met."""
@@ -134,6 +134,7 @@ def test_what_is_learnt_from_known_answers(known, home, algo):
   assert seen >= {'stopped', 'cut', 'group alike', 'group differs'} | sampled
 
 
+@pytest.mark.slow(but='grpo')
 @pytest.mark.parametrize('algo', ['ppo', 'grpo', 'dapo'])
 def test_the_steps_of_a_rollout(known, home, algo):
   """Each loss of the program that a config makes, at the weights of the moment, is NumPy's on its batch."""
@@ -157,12 +158,10 @@ SAMPLINGS = {
   'all': {'temperature': 1.3, 'top_k': 17, 'top_p': 0.9, 'min_p': 0.01},
 }
 EACH = [(algo, name) for algo in ALGORITHMS for name in SAMPLINGS]
-FAST = [(algo, name) for algo, name in zip(ALGORITHMS, itertools.cycle(SAMPLINGS))]  # every one of both
 
 
-@pytest.mark.parametrize(
-  'algo, sampling', [pytest.param(*one, marks=[] if one in FAST else pytest.mark.slow) for one in EACH]
-)
+@pytest.mark.slow(but='ppo-cold')
+@pytest.mark.parametrize('algo, sampling', EACH)
 def test_with_frozen_weights_the_ratio_is_one(home, algo, sampling):
   """Trap 7 through the loop: what training reads is what the sampler said, at every step while no weight moves."""
   tiny = opened(home, algo, 'letters', lr=0.0, steps=3, rounds=1, decode_rows=15, **SAMPLINGS[sampling])
@@ -177,6 +176,7 @@ def test_with_frozen_weights_the_ratio_is_one(home, algo, sampling):
     assert float(found['policy/ratio_max']) == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_ppo_raises_the_reward(home):
   """Small letters in three tokens: from one in seven answers to more than one in each."""
   how = {'prompts': 8, 'samples': 4, 'max_new_tokens': 3, 'decode_rows': 32, 'kl_coef': 0.01, 'entropy_coef': 0.001}

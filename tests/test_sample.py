@@ -64,6 +64,7 @@ def truncated64(logits, k=None, p=None):
 # --- the cache
 
 
+@pytest.mark.slow(but='llama-stacked')
 @pytest.mark.parametrize('stacked', [True, False], ids=['stacked', 'unstacked'])
 @pytest.mark.parametrize('style', STYLES)
 def test_cached_decoding_is_the_full_forward_pass(style, stacked):
@@ -107,6 +108,7 @@ def test_tiny_temperatures_take_the_likeliest_token(temperature):
     assert token_B[0] == 3 and sampled_B[0] == 0.0 and jnp.isfinite(logp_B[0])
 
 
+@pytest.mark.slow(but='llama')
 @pytest.mark.parametrize('style', STYLES)
 def test_greedy_is_the_argmax_of_the_full_forward_pass(style):
   cfg = STYLES[style]
@@ -135,6 +137,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow(but='plain')
 @pytest.mark.parametrize('setting', SETTINGS)
 def test_logprobs_are_those_of_a_full_forward_pass(setting):
   """`logp` before truncation, `sampled_logp` after it, both at the temperature (trap 7's base)."""
@@ -196,6 +199,7 @@ def words(eos):
   return Tokenizer(inner, {'eos': '<eos>'})
 
 
+@pytest.mark.slow(but='draft')
 @pytest.mark.parametrize('draft', [None, sample.Lookup(3)], ids=['plain', 'draft'])
 def test_a_stop_string_ends_its_row_at_the_token_that_completes_it(draft):
   """One that lies across two tokens, past the first piece; rows that do not have it go on."""

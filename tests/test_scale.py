@@ -74,6 +74,7 @@ def test_heads_divide_at_every_depth(depth):
   assert scale.shape(shared, depth).shared_d_ff == model.d_ff and model.shared_d_ff == 0
 
 
+@pytest.mark.slow(but='muon-0.5')
 @pytest.mark.parametrize('name, power', [('adamw', 1.0), ('muon', 0.5), ('lion', 1.0), ('schedule_free', 1.0)])
 def test_matrices_learn_by_their_fan_in(name, power):
   wider = scale.at_depth(with_optimizer(name), 8)
@@ -108,6 +109,7 @@ def test_groups_of_the_base_are_multiplied_in():
   assert [found[p] for p in ('layers/mlp/up', 'layers/attn/q', 'embed')] == pytest.approx([1.5, 0.5, 0.5])
 
 
+@pytest.mark.slow
 def test_the_start_is_the_base_s_in_every_part():
   """Weights of the sub-layers' outputs start as at the base depth, up to the width; logits as at the base width."""
   base = dataclasses.replace(BASE, model=dataclasses.replace(BASE.model, tie_embeddings=False))
@@ -120,6 +122,7 @@ def test_the_start_is_the_base_s_in_every_part():
   assert rms['big']['embed'] == pytest.approx(rms['base']['embed'], rel=0.05)
 
 
+@pytest.mark.slow
 def test_tokens_follow_the_parameters_of_the_layers():
   ratio = lambda config: tokens(config) / scale.parameters(config.model)
   for depth in (2, 6, 8, 12):
@@ -182,6 +185,7 @@ def test_a_named_width_is_followed(capsys):
   assert kept.model.d_model == 384 and kept.optim.group_lr == ()
 
 
+@pytest.mark.slow
 def test_named_heads_are_followed(capsys):
   nine, _ = pretraining(capsys, '--depth', '12', '--model.n-heads', '9')
   assert (nine.model.n_heads, nine.model.d_model, nine.model.kv_heads) == (9, 576, 3)

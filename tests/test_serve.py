@@ -432,6 +432,7 @@ def test_hostile_requests_harm_nobody(client, server, folder):
   assert complete(client).choices[0].text
 
 
+@pytest.mark.slow
 def test_a_key_and_a_graceful_end(folder):
   server = Server(folder, folder.parent, '--slots', '2', '--context', '256', JAXLM_API_KEY='secret')
   for headers in (

@@ -210,6 +210,7 @@ def answer(told):
   return pieces
 
 
+@pytest.mark.slow
 def test_more_than_may_wait_are_refused_together(bank, running):
   asks = [asking(bank, 'a')[0] for _ in range(4)]
   with pytest.raises(Full, match='0 requests wait already'):
@@ -310,6 +311,7 @@ def test_nothing_is_compiled_again(bank, running):
   assert [f._cache_size() for f in (slots.read, slots.enter, slots.advance)] == sizes and sizes[2] == 1
 
 
+@pytest.mark.slow
 def test_a_mesh_answers_the_same(bank, running, tiny):
   """Slots over two devices and weights over two others; nothing is compiled after the beginning."""
   mesh = sharding.make_mesh(data=2, tensor=2, fsdp=1, devices=jax.devices()[:4])
@@ -330,6 +332,7 @@ def test_a_mesh_answers_the_same(bank, running, tiny):
   assert [f._cache_size() for f in (slots.read, slots.enter, slots.advance)] == sizes
 
 
+@pytest.mark.slow
 def test_windows_answer_as_generate_does(tiny):
   """Caches of local layers are rings: prompts and answers longer than these, two at once, and one that goes on."""
   layers = {'pattern': ('local', 'global', 'local'), 'window': 19, 'rope_theta_local': 100.0}

@@ -58,6 +58,7 @@ def tuned(home):
   return home / 'tuned'
 
 
+@pytest.mark.slow
 def test_answers_are_learnt_and_end(home, tuned, capsys):
   """The control tokens are new to the base; after it, answers stop by themselves and are right more often."""
   assert losses(home, 'tuned', 'eval/loss')[-1] < 0.45 * losses(home, 'tuned', 'eval/loss')[0]
@@ -95,6 +96,7 @@ def test_epochs_are_steps_and_the_run_goes_on(home, tuned):
   assert losses(home, 'tuned') == before
 
 
+@pytest.mark.slow
 def test_a_warm_up_longer_than_the_epochs_is_told(home, capsys):
   assert sft(home, 'few', '--epochs', '0.3', '--optim.warmup-steps', '99', '--watch.eval-every', '0') == 0
   steps = bases.newest(home / 'few').config.steps
@@ -102,6 +104,7 @@ def test_a_warm_up_longer_than_the_epochs_is_told(home, capsys):
   assert bases.newest(home / 'few').config.optim.warmup_steps == steps // 2
 
 
+@pytest.mark.slow
 def test_new_tokens_that_could_not_be_learnt_are_refused(home, capsys):
   adapters = ('--lora.rank', '2', '--steps', '4', '--epochs', '0', '--optim.warmup-steps', '0')
   assert sft(home, 'frozen', *adapters) == 1
@@ -130,6 +133,7 @@ def test_a_fault_stops_the_run_with_the_row_shown(home, capsys):
   assert not (home / 'endless' / 'checkpoints').exists()
 
 
+@pytest.mark.slow(but='False')
 @pytest.mark.parametrize('tied', [True, False])
 def test_a_grown_vocabulary_begins_as_the_mean(tied):
   cfg = dataclasses.replace(

@@ -86,6 +86,7 @@ def test_rows_of_a_table_that_is_cut(mesh):
     compare(grad(sharding.RULES), grad(None))
 
 
+@pytest.mark.slow(but='fsdp-False')
 @pytest.mark.parametrize('tied', [True, False])
 @pytest.mark.parametrize('mesh', ['fsdp', 'fsdp, tensor'])
 def test_no_device_has_the_table_the_head_or_all_logits(mesh, tied):
@@ -109,6 +110,7 @@ def test_no_device_has_the_table_the_head_or_all_logits(mesh, tied):
   assert shapes and not whole, whole
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_divide_is_looked_up_all_the_same():
   params, tokens = models.init(LLAMA, jax.random.key(0)), jnp.arange(6).reshape(3, 2)
   want = models.forward(LLAMA, params, tokens)[0]

@@ -39,10 +39,9 @@ def generate(cfg, prompts=PROMPTS, new=NEW, **kwargs):
 # --- greedy
 
 
+@pytest.mark.slow(but='llama-look-up')
 @pytest.mark.parametrize('kind', ['look-up', 'itself', 'another'])
-@pytest.mark.parametrize(
-  'style', [name if name in ('llama', 'gpt2') else pytest.param(name, marks=pytest.mark.slow) for name in STYLES]
-)
+@pytest.mark.parametrize('style', STYLES)
 def test_greedy_tokens_are_the_same(style, kind):
   """Beyond the window of the local layers, in ragged rows, one of which stops early."""
   cfg = STYLES[style]
@@ -60,6 +59,7 @@ def test_greedy_tokens_are_the_same(style, kind):
       assert got.passes_B.tolist() == [3, 3, 3]  # 12 tokens after the first, 4 a pass
 
 
+@pytest.mark.slow(but='itself')
 @pytest.mark.parametrize('kind', ['look-up', 'itself', 'another'])
 def test_greedy_tokens_are_the_same_up_to_the_last_learned_position(kind):
   """Drafts reach beyond it, and what is there may not spoil the rest."""
@@ -70,6 +70,7 @@ def test_greedy_tokens_are_the_same_up_to_the_last_learned_position(kind):
   np.testing.assert_allclose(got.logp_BN, want.logp_BN, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_looking_up_saves_passes_where_a_text_repeats_itself():
   prompt = [5, 17, 3, 40, 41] * 4
   params = randomized(LLAMA)
@@ -152,6 +153,7 @@ def test_the_logprobs_are_of_the_full_forward_pass():
     np.testing.assert_allclose(cut, draws.pick(draws.log_chances(logits_NV, sampling), token_N), atol=2e-5)
 
 
+@pytest.mark.slow(but='look-up')
 @pytest.mark.parametrize('kind', ['look-up', 'another'])
 def test_a_row_depends_on_its_prompt_and_key_alone(kind):
   draft = drafts(LLAMA)[kind]

@@ -67,6 +67,7 @@ def gradient(accum, devices=1, cfg=LLAMA):
   return jax.device_get((end.opt_state, metrics))
 
 
+@pytest.mark.slow(but='llama-2-4')
 @pytest.mark.parametrize('accum, devices', [(2, 1), (8, 1), (1, 8), (2, 4)])
 @pytest.mark.parametrize('cfg', [LLAMA, ROUTED], ids=['llama', 'experts'])
 def test_accumulation_and_devices_leave_the_gradient(accum, devices, cfg):

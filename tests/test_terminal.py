@@ -115,6 +115,7 @@ short, endless = ('--max-new-tokens', '12'), ('--max-new-tokens', '20000')
 with_length = lambda length: pytest.mark.parametrize('terminal', [length], indirect=True)
 
 
+@pytest.mark.slow
 @with_length(short)
 def test_reset_forgets_and_exit_leaves(terminal):
   first = terminal.ask('what is it?')
@@ -154,6 +155,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(terminal):
   assert terminal.leaves() == 0
 
 
+@pytest.mark.slow
 @with_length(endless)
 def test_ctrl_c_at_any_moment_before_the_first_piece(terminal):
   """The template's child starts, the prompt is compiled (each time for a longer one), then the first tokens."""

@@ -59,6 +59,7 @@ def tuned(home, name, *args):
   return run(home, name, '--init', str(home / 'base'), *ADAPTERS, *args)
 
 
+@pytest.mark.slow
 def test_adapters_alone_are_saved_and_go_on_bitwise(home):
   assert tuned(home, 'whole', '--steps', '8') == 0
   assert tuned(home, 'parts', '--steps', '8', '--watch.save-every', '4') == 0
@@ -80,6 +81,7 @@ def test_adapters_alone_are_saved_and_go_on_bitwise(home):
   assert stored < 0.4 * size(bases.newest(home / 'base').checkpoints.path(6)), stored
 
 
+@pytest.mark.slow
 def test_another_base_is_refused(home, capsys):
   assert tuned(home, 'moved', '--steps', '2') == 0
   assert run(home, 'other', '--steps', '1', '--seed', '5') == 0
@@ -90,6 +92,7 @@ def test_another_base_is_refused(home, capsys):
   assert 'adapters need a base' in capsys.readouterr().err
 
 
+@pytest.mark.slow(but='kind2')
 @pytest.mark.parametrize('kind', [('--lora.dora',), ('--lora.dropout', '0.2'), ('--optim.ema-decay', '0.9')])
 def test_other_kinds_load_as_they_ended(home, kind):
   name = kind[0].split('.')[-1]
@@ -99,6 +102,7 @@ def test_other_kinds_load_as_they_ended(home, kind):
   assert cli.main(['generate', str(home / name), '--prompt', 'The ', '--max-new-tokens', '4']) == 0
 
 
+@pytest.mark.slow
 def test_export_of_adapters_and_of_what_they_make(home, capsys):
   assert tuned(home, 'out', '--steps', '4') == 0
   assert cli.main(['export', str(home / 'out'), str(home / 'hf'), '--merge']) == 0
@@ -126,6 +130,7 @@ def test_export_of_adapters_and_of_what_they_make(home, capsys):
   assert 'names no base_model_name_or_path' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_adapters_on_an_import_name_what_was_imported(home, tmp_path, capsys):
   assert cli.main(['export', str(home / 'base'), str(tmp_path / 'hf')]) == 0
   assert cli.main(['import', str(tmp_path / 'hf'), '--run', str(tmp_path / 'imported')]) == 0
@@ -154,6 +159,7 @@ def test_a_filter_trains_what_it_picks(home, capsys):
   assert "trainable: 'layer/*' matches no parameter" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_base_may_meet_positions_otherwise(home, capsys):
   args = ('--init', str(home / 'base'), '--steps', '1')
   assert run(home, 'long', *args, '--model.max-seq-len', '4096', '--model.rope-theta', '5e4') == 0
@@ -161,6 +167,7 @@ def test_a_base_may_meet_positions_otherwise(home, capsys):
   assert 'model.d_ff is 177, not 180' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_foreign_model_is_a_base(home):
   assert cli.main(['export', str(home / 'base'), str(home / 'exported')]) == 0
   assert run(home, 'from_hf', '--init', str(home / 'exported'), *ADAPTERS, '--steps', '2') == 0
@@ -171,6 +178,7 @@ def test_a_foreign_model_is_a_base(home):
     np.testing.assert_allclose(np.asarray(a[path])[rows], b[path][rows], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_ends_when_it_gets_no_better(home, capsys):
   """A learning rate that only harms: after two evaluations without a better loss it is over, and stays so."""
   args = ('--init', str(home / 'base'), '--watch.eval-every', '2', '--watch.patience', '2', '--steps', '40')
@@ -196,6 +204,7 @@ def test_a_run_ends_when_it_gets_no_better(home, capsys):
   assert 'no better held-out loss' in capsys.readouterr().out and bases.newest(home / 'worse').step == again
 
 
+@pytest.mark.slow
 def test_what_was_gained_and_what_was_forgotten(home):
   """Evaluated before the first step, with text that training never sees; in the report as perplexities."""
   args = ('--init', str(home / 'base'), '--watch.eval-every', '2', '--steps', '4', '--optim.name', 'adamw')

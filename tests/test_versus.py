@@ -48,6 +48,7 @@ def written(path):
   return [json.loads(line) for line in path.read_text().splitlines()], json.loads(path.with_suffix('.json').read_text())
 
 
+@pytest.mark.slow
 def test_by_a_reward_on_what_the_run_held_out(home, capsys):
   assert against(home, 'more', 'less', f'python:{home / "own.py"}:many') == 0
   lines, figures = written(home / 'more' / 'winrate.jsonl')
@@ -67,6 +68,7 @@ def test_by_a_reward_on_what_the_run_held_out(home, capsys):
   assert report.write(home / 'more').read_text().count(f'win-rate over {home / "less"}') == 1
 
 
+@pytest.mark.slow
 def test_the_answers_are_the_models_own(home):
   """Greedy ones, as `eval --tasks` writes them."""
   assert against(home, 'more', 'less', f'python:{home / "own.py"}:many') == 0
@@ -88,6 +90,7 @@ def test_an_rl_run_asks_its_held_out_prompts(home):
   }  # fmt: skip
 
 
+@pytest.mark.slow(but='21-0.9')
 @pytest.mark.parametrize('most, temperature', [(4, 0), (21, 0.9)])
 def test_by_a_judge(home, tmp_path, most, temperature):
   """One that goes by the place alone makes ties, one that likes length makes the longer answer win."""
@@ -109,6 +112,7 @@ def test_by_a_judge(home, tmp_path, most, temperature):
   assert not (home / 'less' / 'winrate.jsonl').exists()
 
 
+@pytest.mark.slow
 def test_foreign_models_on_either_side(home, tmp_path, capsys):
   """A folder of Hugging Face's that is the run, and a base without a template: the same answers, and a word on it."""
   foreign.export_run(home / 'less', tmp_path / 'hf')

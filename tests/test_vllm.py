@@ -42,6 +42,7 @@ def client(server, tmp_path, words, **how):
   return vllm.Server(server.url, str(tmp_path / 'engine'), CFG, words, dtype='float32', **how)
 
 
+@pytest.mark.slow(but='plain')
 @pytest.mark.parametrize(
   'sampling', [Sampling(temperature_B=0.0), Sampling(0.8), Sampling(1.3, 9, 0.9, 0.01)], ids=['greedy', 'plain', 'cut']
 )
@@ -139,6 +140,7 @@ def rl(home, name, *args):
   return cli.main(['rl', *given, '--algo', 'grpo', '--reward', f'python:{home / "own.py"}:e', *SMALL, *args])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('rank', [0, 2])
 def test_a_run_with_such_an_engine(home, server, rank):
   """Full tuning and adapters, two updates a rollout: the curves of the engine at home, importance about 1."""
