@@ -219,7 +219,8 @@ def _eval(args: Sequence[str]) -> None:
   others = [again(name) for name in options.against]
   figures, against = perplexity.rows(found), perplexity.compared([found, *others]) if others else None
   print(shown := '\n\n'.join(table(*one) for one in (figures, against) if one))
-  for path in perplexity.write(found, figures, against, shown, options.file('eval.json')):
+  report = options.run if options.out is None else None
+  for path in perplexity.write(found, figures, against, shown, options.file('eval.json'), report):
     print(path)
 
 

@@ -1,7 +1,7 @@
 """The programs of a run beside its step, traced as the run calls them, and what lies on a device while each runs."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm import episodic, program, sample, sharding
 from jaxlm.config import Pretrain
+from jaxlm.loops.scoring import Judge
 from jaxlm.rl import rollout
 from jaxlm.sample import PIECE, PROMPT_MULTIPLE, Sampling
 
@@ -33,20 +34,30 @@ Compile = Callable[[Part], Any]  # -> the compiled program, or None where it is 
 class Held(NamedTuple):
   """What a run holds on its devices beside its state and batch, as shapes with shardings; {} is nothing."""
 
-  reference: Any = {}  # all the time
+  reference: Any = {}  # all the time, as the reward models
+  judges: Any = ()
   weights: Any = {}  # that decode, while there is a rollout,
   cache: Any = {}  # and the keys and values of its rows
 
 
-def visit(config: Pretrain, built: program.Program, mesh: Mesh, compile_: Compile, *, compare: bool = False) -> Held:
+def visit(
+  config: Pretrain,
+  built: program.Program,
+  mesh: Mesh,
+  compile_: Compile,
+  *,
+  judges: Sequence[Judge] = (),
+  compare: bool = False,
+) -> Held:
   """Hands every program of the run to `compile_`, under the mesh, in the order of running; the step comes first.
 
   With `compare` the decoding of a rollout once more, with weights laid out as training has them. A rollout that is
-  planned for has prompts of `data.seq_len - rl.max_new_tokens` and answers of full length.
+  planned for has prompts of `data.seq_len - rl.max_new_tokens` and answers of full length. `judges` are its
+  reward models.
   """
-  held = Held(reference=_reference(config, built.abstract.params))
+  held = Held(_reference(config, built.abstract.params), tuple(judge.params for judge in judges))
   step = built.step.trace(built.abstract, built.batch)  # ty: ignore
-  compile_(Part('learn', step, 1.0, program.local_bytes(held.reference)))
+  compile_(Part('learn', step, 1.0, program.local_bytes(held)))
   if config.reference == 'cached' or program.frozen(config):
     bare = program.bare(built.batch)
     beside = program.local_bytes(built.abstract) - program.local_bytes(built.abstract.params)
@@ -54,7 +65,7 @@ def visit(config: Pretrain, built: program.Program, mesh: Mesh, compile_: Compil
     name = 'reference' if config.reference == 'cached' else 'features'
     compile_(Part(name, built.answers.trace(built.abstract.params, bare), times, beside))  # ty: ignore
   if program.algorithm(config):
-    held = _rollout(config, built, mesh, compile_, held.reference, compare)
+    held = _rollout(config, built, mesh, compile_, held, judges, compare)
   return held
 
 
@@ -64,13 +75,22 @@ def _reference(config: Pretrain, params: Any) -> Any:
 
 
 def _rollout(
-  config: Pretrain, built: program.Program, mesh: Mesh, compile_: Compile, reference: Any, compare: bool
+  config: Pretrain,
+  built: program.Program,
+  mesh: Mesh,
+  compile_: Compile,
+  held: Held,
+  judges: Sequence[Judge],
+  compare: bool,
 ) -> Held:
   params, size = built.abstract.params, program.local_bytes
-  always = size(built.abstract) + size(reference)
-  held = Held(reference)
+  reference, always = held.reference, size(built.abstract) + size(held)
   if not config.rl.engine:  # a server decodes elsewhere
-    held = Held(reference, *_decoded(config, built, mesh, compile_, always, compare))
+    weights, cache = _decoded(config, built, mesh, compile_, always, compare)
+    held = held._replace(weights=weights, cache=cache)
+  for judge in judges:
+    calls = -(-config.rl.prompts * config.rl.samples // judge.rows)
+    compile_(Part('score', judge.traced, calls / program.updates(config), always - size(judge.params)))
   if program.reads(config):
     some = {name: built.batch[name] for name in episodic.READS}
     traced = built.read.trace(params, some, reference or None)  # ty: ignore

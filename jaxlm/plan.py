@@ -14,6 +14,7 @@ from jaxlm import cost, phases, program, sharding, topology
 from jaxlm.config import Mesh, Pretrain
 from jaxlm.cost import Cost
 from jaxlm.errors import InputError
+from jaxlm.loops.scoring import Judge
 from jaxlm.phases import Held, Part
 from jaxlm.program import GIB
 from jaxlm.topology import Topology
@@ -51,7 +52,8 @@ class Plan(NamedTuple):
   days: float  # of the config's steps, at the bounds of all phases
   chip_hours: float
   phases: list[dict[str, Any]]  # every program of the run, what lies on a chip beside it included; seconds each time
-  reference_gib: float  # of a second tree, which stays
+  reference_gib: float  # of a second tree, which stays,
+  reward_models_gib: float  # and so do these
   decode_weights_gib: float  # laid out to decode, while there is a rollout
   cache_gib: float
   reshard_gib: float  # sent for them, once a rollout
@@ -71,18 +73,18 @@ def plan(
 
   `write_hlo` takes the text of the step; those of other phases go beside it, with their name. `compare` says what
   decoding would send with the layout of training, which takes one program more. `say` hears of each program. A reward
-  model is not counted. Raises InputError for sizes that do not divide, and where the compiler refuses a program for
-  another reason than memory.
+  model `run:FOLDER` is looked at for its sizes. Raises InputError for sizes that do not divide, and where the compiler
+  refuses a program for another reason than memory.
   """
   if not config.model.vocab_size:
     raise InputError("plan: model.vocab_size is 0, the tokenizer's: say how many, as --model.vocab-size 32000")
   mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh), devices=topology.devices(on))
+  judges: list[Judge] = []
   if config.rl.algo:
     from jaxlm.loops import rollouts
 
     rollouts.check(config)
-    if 'run:' in config.rl.reward:
-      say(f'not counted: the reward model of rl.reward={config.rl.reward}')
+    judges = rollouts.judges(config, mesh)
   built, found = program.build(config, mesh), list[tuple[Part, Cost]]()
 
   def compile_(part: Part) -> Any:
@@ -95,7 +97,7 @@ def plan(
     return compiled
 
   with jax.set_mesh(mesh):
-    held = phases.visit(config, built, mesh, compile_, compare=compare)
+    held = phases.visit(config, built, mesh, compile_, judges=judges, compare=compare)
   return _read(config, on, mesh, built, found, held)
 
 
@@ -142,6 +144,7 @@ def _read(
     chip_hours=whole_s * mesh.size / 3600,
     phases=[_phase(part, one) for part, one in found],
     reference_gib=local(held.reference),
+    reward_models_gib=local(held.judges),
     decode_weights_gib=local(held.weights),
     cache_gib=local(held.cache),
     reshard_gib=sent('reshard'),
@@ -166,8 +169,8 @@ def _phase(part: Part, one: Cost) -> dict[str, Any]:
 
 def lines(found: Plan, table: Callable[..., str]) -> list[str]:
   """What a person reads of it."""
-  shown = ('parameters', 'optimizer', 'reference', 'decode_weights', 'cache', 'batch', 'temporaries', 'program', 'peak')
-  held = ('reference', 'decode_weights', 'cache')
+  held = ('reference', 'reward_models', 'decode_weights', 'cache')
+  shown = ('parameters', 'optimizer', *held, 'batch', 'temporaries', 'program', 'peak')
   sizes = ((name, getattr(found, f'{name}_gib')) for name in shown)
   rows = [(name.replace('_', ' '), size) for name, size in sizes if not math.isnan(size) and (size or name not in held)]
   verdict = f'fits: {found.peak_gib:.2f} of {found.limit_gib:.2f} GiB'

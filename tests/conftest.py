@@ -120,15 +120,16 @@ def called(item) -> str:
 
 
 def pytest_collection_modifyitems(config, items):
-  """Leaves slow tests out but for a part, by their names' hash, unless `-m` says what is wanted.
+  """Leaves slow tests out but for a part, by their names' hash. With `-m` and no part that says all that is wanted.
 
   `slow(but=CASE)` is a slow test that has one case in the fast ones.
   """
   part, parts = map(int, config.getoption('--slow').split('/'))
-  if config.option.markexpr:
+  alone = config.option.markexpr
+  if alone and not part:
     return
   number = lambda item: zlib.crc32(item.nodeid.encode()) % parts
-  slow = lambda item: any(mark.kwargs.get('but') != called(item) for mark in item.iter_markers('slow'))
+  slow = lambda item: any(alone or mark.kwargs.get('but') != called(item) for mark in item.iter_markers('slow'))
   left = [item for item in items if slow(item) and (not part or number(item) != part - 1)]
   if left:
     config.hook.pytest_deselected(items=left)

@@ -415,7 +415,8 @@ def test_large_pages_are_asked_for_where_they_are_left_to_programs(tmp_path, giv
   env |= {'GLIBC_TUNABLES': given} if given else {}
   mode = Path('/sys/kernel/mm/transparent_hugepage/enabled')
   left = mode.exists() and '[madvise]' in mode.read_text()
-  code = 'print("begins"); from jaxlm import __main__ as m; m.main = lambda: print(m.sys._xoptions) or 0; m.run()'
+  ours = 'from jaxlm import __main__ as m; m.main = lambda: print(m.sys._xoptions) or 0; m.run()'
+  code = f'print("begins", flush=True); {ours}'
   for name in ('jaxlm', 'other'):
     (tmp_path / name).write_text(code)
     said = subprocess.run(

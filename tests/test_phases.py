@@ -11,6 +11,7 @@ from conftest import LLAMA
 from jaxlm import config as configs
 from jaxlm import cost, hlo, phases, plan, program, sample, sharding, topology
 from jaxlm.errors import InputError
+from jaxlm.loops import scoring
 from jaxlm.rl import rollout
 from jaxlm.sample import Sampling
 
@@ -81,6 +82,19 @@ def test_what_lies_beside_each_program():
     parts, held, built = visited(config)
     assert held.reference == {} and parts['learn'].beside == 0 and parts['prefill'].beside == size(built.abstract)
   assert 'value' not in visited(rl(algo='grpo'))[2].abstract.params
+
+
+def test_a_reward_model_stays_and_has_a_program():
+  mesh, size = sharding.make_mesh(tensor=2), program.local_bytes
+  config = dataclasses.replace(DPO, preference=configs.Preference('reward'))
+  judge = scoring.judge(config, mesh, RL.data.seq_len)
+  parts, held, built = visited(RL, judges=[judge])
+  without = visited(RL)[0]
+  assert held.judges == (judge.params,) and 0 < size(judge.params) <= size(built.abstract.params)
+  for name in ('learn', 'prefill', 'read'):
+    assert parts[name].beside == without[name].beside + size(judge.params)
+  assert parts['score'].beside == size(built.abstract) + size(held.reference)
+  assert parts['score'].times == 1 / program.updates(RL) and 'score' not in without
 
 
 def test_a_reference_that_reads_once_is_in_the_batch():

@@ -1,11 +1,11 @@
-"""Attention to the used part of a cache: `attend`'s values, whatever others use."""
+"""Attention to a part of the keys, of a cache or of a row: `attend`'s values, whatever others use."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.models.attention import attend, attend_reached, causal_mask
+from jaxlm.models.attention import attend, attend_back, attend_reached, causal_mask
 
 B, T, S, H, K, N = 3, 5, 192, 6, 2, 11
 
@@ -42,3 +42,22 @@ def test_what_is_not_reached_is_not_read(inputs):
   last, mask = masked((2, 0, 7))
   gone = v.at[:, 64:].set(jnp.nan)
   assert np.isfinite(attend_reached(q, k, gone, mask, last)).all()
+
+
+@pytest.mark.parametrize('length, blocks', [(256, 4), (384, 3), (192, 4), (331, 4)])
+@pytest.mark.parametrize('window, softcap', [(None, None), (70, 5.0)])
+def test_later_keys_of_a_row_are_left_out(length, blocks, window, softcap):
+  """Values and gradients of `attend`, for segments too; the products of equal blocks are fewer."""
+  rng = np.random.default_rng(4)
+  rows = [jnp.asarray(rng.normal(size=(B, length, n, N)), jnp.float32) for n in (H, K, K)]
+  order, segments = jnp.arange(length)[None], jnp.asarray(np.sort(rng.integers(1, 4, (B, length)), axis=1))
+  mask = causal_mask(order, order, segments, segments, window)
+  how = {'softcap': softcap}
+  loss = lambda fn, rows, **more: jnp.sum(jnp.sin(fn(*rows, mask, **how, **more)))
+  got = jax.jit(jax.value_and_grad(lambda rows: loss(attend_back, rows, blocks=blocks)))
+  want = jax.jit(jax.value_and_grad(lambda rows: loss(attend, rows)))
+  for a, b in zip(jax.tree.leaves(got(rows)), jax.tree.leaves(want(rows)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
+  flops = [fn.lower(rows).compile().cost_analysis()['flops'] for fn in (got, want)]
+  cut = length in (256, 384)
+  assert flops[0] < (0.75 if cut else 1.01) * flops[1] and (cut or flops[0] > 0.99 * flops[1])

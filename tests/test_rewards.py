@@ -58,6 +58,15 @@ def test_each_by_hand():
   assert of('exact:answer*2 + regex:is*0.5') == [2, 0.5, 0]
 
 
+def test_functions_are_called_once_for_all_and_models_by_all():
+  called, longer = [], lambda argument: lambda prompts, said, rows: [float(argument)] * len(said)
+  once = lambda make: (called.append(1), make())[1]
+  assert of('exact:answer*2 + model:3*0.5', everywhere={'model': longer}, once=once) == [3.5, 1.5, 1.5]
+  assert called == [1]
+  with pytest.raises(InputError, match='there are .*gym, model'):
+    of('models:3', everywhere={'model': longer})
+
+
 def test_mathematics():
   pytest.importorskip('math_verify', reason="needs pip install -e '.[rl]'")
   assert of('math:answer')[:2] == [1, 1]

@@ -178,6 +178,8 @@ def test_weights_of_a_run_begin_another(home, capsys):
   found = json.loads((home / 'first' / 'eval.json').read_text())
   assert found['step'] == 5
   whole = found['all']
+  facts = json.loads((home / 'first' / 'facts.json').read_text())['perplexity, step 5']
+  assert facts.keys() == {*found['kinds'], 'all'} and f'{np.exp(whole["nll"]):.2f} (' in facts['all']
   for key in ('tokens', 'bytes'):
     assert whole[key] == sum(kind[key] for kind in found['kinds'].values())
   prepared = prepare.load(home / 'data')

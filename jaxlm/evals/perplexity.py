@@ -19,7 +19,7 @@ from jaxlm.errors import InputError
 from jaxlm.evals import compression, questions
 from jaxlm.evals.questions import Measure, Table
 from jaxlm.files import write_whole
-from jaxlm.loops import bases, corpus, foreign, train, writing
+from jaxlm.loops import bases, corpus, foreign, pretrain, train, writing
 from jaxlm.loops.corpus import Group, Score
 
 ORDER = 5  # of the byte n-gram
@@ -116,8 +116,10 @@ def compared(found: Sequence[Evaluation]) -> Table:
   return header, [(text or 'all', count, *rest) for text, count, _, *rest in lines if count > 1]
 
 
-def write(found: Evaluation, figures: Table, others: Table | None, shown: str, path: str) -> list[epath.Path]:
-  """The figures of `rows` and of `compared` as JSON at `path`, and as Markdown (`shown`) beside it."""
+def write(
+  found: Evaluation, figures: Table, others: Table | None, shown: str, path: str, report: str | None = None
+) -> list[epath.Path]:
+  """The figures of `rows` and of `compared` as JSON at `path`, as Markdown (`shown`) beside it, in a run's report."""
   to = {kind: str(epath.Path(path).with_suffix(f'.{kind}')) for kind in ('json', 'md')}
   named = lambda scores: {name: score._asdict() for name, score in scores.items()}
   sources = {f'{kind}/{source}': score for (kind, source), score in found.sources.items()}
@@ -137,7 +139,17 @@ def write(found: Evaluation, figures: Table, others: Table | None, shown: str, p
     values['compared'] = [dict(zip((*others[0][:-1], 'to'), line, strict=True)) for line in others[1]]
   write_whole(to['json'], json.dumps(values, indent=1))
   write_whole(to['md'], shown + '\n')
+  if report is not None and bases.is_run(report):
+    pretrain.add_facts(epath.Path(report), {f'perplexity, step {found.step}': dict(map(_fact, figures[1]))})
   return [epath.Path(one) for one in to.values()]
+
+
+def _fact(line: Sequence[Any]) -> tuple[str, str]:
+  """A line of `rows` as one of a report."""
+  text, count, _, _, value, *sure = line[:10]
+  between = lambda some, digits: f' ({some[0]:.{digits}f} to {some[1]:.{digits}f})' if count > 1 else ''
+  bits = f'{sure[2]:.3f}{between(sure[3:], 3)} bits per byte'
+  return text, f'{value:.2f}{between(sure, 2)}, {bits}, {count} documents'
 
 
 def _opened(source: str, data: Sequence[str]) -> tuple[Pretrain, Any, Tokenizer, int]:

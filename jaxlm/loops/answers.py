@@ -144,7 +144,7 @@ class Asker:
     texts = [self.tokenizer.decode(ids[:n].tolist()) for ids, n in zip(made.tokens_MN, kept, strict=True)]
     with self.clock('perf/scoring_s'):
       last = [prompts.messages(row)[-1]['content'] for row in rows]
-      scores = hosts.from_first(lambda: list(self.reward(last, texts, rows)))  # the same for all processes
+      scores = self.reward(last, texts, rows)
     return Answers(list(rows), asked, made, texts, np.asarray(scores, np.float64))
 
   def told(self, answers: Answers) -> Told:

@@ -143,6 +143,13 @@ def read(found: Newest, mesh: Any = None, rules: sharding.Rules = sharding.RULES
   return config, program.evaluated(config, loaded.get('opt_state'), whole)
 
 
+def shapes(config: Pretrain, mesh: Any, rules: sharding.Rules = sharding.RULES) -> Any:
+  """What `read` has of a run of this config, as shapes laid out on a mesh whose devices may not be there."""
+  params = jax.eval_shape(lambda: program.adapt(config, models.init(config.model, jax.random.key(0))))
+  laid = sharding.state_shardings(sharding.with_names(params, models.abstract(config.model)), mesh, rules)
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, laid)
+
+
 def on_base(config: Pretrain, adapters: Any, digest: str, mesh: Any, rules: sharding.Rules = sharding.RULES) -> Any:
   """Saved adapters on the base that `config.init` names. Raises InputError if that is not the one of `digest`."""
   mine = hosts.from_first(lambda: digest_of(config.init))

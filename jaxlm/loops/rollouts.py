@@ -1,5 +1,6 @@
 """Rollouts as the data of a run: prompts answered by the policy of the moment, scored, and made ready to learn from."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from jaxlm import episodic, hosts, interop, program
+from jaxlm import episodic, hosts, interop, program, sharding
 from jaxlm.config import Pretrain
 from jaxlm.data import batches as data_batches
 from jaxlm.data import turns
@@ -51,8 +52,10 @@ class Rollouts(Feed):
     self.contents = hashlib.sha256(''.join(map(prompts.digest, rows)).encode()).hexdigest()
     numbers = _Numbers(len(self.rows))
     self._orders = [data_batches.Batches(numbers, rl.prompts, config.seed + turn) for turn in range(rl.rounds)]
-    makers = dict(rewards.MAKERS) | {'run': scoring.as_reward}
-    self._reward = rewards.parse(rl.reward, makers, timeout=rl.reward_timeout)
+    mesh = lambda: sharding.make_mesh(**dataclasses.asdict(config.mesh))
+    everywhere = {'run': lambda run: scoring.as_reward(run, mesh())}
+    how: dict[str, Any] = {'timeout': rl.reward_timeout, 'everywhere': everywhere, 'once': hosts.from_first}
+    self._reward = rewards.parse(rl.reward, **how)
     self._buffer: dict[str, np.ndarray] = {}
     self._told: Told = {}
     self._seen: list[Mapping[str, float]] = []
@@ -231,6 +234,12 @@ def _show(answers: Answers, step: int, writer: Writer) -> None:
 
 def _key(seed: int, number: int) -> Any:
   return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0x2011), number)
+
+
+def judges(config: Pretrain, mesh: Any) -> list[scoring.Judge]:
+  """The reward models of a run, as shapes. Raises InputError for one that is not there."""
+  runs = (argument for name, argument, _ in rewards.terms(config.rl.reward) if name == 'run')
+  return [scoring.judge(scoring.config_of(run), mesh, config.data.seq_len) for run in runs]
 
 
 def check(config: Pretrain) -> None:

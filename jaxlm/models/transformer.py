@@ -18,6 +18,7 @@ from jaxlm.models import kernels, ring
 from jaxlm.models.attention import (
   Cache,
   attend,
+  attend_back,
   attend_reached,
   causal_mask,
   rope_angles,
@@ -151,7 +152,8 @@ class Attention(nn.Module):
     elif self.run.attention == 'reached' and cache is not None and not ctx.own and not cache.ring:
       out_BTHN = attend_reached(q_BTHN, k_BTKN, v_BTKN, ctx.mask, ctx.positions.max(), scale, softcap)
     else:
-      out_BTHN = attend(q_BTHN, k_BTKN, v_BTKN, ctx.mask, scale, softcap)
+      fn = attend_back if ctx.own and rules is None else attend
+      out_BTHN = fn(q_BTHN, k_BTKN, v_BTKN, ctx.mask, scale, softcap)
     out_BTE = checkpoint_name(out_BTHN, 'attn_values').reshape(B, T, H * N)
     return project('o', out_BTE, H * N, D, ('heads', 'embed'), branch_scale(cfg)), cache
 

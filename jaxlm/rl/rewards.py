@@ -5,6 +5,7 @@ import math
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from jaxlm.data import sources
@@ -136,23 +137,42 @@ MAKERS: Makers = {
 }
 
 
-def parse(spec: str, makers: Makers = MAKERS, *, timeout: float = 60.0) -> Reward:
-  """'math:answer*0.8 + regex:^<think>*0.2' as one reward: the sum of the parts by their weights (1 without one).
-
-  Raises InputError for a name that is none of `makers`; its calls raise it as `checked` does.
-  """
-  parts = []
+def terms(spec: str) -> list[tuple[str, str, float]]:
+  """(name, argument, weight) of each part of a reward."""
+  found = []
   for term in sources.terms([spec]):
     named = f'{term.kind}={term.spec}' if term.kind else term.spec  # an argument may have an equals sign
     name, _, argument = named.partition(':')
-    if name not in makers:
-      raise InputError(f'reward {named!r}: there are {", ".join(makers)}')
-    weight = 1.0 if term.weight is None else float(term.weight)
-    if name in apart.KINDS:
-      reward = apart.Apart(name, argument, timeout=timeout)
+    found.append((name, argument, 1.0 if term.weight is None else float(term.weight)))
+  return found
+
+
+def parse(
+  spec: str,
+  makers: Makers = MAKERS,
+  *,
+  timeout: float = 60.0,
+  everywhere: Makers = MappingProxyType({}),
+  once: Callable[[Callable[[], list[float]]], list[float]] = lambda make: make(),
+) -> Reward:
+  """'math:answer*0.8 + regex:^<think>*0.2' as one reward: the sum of the parts by their weights (1 without one).
+
+  Of several processes one calls a function for all, which is what `once` is for; those of `everywhere` are called by
+  all, without a time-out: they are programs on the devices of all. Raises InputError for a name that is none of both;
+  its calls raise it as `checked` does.
+  """
+  parts = []
+  for name, argument, weight in terms(spec):
+    named = f'{name}:{argument}' if argument else name
+    if name not in makers and name not in everywhere:
+      raise InputError(f'reward {named!r}: there are {", ".join([*makers, *everywhere])}')
+    if name in everywhere:
+      reward = checked(named, everywhere[name](argument))
+    elif name in apart.KINDS:
+      reward = _once(checked(named, apart.Apart(name, argument, timeout=timeout)), once)
     else:
-      reward = within(makers[name](argument), timeout)
-    parts.append((weight, checked(named, reward)))
+      reward = _once(checked(named, within(makers[name](argument), timeout)), once)
+    parts.append((weight, reward))
   if not parts:
     raise InputError('reward: none is named')
 
@@ -161,6 +181,10 @@ def parse(spec: str, makers: Makers = MAKERS, *, timeout: float = 60.0) -> Rewar
     return [sum(of) for of in zip(*scores, strict=True)]
 
   return total
+
+
+def _once(reward: Reward, once: Callable[[Callable[[], list[float]]], list[float]]) -> Reward:
+  return lambda prompts, completions, rows: once(lambda: list(reward(prompts, completions, rows)))
 
 
 def within(reward: Reward, timeout: float) -> Reward:

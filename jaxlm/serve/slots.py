@@ -121,7 +121,7 @@ def _draw(logits_BV: Array, chosen: Chosen, count_B: Array, slots: Slots, mask_B
   shifted_BV = shifted_BV - column(chosen.frequency_B) * slots.made_BV.astype(jnp.float32)
   shifted_BV = draws.penalized(shifted_BV, slots.seen_BV, chosen.repetition_B)
   shifted_BV = jnp.where(unpacked(mask_Bw, V), shifted_BV, -jnp.inf)
-  scaled_BV = shifted_BV / column(jnp.where(chosen.temperature_B <= 0, 1.0, chosen.temperature_B))
+  scaled_BV = shifted_BV / column(jnp.where(chosen.temperature_B < draws.COLD, 1.0, chosen.temperature_B))
   truncation: Any = Sampling(1.0, chosen.top_k_B, chosen.top_p_B, chosen.min_p_B)
   asked = jnp.any((chosen.top_k_B < V) | (chosen.top_p_B < 1) | (chosen.min_p_B > 0))
   cut_BV = jax.lax.cond(asked, lambda: draws.truncate(scaled_BV, truncation), lambda: scaled_BV)
