@@ -1,5 +1,6 @@
 """The transformer: architecture, weights and forward pass. Nothing here knows a loss or an optimizer."""
 
+from jaxlm.models import presets as presets
 from jaxlm.models.attention import Cache as Cache
 from jaxlm.models.config import ModelConfig as ModelConfig
 from jaxlm.models.config import Run as Run
