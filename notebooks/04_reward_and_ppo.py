@@ -93,13 +93,13 @@ def rule(rows):
   return np.isin(rows[:, P:], [ord('e'), ord('E')]).sum(axis=1)
 
 
-prompts = windows(1000, 768, P)
+prompts = windows(1000, 2048, P)
 one, two = write(base, prompts, 1), write(base, prompts, 2)
 differ = rule(one) != rule(two)
 first = (rule(one) < rule(two))[:, None]
 chosen, rejected = np.where(first, one, two)[differ], np.where(first, two, one)[differ]
-quiz, pairs = slice(0, 128), slice(128, None)
-print(f'{len(chosen)} pairs, derived from counts of e, 128 of them held out; {rule(one).mean() / N:.1%} of bytes are e')
+quiz, pairs = slice(0, 384), slice(384, None)
+print(f'{len(chosen)} pairs, derived from counts of e, 384 of them held out; {rule(one).mean() / N:.1%} of bytes are e')
 
 # %% [markdown]
 # ## The reward model
