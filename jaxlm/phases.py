@@ -106,13 +106,13 @@ def _decoded(
   updates, count = program.updates(config), rl.prompts * rl.samples
   ready = rollout.readied(config.model, built.run, mesh)
   compile_(Part('reshard', ready.trace(params), 1 / updates, always - size(params)))  # ty: ignore
-  weights = _placed(jax.eval_shape(ready, params), rollout.layout(config.model, mesh, rollout.DECODE))
+  weights = sharding.laid(jax.eval_shape(ready, params), rollout.layout(config.model, mesh, rollout.DECODE))
   decoding = Decoding(config, built, weights, min(rl.decode_rows, count))
   first = decoding.prefill(decoding.rows)
   compiled = compile_(Part('prefill', first, 1 / updates, always))
   if compiled is None:
     return weights, {}
-  state, waiting = _placed(first.out_info, compiled.output_shardings), count - decoding.rows
+  state, waiting = sharding.laid(first.out_info, compiled.output_shardings), count - decoding.rows
   if waiting:
     joining = rollout.replaced_at_once(decoding.rows)
     traced, times = decoding.prefill(joining), -(-waiting // joining) / updates
@@ -121,7 +121,7 @@ def _decoded(
   times = -(-count // decoding.rows) * rl.max_new_tokens / steps / updates
   compile_(Part('decode', decoding.advance(weights, state, steps), times, always, steps))
   if compare and mesh.size > 1:
-    other = _placed(weights, rollout.layout(config.model, mesh, sharding.RULES))
+    other = sharding.laid(weights, rollout.layout(config.model, mesh, sharding.RULES))
     traced = decoding.advance(other, state, steps, sharding.RULES)
     compile_(Part(COMPARED, traced, 0.0, always, steps))
   return weights, state.cache
@@ -164,7 +164,3 @@ class Decoding:
     """`sample.advance` by so many tokens, traced."""
     how = self.config.model, self._run(rules), steps, weights
     return sample.advance.trace(*how, state, self._sampling, self._ints(STOP_IDS))
-
-
-def _placed(shapes: Any, shardings: Any) -> Any:
-  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)

@@ -73,8 +73,8 @@ def plan(
 
   `write_hlo` takes the text of the step; those of other phases go beside it, with their name. `compare` says what
   decoding would send with the layout of training, which takes one program more. `say` hears of each program. A reward
-  model `run:FOLDER` is looked at for its sizes. Raises InputError for sizes that do not divide, and where the compiler
-  refuses a program for another reason than memory.
+  model `run:FOLDER` that is there counts with its sizes. Raises InputError for sizes that do not divide, and where the
+  compiler refuses a program for another reason than memory.
   """
   if not config.model.vocab_size:
     raise InputError("plan: model.vocab_size is 0, the tokenizer's: say how many, as --model.vocab-size 32000")
@@ -84,7 +84,7 @@ def plan(
     from jaxlm.loops import rollouts
 
     rollouts.check(config)
-    judges = rollouts.judges(config, mesh)
+    judges = rollouts.judges(config, mesh, say)
   built, found = program.build(config, mesh), list[tuple[Part, Cost]]()
 
   def compile_(part: Part) -> Any:

@@ -128,16 +128,14 @@ def build(
   named = state.abstract(create, models.abstract(cfg))
   shardings = sharding.state_shardings(named, mesh, rules)
   sharding.check_replicated(named, shardings, mesh)
-  place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-  abstract = jax.tree.map(place, jax.eval_shape(create), shardings)
+  abstract = sharding.laid(jax.eval_shape(create), shardings)
   shape, dtypes = (config.data.global_batch, config.data.seq_len), _dtypes(config)
   held_out = {name: jax.ShapeDtypeStruct(shape, t) for name, t in (dtypes | {'group': jnp.int32}).items()}
-  held_out = jax.tree.map(place, held_out, sharding.batch_shardings(held_out, mesh, rules))
+  held_out = sharding.laid(held_out, sharding.batch_shardings(held_out, mesh, rules))
   batch = {name: held_out[name] for name in dtypes}
   if frozen(config):
-    batch['features'] = jax.ShapeDtypeStruct((shape[0], segments, cfg.d_model), jnp.float32)
     rows = sharding.batch_shardings(jax.ShapeDtypeStruct(shape[:1], jnp.float32), mesh, rules)
-    batch['features'] = place(batch['features'], rows)
+    batch['features'] = jax.ShapeDtypeStruct((shape[0], segments, cfg.d_model), jnp.float32, sharding=rows)
   if places and mesh.shape['sequence'] == 1:
     batch['places'] = jax.ShapeDtypeStruct((shape[0], places), jnp.int32, sharding=batch['tokens'].sharding)
   text = config.preference.stage == 'none' and not config.rl.algo
@@ -289,7 +287,7 @@ def _teacher(config: Pretrain, mesh: Mesh, rules: sharding.Rules) -> Any:
   shardings = sharding.state_shardings(named, mesh, rules)
   sharding.check_replicated(named, shardings, mesh)
   shapes = jax.eval_shape(lambda: models.init(cfg, jax.random.key(0)))
-  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+  return sharding.laid(shapes, shardings)
 
 
 def _step(config: Pretrain, loss_fn: step.LossFn, optimizer: Any, learns: tree.Where) -> Any:

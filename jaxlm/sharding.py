@@ -141,6 +141,11 @@ def batch_shardings(batch: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
   return jax.tree.map(lambda x: NamedSharding(mesh, spec(names[: len(x.shape)], rules)), batch)
 
 
+def laid(shapes: Any, shardings: Any) -> Any:
+  """A tree of arrays, or of their shapes, as ShapeDtypeStructs with these shardings."""
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
 def is_named(x: Any) -> bool:
   """Whether this is a leaf boxed with its logical axis names."""
   return isinstance(x, LogicallyPartitioned)

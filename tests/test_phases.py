@@ -11,7 +11,7 @@ from conftest import LLAMA
 from jaxlm import config as configs
 from jaxlm import cost, hlo, phases, plan, program, sample, sharding, topology
 from jaxlm.errors import InputError
-from jaxlm.loops import scoring
+from jaxlm.loops import rollouts, scoring
 from jaxlm.rl import rollout
 from jaxlm.sample import Sampling
 
@@ -95,6 +95,14 @@ def test_a_reward_model_stays_and_has_a_program():
     assert parts[name].beside == without[name].beside + size(judge.params)
   assert parts['score'].beside == size(built.abstract) + size(held.reference)
   assert parts['score'].times == 1 / program.updates(RL) and 'score' not in without
+
+
+def test_a_reward_model_that_is_not_trained_yet_is_told(tmp_path):
+  told, mesh = [], sharding.make_mesh(tensor=2)
+  assert rollouts.judges(rl(reward=f'exact:answer*0.5 + run:{tmp_path}/none*0.5'), mesh, told.append) == []
+  assert told == [f'not counted: the reward model {tmp_path}/none, which is not there']
+  with pytest.raises(InputError, match='holds no finished checkpoint'):
+    rollouts.judges(rl(reward=f'run:{tmp_path}'), mesh, told.append)
 
 
 def test_a_reference_that_reads_once_is_in_the_batch():

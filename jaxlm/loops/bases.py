@@ -135,7 +135,7 @@ def read(found: Newest, mesh: Any = None, rules: sharding.Rules = sharding.RULES
   else:
     named = sharding.with_names(like, models.abstract(config.model))
     shardings = sharding.state_shardings(named, mesh, rules)
-  like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, shardings)
+  like = sharding.laid(like, shardings)
   loaded = found.checkpoints.restore(found.step, like, partial=True, verified=True)
   whole = loaded['params']
   if config.lora.rank:
@@ -146,8 +146,8 @@ def read(found: Newest, mesh: Any = None, rules: sharding.Rules = sharding.RULES
 def shapes(config: Pretrain, mesh: Any, rules: sharding.Rules = sharding.RULES) -> Any:
   """What `read` has of a run of this config, as shapes laid out on a mesh whose devices may not be there."""
   params = jax.eval_shape(lambda: program.adapt(config, models.init(config.model, jax.random.key(0))))
-  laid = sharding.state_shardings(sharding.with_names(params, models.abstract(config.model)), mesh, rules)
-  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, laid)
+  named = sharding.with_names(params, models.abstract(config.model))
+  return sharding.laid(params, sharding.state_shardings(named, mesh, rules))
 
 
 def on_base(config: Pretrain, adapters: Any, digest: str, mesh: Any, rules: sharding.Rules = sharding.RULES) -> Any:

@@ -236,10 +236,14 @@ def _key(seed: int, number: int) -> Any:
   return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0x2011), number)
 
 
-def judges(config: Pretrain, mesh: Any) -> list[scoring.Judge]:
-  """The reward models of a run, as shapes. Raises InputError for one that is not there."""
-  runs = (argument for name, argument, _ in rewards.terms(config.rl.reward) if name == 'run')
-  return [scoring.judge(scoring.config_of(run), mesh, config.data.seq_len) for run in runs]
+def judges(config: Pretrain, mesh: Any, say: Say) -> list[scoring.Judge]:
+  """The reward models of a run, as shapes; of one that was not trained yet it is said that it is missing."""
+  runs = [argument for name, argument, _ in rewards.terms(config.rl.reward) if name == 'run']
+  there = [run for run in runs if epath.Path(run).exists()]
+  for run in runs:
+    if run not in there:
+      say(f'not counted: the reward model {run}, which is not there')
+  return [scoring.judge(scoring.config_of(run), mesh, config.data.seq_len) for run in there]
 
 
 def check(config: Pretrain) -> None:

@@ -70,7 +70,7 @@ def judge(config: Pretrain, mesh: Mesh, length: int) -> Judge:
   shape, rows = jax.ShapeDtypeStruct, _together(mesh, BATCH)
   batch = {name: shape((rows, length), jnp.int32) for name in ('tokens', 'segment_ids', 'positions')}
   batch['loss_mask'] = shape((rows, length), jnp.float32)
-  batch = _like(batch, sharding.batch_shardings(batch, mesh))
+  batch = sharding.laid(batch, sharding.batch_shardings(batch, mesh))
   with jax.set_mesh(mesh):
     return Judge(_scores.trace(config.model, _rules(mesh), params, batch), params, rows)
 
@@ -110,7 +110,7 @@ def score(model: RewardModel, talks: Sequence[Conversation], *, batch: int = BAT
 def _scored(model: RewardModel, tokens: dict[str, np.ndarray]) -> np.ndarray:
   if model.mesh is None:
     return np.asarray(_scores(model.config.model, None, model.params, tokens))
-  like, count = _like(tokens, sharding.batch_shardings(tokens, model.mesh)), len(tokens['tokens'])
+  like, count = sharding.laid(tokens, sharding.batch_shardings(tokens, model.mesh)), len(tokens['tokens'])
   with jax.set_mesh(model.mesh):
     placed = hosts.place(count, lambda rows: {name: x[rows] for name, x in tokens.items()}, like)
     return hosts.read(_scores(model.config.model, _rules(model.mesh), model.params, placed))
@@ -121,10 +121,6 @@ def as_reward(run: str, mesh: Mesh | None = None) -> rewards.Reward:
   model = open_model(run, mesh)
   talk = lambda row, said: Conversation([*asked.messages(row), {'role': 'assistant', 'content': said}])
   return lambda prompts, said, rows: score(model, list(map(talk, rows, said))).tolist()
-
-
-def _like(arrays: Any, shardings: Any) -> Any:
-  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), arrays, shardings)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
