@@ -23,7 +23,7 @@ PROMPT, NEW = 512, 128
 
 def ours(model: interop.Model, batch: int) -> tuple[Callable[[], None], Callable[[], None]]:
   """(prefill with the first token, decode of the others) of our own, compiled: each call runs one to its end."""
-  params = jax.jit(lambda params: sample.unstacked(model.cfg, params))(model.params)
+  params = sample.readied(model.cfg, model.params)
   prompts = np.random.default_rng(0).integers(10, model.cfg.vocab_size, (batch, PROMPT)).tolist()
   greedy, stop = sample.Sampling(0.0), jnp.zeros(0, jnp.int32)
   begin = lambda: sample.begin(model.cfg, params, prompts, jax.random.key(0), max_new_tokens=NEW + 1, sampling=greedy)

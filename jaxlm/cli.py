@@ -272,7 +272,7 @@ def _draft(asked: str | None) -> 'sample.Lookup | sample.Draft | None':
   if asked in (None, 'lookup'):
     return sample.Lookup() if asked else None
   model = foreign.open_model(asked)
-  return sample.Draft(model.cfg, sample.unstacked(model.cfg, model.params))
+  return sample.Draft(model.cfg, sample.readied(model.cfg, model.params))
 
 
 def _chat(args: Sequence[str]) -> None:

@@ -3,7 +3,7 @@
 B rows, P prompt length (padded), N new tokens, V vocabulary, J tokens that one pass reads, k = J - 1 of them drafted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -98,6 +98,25 @@ def unstacked(cfg: ModelConfig, params: Any) -> Any:
   return {**params, 'layers': models.unstack(params['layers'], cfg.n_layers)}
 
 
+def readied(cfg: ModelConfig, params: Any) -> Any:
+  """`unstacked` in one program, for many calls to read; on one CPU each matrix is turned too (see `models.turned`)."""
+  if isinstance(params['layers'], tuple):
+    return params
+  devices = {d for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array) for d in leaf.devices()}
+  return _readied(cfg, on_one_cpu(devices or jax.devices()[:1]), params)
+
+
+def on_one_cpu(devices: Iterable[jax.Device]) -> bool:
+  """Whether these are one device, and that a CPU."""
+  return [d.platform for d in devices] == ['cpu']
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _readied(cfg: ModelConfig, turn: bool, params: Any) -> Any:
+  apart = unstacked(cfg, params)
+  return models.turned(cfg, apart) if turn else apart
+
+
 def begin(
   cfg: ModelConfig,
   params: Any,
@@ -185,7 +204,7 @@ def generate(
     raise InputError('stop strings need the tokenizer')
   control = [tokenizer.control_id(text) for text in stop] if tokenizer is not None else []
   ids = [*stop_ids, *(i for i in control if i is not None)]
-  params = jax.jit(unstacked, static_argnums=0)(cfg, params)
+  params = readied(cfg, params)
   how: dict[str, Any] = {'max_new_tokens': max_new_tokens, 'sampling': sampling, 'run': run, 'draft': draft}
   state = begin(cfg, params, prompts, key, stop_ids=ids, **how)
   steps, checked = PIECE if stop else max_new_tokens, 0

@@ -15,6 +15,7 @@ from jaxlm import draws, models, sample
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import InputError
 from jaxlm.models import Run
+from jaxlm.models.linear import Turned
 from jaxlm.sample import Sampling
 
 pytestmark = pytest.mark.usefixtures('strict')
@@ -65,14 +66,18 @@ def truncated64(logits, k=None, p=None):
 
 
 @pytest.mark.slow(but='llama-stacked')
-@pytest.mark.parametrize('stacked', [True, False], ids=['stacked', 'unstacked'])
+@pytest.mark.parametrize('form', ['stacked', 'unstacked', 'turned'])
 @pytest.mark.parametrize('style', STYLES)
-def test_cached_decoding_is_the_full_forward_pass(style, stacked):
+def test_cached_decoding_is_the_full_forward_pass(style, form):
   """Ragged prompts padded on the right with junk, then tokens one at a time, each row at its own position."""
   cfg = STYLES[style]
   params = randomized(cfg)
-  if not stacked:
-    params = {**params, 'layers': models.unstack(params['layers'], cfg.n_layers)}
+  if form == 'unstacked':
+    params = sample.unstacked(cfg, params)
+  if form == 'turned':
+    params = sample.readied(cfg, params)
+    assert isinstance(params['embed' if cfg.tie_embeddings else 'head'], Turned)
+    assert isinstance(params['layers'][0]['attn']['q'], Turned)
   lengths = jnp.array([len(p) for p in PROMPTS], jnp.int32)
   padded = np.full((3, 6), 99, np.int32)
   for row, prompt in zip(padded, PROMPTS, strict=True):

@@ -178,7 +178,7 @@ def continued(
   model, tokenizer, until = subject.model, subject.tokenizer, [text for text in until if text]
   ids = [(encoded(subject, text) or [subject.first])[-(subject.longest - new) :] for text in prompts]
   order, texts = sorted(range(len(ids)), key=lambda i: len(ids[i]), reverse=True), [''] * len(ids)
-  layers = jax.jit(sample.unstacked, static_argnums=0)(model.cfg, model.params)
+  layers = sample.readied(model.cfg, model.params)
   how: dict[str, Any] = {'max_new_tokens': new, 'sampling': sampling, 'stop': until, 'tokenizer': tokenizer}
   rows = min(subject.batch, len(order))
   for at in range(0, len(order), max(1, rows)):

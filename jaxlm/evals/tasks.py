@@ -90,7 +90,7 @@ def answer(
   """
   order = sorted(range(len(asked)), key=lambda i: len(asked[i].prompt))
   texts = [''] * len(asked)
-  layers = jax.jit(lambda params: sample.unstacked(cfg, params))(params)
+  layers = sample.readied(cfg, params)
   for at in range(0, len(order), batch):
     some = order[at : at + batch]
     prompts = [asked[i].prompt for i in some]

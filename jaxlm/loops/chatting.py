@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -24,7 +23,7 @@ def open_model(source: str) -> interop.Model:
     raise InputError(
       f'{source}: has no chat template: it continues texts (`jaxlm generate`), and has not learnt to chat'
     )
-  return model._replace(params=jax.jit(lambda params: sample.unstacked(model.cfg, params))(model.params))
+  return model._replace(params=sample.readied(model.cfg, model.params))
 
 
 def sampling_of(generation: Mapping[str, Any], **asked: float | int | None) -> Sampling:

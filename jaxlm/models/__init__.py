@@ -16,6 +16,7 @@ from jaxlm.models.transformer import head as head
 from jaxlm.models.transformer import hidden as hidden
 from jaxlm.models.transformer import init as init
 from jaxlm.models.transformer import init_cache as init_cache
+from jaxlm.models.transformer import turned as turned
 from jaxlm.models.transformer import unembed as unembed
 from jaxlm.models.transformer import unstack as unstack
 from jaxlm.models.transformer import value as value

@@ -27,7 +27,8 @@ from jaxlm.models.attention import (
   rotate,
 )
 from jaxlm.models.config import ModelConfig, Run
-from jaxlm.models.linear import as_computed, is_weight, linear
+from jaxlm.models.linear import Turned, as_computed, by_columns, is_weight, linear, turn
+from jaxlm.models.linear import shape as shape_of
 from jaxlm.models.lookup import lookup
 from jaxlm.models.moe import MoE
 from jaxlm.sharding import constrain
@@ -43,6 +44,7 @@ REMAT = {
   'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 SAVEABLE = {'attn_values', 'attn_out', 'mlp_up', 'mlp_gate', 'mlp_out'}  # what a remat policy may keep by name
+MATMUL = re.compile(r'(^|/)(attn/[qkvo]|(mlp|shared)/(up|gate|down))$')
 STREAM = ('batch', 'stream', None)  # the logical axes of the residual stream
 
 
@@ -73,6 +75,11 @@ class Context(NamedTuple):
 
 def declare(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Any) -> Any:
   """The one declaration of a weight: its shape, its logical axes and how it starts."""
+  given = module.get_variable('params', name)
+  if is_weight(given):  # Linen would look at the shape of its first array
+    if shape_of(given) != shape:
+      raise ValueError(f'{"/".join((*module.path, name))}: {shape_of(given)}, not {shape}')
+    return given
   return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
 
 
@@ -324,7 +331,9 @@ def hidden(
   B, T = tokens_BT.shape
   if positions_BT is None:
     positions_BT = jnp.arange(T, dtype=jnp.int32)[None]
-  x_BTD = lookup(params['embed'], tokens_BT, run.dtype, run.rules)
+  embed_VD = params['embed']
+  table_VD = embed_VD.w if isinstance(embed_VD, Turned) else embed_VD
+  x_BTD = lookup(table_VD, tokens_BT, run.dtype, run.rules)
   if cfg.positions == 'learned':
     x_BTD += jnp.take(params['positions'], positions_BT, axis=0, mode='clip').astype(run.dtype)
   if run.embed_noise and key is not None:  # Jain et al. 2023, arXiv:2310.05914
@@ -369,15 +378,28 @@ def cast(params: Params, run: Run) -> Params:
   Cast before they are gathered less is sent, and a stacked gradient is as small.
   """
   exact = re.compile(r'(^|/)(\w*norm|router)(/|$)')
-  matmul = re.compile(r'(^|/)(attn/[qkvo]|(mlp|shared)/(up|gate|down))$')
 
   def one(path: str, leaf: Any) -> Any:
     if exact.search(path):
       return leaf
     whole = jax.tree.leaves(leaf)[0].ndim == 3  # not experts
-    return as_computed(leaf, run.dtype, bool(run.float8 and whole and matmul.search(path)))
+    return as_computed(leaf, run.dtype, bool(run.float8 and whole and MATMUL.search(path)))
 
   return tree.path_map(one, params, is_leaf=is_weight)
+
+
+def turned(cfg: ModelConfig, params: Params) -> Params:
+  """A tree whose layers stand apart, for a CPU to decode with: each matrix `linear.Turned`, an output matrix too.
+
+  An embedding that is the output's transpose lies right as it is. Experts stay.
+  """
+
+  def one(path: str, leaf: Any) -> Any:
+    matrix = MATMUL.search(path) and jax.tree.leaves(leaf)[0].ndim == 2
+    return turn(leaf) if matrix or path == 'head' else leaf
+
+  over = tree.path_map(one, params, is_leaf=is_weight)
+  return {**over, 'embed': Turned(over['embed'])} if cfg.tie_embeddings else over
 
 
 def head(cfg: ModelConfig, params: Params) -> Float[Array, 'D V']:
@@ -387,8 +409,12 @@ def head(cfg: ModelConfig, params: Params) -> Float[Array, 'D V']:
 
 def unembed(cfg: ModelConfig, params: Params, x_BTD: Float[Array, 'B T D']) -> Float[Array, 'B T V']:
   """Float32 logits over the true vocabulary."""
-  w_DV = head(cfg, params).astype(x_BTD.dtype)
-  logits_BTV = jnp.matmul(x_BTD, w_DV, preferred_element_type=jnp.float32)[..., : cfg.vocab_size] / cfg.logits_scaling
+  given = params['embed' if cfg.tie_embeddings else 'head']
+  if isinstance(given, Turned):
+    logits_BTV = by_columns(x_BTD, given, jnp.float32)
+  else:
+    logits_BTV = jnp.matmul(x_BTD, head(cfg, params).astype(x_BTD.dtype), preferred_element_type=jnp.float32)
+  logits_BTV = logits_BTV[..., : cfg.vocab_size] / cfg.logits_scaling
   cap = cfg.logits_softcap
   return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)
 

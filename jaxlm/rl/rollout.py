@@ -41,12 +41,14 @@ def readied(cfg: ModelConfig, run: Run, mesh: Mesh, rules: sharding.Rules = DECO
   """`fn(params)`: what training holds as decoding reads it, in one program, once for a whole phase.
 
   Adapters are folded in, a value head is left out, layers stand apart, and matrices are in the dtype of matmuls, laid
-  out by `rules`.
+  out by `rules`, or on one CPU turned.
   """
+  turn = sample.on_one_cpu(mesh.devices.flat)
 
   def fn(params: Any) -> Any:
     merged = lora.merge({name: x for name, x in params.items() if name != 'value'})
-    return sample.unstacked(cfg, models.cast(merged, dataclasses.replace(run, float8=False)))
+    apart = sample.unstacked(cfg, models.cast(merged, dataclasses.replace(run, float8=False)))
+    return models.turned(cfg, apart) if turn else apart
 
   if mesh.size == 1:
     return jax.jit(fn)
@@ -84,8 +86,7 @@ def engine(
   how: dict[str, Any] = {'max_new_tokens': max_new_tokens, 'stop_ids': tuple(stop_ids), 'run': run}
 
   def complete(params: Any, prompts: Sequence[Sequence[int]], seeds: np.ndarray) -> Completions:
-    if not isinstance(params['layers'], tuple):
-      params = jax.jit(sample.unstacked, static_argnums=0)(cfg, params)
+    params = sample.readied(cfg, params)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     width = -(-len(prompts[order[-1]]) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
 

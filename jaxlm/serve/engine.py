@@ -180,7 +180,7 @@ class Bank:
     cfg, run = self.cfg, self.run
     if not isinstance(params['layers'], tuple):
       laid = params if self.mesh is None else slots.resharded(cfg, params, self.mesh)
-      params = jax.jit(sample.unstacked, static_argnums=0)(cfg, laid)
+      params = sample.readied(cfg, laid)
     self.params, self.positions = params, -(-self.context // READ) * READ
     self.state = slots.vacant(cfg, run, rows, self.positions, READ)
     self.lobbies = [_Lobby(slots.empty(cfg, run, 1, self.positions, READ)) for _ in range(max(1, lobbies))]

@@ -50,8 +50,7 @@ def opened(options: arguments.Serve, key: str | None, say: Callable[[str], None]
   mesh = _mesh(options)
   base = lora.merge(model.params) if options.adapter else model.params
   base = base if mesh is None else slots.resharded(model.cfg, base, mesh)
-  unstacked = jax.jit(sample.unstacked, static_argnums=0)
-  trees = {name: unstacked(model.cfg, base)}
+  trees = {name: sample.readied(model.cfg, base)}
   for one in options.adapter:
     called, _, folder = one.partition('=')
     if called in trees:
@@ -60,7 +59,7 @@ def opened(options: arguments.Serve, key: str | None, say: Callable[[str], None]
       raise InputError(f'--adapter {folder}: no folder of a peft adapter')
     own = peft.load(epath.Path(folder), model.cfg, base)
     own = own if mesh is None else slots.resharded(model.cfg, own, mesh)
-    trees[called] = _sharing(unstacked(model.cfg, own), trees[name])
+    trees[called] = _sharing(sample.readied(model.cfg, own), trees[name])
   banks = {}
   for called, tree in trees.items():
     how: dict[str, Any] = {'rows': options.slots, 'context': context, 'lobbies': options.prefixes, 'mesh': mesh}
