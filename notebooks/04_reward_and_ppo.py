@@ -72,7 +72,7 @@ def next_byte(params, rows, key):
   return losses.lm.next_token(logits_BTV, rows[:, 1:], jnp.ones(rows[:, 1:].shape)), {}
 
 
-base, curve = trained(models.init(cfg, jax.random.key(0)), next_byte, [windows(i, 24, 97) for i in range(260)], lr=5e-3)
+base, curve = trained(models.init(cfg, jax.random.key(0)), next_byte, [windows(i, 16, 97) for i in range(180)], lr=7e-3)
 print(f'{tree.size(base) / 1e6:.2f} M parameters, {np.mean(curve[-20:]) / np.log(2):.2f} bits per byte')
 
 # %% [markdown]
@@ -124,7 +124,7 @@ def some(cursor, rows=48):
   return {'chosen': chosen[pairs][at], 'rejected': rejected[pairs][at]}
 
 
-judge, judge_curve = trained(models.with_value(cfg, base), preferred, [some(i) for i in range(160)], lr=1.5e-3)
+judge, judge_curve = trained(models.with_value(cfg, base), preferred, [some(i) for i in range(90)], lr=1.5e-3)
 scored = jax.jit(score)
 told = np.asarray(scored(judge, chosen[quiz])) > np.asarray(scored(judge, rejected[quiz]))
 accuracy, spread = told.mean(), 1.96 * np.sqrt(told.mean() * (1 - told.mean()) / len(told))
@@ -183,7 +183,7 @@ def judged(params, rows, kl_coef):
   return batch, {'reward': score_B.mean(), 'kl': kl_BT.sum() / mask_BT.sum()}
 
 
-def reinforce(kl_coef, *, rounds=45, rows=64, lr=1e-3):
+def reinforce(kl_coef, *, rounds=25, rows=64, lr=1e-3):
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(lr, b2=0.99))
   step = jax.jit(train.make_train_step(ppo_loss, optimizer))
   state, log = train.create_state(models.with_value(cfg, base), optimizer, jax.random.key(2)), []
