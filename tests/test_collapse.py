@@ -26,6 +26,24 @@ def test_a_sound_run_is_not_warned_of():
   assert collapse.warnings([{}] * 7) == {} and collapse.warnings([SOUND]) == {}
 
 
+@pytest.mark.parametrize(
+  ('name', 'values'),
+  [
+    ('length', {'answers/length': 130.0}),  # none is cut
+    ('entropy', {'train/policy/entropy': 0.12}),  # a tenth of 1.3, though above 0.05
+  ],
+)
+def test_much_is_told_whatever_else(name, values):
+  assert list(collapse.warnings([SOUND] * 7 + [SOUND | values] * 5)) == [name]
+
+
+@pytest.mark.parametrize('values', [{'answers/length': 100.0}, {'train/policy/entropy': 0.2}])
+def test_less_is_not(values):
+  assert collapse.warnings([SOUND] * 7 + [SOUND | values] * 5) == {}
+  sure = SOUND | {'train/policy/entropy': 0.04}  # as it was at first
+  assert collapse.warnings([sure] * 12) == {}
+
+
 @pytest.mark.parametrize('name', BROKEN)
 def test_each_collapse_is_told_and_nothing_else(name):
   found = collapse.warnings([SOUND] * 7 + [SOUND | BROKEN[name]] * 5)

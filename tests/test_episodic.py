@@ -8,7 +8,7 @@ import pytest
 import rl_oracle
 from conftest import LLAMA, randomized
 
-from jaxlm import episodic
+from jaxlm import episodic, masked
 from jaxlm.models import Run
 from jaxlm.rl.algorithms import ALGORITHMS
 
@@ -41,11 +41,16 @@ def test_the_loss_and_its_gradient(algo):
 
   def loss(params):
     found, metrics = learn(params, {name: jnp.asarray(one) for name, one in batch.items()}, jax.random.key(0))
-    return found.total / found.weight, metrics['policy/clip_fraction']
+    return found.total / found.weight, metrics
 
-  (got, clipped), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+  (got, seen), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
   assert float(got) == pytest.approx(want, rel=2e-5)
-  assert 0 < float(clipped.total) < ON.sum() or algo == 'cispo'
+  assert 0 < float(seen['policy/clip_fraction'].total) < ON.sum() or algo == 'cispo'
+  entropy = -(np.exp(log_all) * log_all).sum(-1)[ON].mean()
+  assert float(masked.value(seen['policy/entropy'])) == pytest.approx(entropy, rel=1e-4)
+  if ALGORITHMS[algo].valued:
+    explained = 1 - np.var((batch['returns'] - values)[ON]) / np.var(batch['returns'][ON])
+    assert float(masked.value(seen['value/explained_variance'])) == pytest.approx(explained, rel=1e-4)
   by_head = np.einsum('btd,btv->dv', x, by_z) / TEMPERATURE
   np.testing.assert_allclose(grads['head'][:, : LLAMA.vocab_size], by_head, atol=2e-5 * np.abs(by_head).max())
   if by_value is not None:

@@ -246,6 +246,13 @@ def test_odds_are_finite_at_either_end(mean):
     assert np.isfinite(value) and np.isfinite(grad).all()
 
 
+def test_an_answer_without_tokens_has_a_mean_of_nothing():
+  """And is as if each token had probability 1, less what keeps its odds finite."""
+  odds = lambda mean: mean - np.log(-np.expm1(mean))
+  empty = preference.orpo(jnp.full(1, -3.0), jnp.zeros(1), jnp.full(1, 2.0), jnp.zeros(1), beta=0.7, sft=0.0)
+  assert float(empty.total) == pytest.approx(0.7 * np.log1p(np.exp(odds(-1e-6) - odds(-1.5))), rel=1e-5)
+
+
 def test_extreme_log_probs_stay_finite():
   big = jnp.asarray([-1e5, -1e3, -1.0, -1e4, -1e6])
   for name in LOSSES:

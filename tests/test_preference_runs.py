@@ -127,6 +127,20 @@ def test_a_run_goes_on_bitwise_in_the_middle_of_an_epoch(home, full):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('loss', ['ipo', 'kto', 'orpo', 'simpo', 'cpo'])
+def test_every_loss_goes_on_bitwise(home, loss):
+  """From step 3, in the middle of an epoch, after a save that was made."""
+  rows = 'labels.jsonl' if loss == 'kto' else 'pairs.jsonl'
+  how = {'lora__rank': 3, 'watch__save_every': 3, 'optim__lr': 3e-3, 'rows': rows}
+  for name in (whole := f'whole_{loss}', parts := f'parts_{loss}'):
+    assert run(home, 'preference', name, '--loss', loss, **how) == 0
+  shutil.rmtree(bases.newest(home / parts).checkpoints.path(6))
+  assert run(home, 'preference', parts, '--loss', loss, **how) == 0
+  for a, b in zip(*(jax.tree.leaves(saved_state(home / name, 6)) for name in (whole, parts)), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
 def test_a_cached_reference_gives_the_curve_of_the_one_in_the_step(home):
   """Adapters both times: read in the step, and computed before it."""
   assert run(home, 'preference', 'in_step', lora__rank=3, steps=3) == 0

@@ -218,6 +218,12 @@ def test_samples_stand_by_prompt_and_in_time(tmp_path):
   assert '14 between' in text and '3 more earlier ones' in text
 
 
+def test_samples_stand_with_what_they_are_worth(tmp_path):
+  samples = [{'step': n, 'prompt': 'one', 'text': f'<{n}>', 'reward': -n / 4} for n in (1, 3)]
+  _, text = read(report.write(make(tmp_path / 'run', losses(), samples=samples)))
+  assert re.search(r'step 1 reward -0\.25\S*\s*<1>.*step 3 reward -0\.75\S*\s*<3>', text, re.S)
+
+
 def test_the_data_is_drawn(tmp_path):
   facts = {metrics.COMPOSITION: {'हिन्दी': 300, '<code>': 100}}
   rows = losses(**{'data/<code>/epochs': 1.5, 'eval/हिन्दी/bits_per_byte': 2.0, 'eval/<code>/bits_per_byte': 1.0})

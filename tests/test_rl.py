@@ -81,7 +81,7 @@ def test_every_algorithm_begins_at_ratio_one(home, algo):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('algo', ['ppo', 'dapo'])
+@pytest.mark.parametrize('algo', ALGORITHMS)
 def test_it_goes_on_bitwise(home, algo, monkeypatch, capsys):
   """After a save that was made, and after a SIGTERM while a rollout is scored, which is learnt from in two steps."""
   how = ('--steps', '8', '--kl-coef', '0.05', '--watch.eval-every', '0')
@@ -98,6 +98,8 @@ def test_it_goes_on_bitwise(home, algo, monkeypatch, capsys):
   for path, x in trees[0].items():
     np.testing.assert_array_equal(x, trees[1][path], err_msg=path)
   assert series(home, whole, 'reward/mean') == series(home, parts, 'reward/mean')
+  shown = [metrics.read_rows(home / name / 'samples.jsonl') for name in (whole, parts)]
+  assert shown[0] == shown[1] and all(row['reward'] == row['text'].count('e') / 7 for row in shown[0])
   assert cli.main(['export', str(home / whole), str(home / f'out_{algo}')]) == 0  # a value function is left out
 
 
