@@ -84,6 +84,17 @@ def test_equal_prompts_are_read_once(monkeypatch):
     np.testing.assert_allclose(found.logp_MN[m], alone.logp_MN[0], atol=2e-5)
 
 
+@pytest.mark.parametrize('count', [1, 8])
+def test_the_layout_is_of_what_is_readied(count):
+  """A plan lays one out by the other; on one CPU matrices are turned."""
+  mesh = sharding.make_mesh(fsdp=count, devices=jax.devices()[:count])
+  made = jax.eval_shape(
+    rollout.readied(LLAMA, Run(), mesh), jax.eval_shape(lambda: models.init(LLAMA, jax.random.key(0)))
+  )
+  layout = rollout.layout(LLAMA, mesh, rollout.DECODE)
+  assert jax.tree.structure(made) == jax.tree.structure(layout)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('cfg', [LLAMA, EXPERTS], ids=['llama', 'experts'])
 def test_on_eight_devices(cfg):

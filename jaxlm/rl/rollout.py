@@ -57,6 +57,9 @@ def readied(cfg: ModelConfig, run: Run, mesh: Mesh, rules: sharding.Rules = DECO
 
 def layout(cfg: ModelConfig, mesh: Mesh, rules: sharding.Rules) -> Any:
   """The shardings of what `readied` gives."""
+  if sample.on_one_cpu(mesh.devices.flat):
+    there = jax.eval_shape(lambda: models.turned(cfg, sample.unstacked(cfg, models.init(cfg, jax.random.key(0)))))
+    return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), there)
   whole = sharding.state_shardings(models.abstract(cfg), mesh, rules)
   apart = jax.tree.map(lambda s: NamedSharding(mesh, PartitionSpec(*s.spec[1:])), whole['layers'])
   return whole | {'layers': (apart,) * cfg.n_layers}
