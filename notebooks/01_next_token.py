@@ -65,7 +65,7 @@ def batch(cursor):
 # `make_train_step` knows neither: it takes gradients, adds, divides once, updates.
 
 # %%
-cfg = models.ModelConfig(vocab_size=256, d_model=128, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=352, max_seq_len=512)
+cfg = models.ModelConfig(vocab_size=256, d_model=96, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=256, max_seq_len=512)
 params = models.init(cfg, jax.random.key(0))
 print(jax.tree.map(lambda x: x.shape, params))
 print(f'{tree.size(params) / 1e6:.2f} M parameters')
@@ -77,8 +77,8 @@ def loss_fn(params, batch, key):
   return losses.lm.next_token(logits_BTV, batch['targets'], batch['mask']), {}
 
 
-steps = 240
-optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 4e-3, 20, steps, 4e-4), b2=0.98)
+steps = 260
+optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 6e-3, 20, steps, 6e-4), b2=0.98)
 step = jax.jit(train.make_train_step(loss_fn, optimizer), donate_argnums=0)
 state = train.create_state(params, optimizer, jax.random.key(1))
 

@@ -45,7 +45,7 @@ print('jax', jax.__version__, jax.devices())
 documents = list(sources.documents(lessons.TEXT))
 held_out, learnt = documents[::12], [d for i, d in enumerate(documents) if i % 12]
 vocabulary = tokenizer.train([d.text for d in learnt], 2048)
-T, B = 128, 12
+T, B = 128, 8
 
 
 def stream(some):
@@ -173,7 +173,7 @@ def frequencies(rows, quiz):
 counted = frequencies(text, text_quiz)
 fresh = models.init(cfg, jax.random.key(0))
 print(f'{tree.size(fresh) / 1e6:.2f} M parameters')
-base, base_curves, base_cost = stage(fresh, text, text_quiz, steps=120, lr=1e-2, name='muon')
+base, base_curves, base_cost = stage(fresh, text, text_quiz, steps=130, lr=1e-2, name='muon')
 
 # %% [markdown]
 # ## Stage 2: fine-tuning
@@ -181,7 +181,7 @@ base, base_curves, base_cost = stage(fresh, text, text_quiz, steps=120, lr=1e-2,
 # a new tree and changes none.
 
 # %%
-tuned, tuned_curves, tuned_cost = stage(base, questions, questions_quiz, steps=70, lr=2.5e-3, name='adamw')
+tuned, tuned_curves, tuned_cost = stage(base, questions, questions_quiz, steps=100, lr=2.5e-3, name='adamw')
 
 # %%
 figure, panels = plt.subplots(1, 2, figsize=(11, 3.4), width_ratios=(2, 1), sharey=True)
@@ -325,7 +325,7 @@ else:
   print('SmolLM2-135M-Instruct is not here: this part is left out, and all of the above is as it was.')
 
 
-def completed(model, ids, new=40):
+def completed(model, ids, new=24):
   out = sample.generate(
     model.cfg,
     model.params,

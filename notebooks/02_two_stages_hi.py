@@ -49,7 +49,7 @@ documents = list(sources.documents(lessons.TEXT))
 held_out, learnt = documents[::12], [d for i, d in enumerate(documents) if i % 12]
 read = learnt + 3 * [d for d in learnt if d.kind == 'hindi']  # हिन्दी चार बार
 vocabulary = tokenizer.train([d.text for d in read], 2048)
-T, B = 128, 12
+T, B = 128, 8
 
 
 def stream(some):
@@ -207,7 +207,7 @@ def frequencies(rows, quiz):
 counted = frequencies(text, text_quiz)
 fresh = models.init(cfg, jax.random.key(0))
 print(f'{tree.size(fresh) / 1e6:.2f} M प्राचल')
-base, base_curves, base_cost = stage(fresh, text, text_quiz, steps=120, lr=1e-2, name='muon')
+base, base_curves, base_cost = stage(fresh, text, text_quiz, steps=130, lr=1e-2, name='muon')
 
 # %% [markdown]
 # ## दूसरा चरण: सूक्ष्म-समायोजन
@@ -215,7 +215,7 @@ base, base_curves, base_cost = stage(fresh, text, text_quiz, steps=120, lr=1e-2,
 # लौटाता है और किसी पुराने को नहीं बदलता।
 
 # %%
-tuned, tuned_curves, tuned_cost = stage(base, questions, questions_quiz, steps=110, lr=3e-3, name='adamw')
+tuned, tuned_curves, tuned_cost = stage(base, questions, questions_quiz, steps=150, lr=3e-3, name='adamw')
 
 # %%
 figure, panels = plt.subplots(1, 2, figsize=(11, 3.4), width_ratios=(2, 1), sharey=True)
@@ -356,7 +356,7 @@ else:
   print('SmolLM2-135M-Instruct यहाँ नहीं है: यह भाग छोड़ दिया गया; ऊपर का सब कुछ जैसा था वैसा है।')
 
 
-def completed(model, ids, new=40):
+def completed(model, ids, new=24):
   out = sample.generate(
     model.cfg,
     model.params,

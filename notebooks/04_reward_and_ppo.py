@@ -72,7 +72,7 @@ def next_byte(params, rows, key):
   return losses.lm.next_token(logits_BTV, rows[:, 1:], jnp.ones(rows[:, 1:].shape)), {}
 
 
-base, curve = trained(models.init(cfg, jax.random.key(0)), next_byte, [windows(i, 16, 97) for i in range(180)], lr=7e-3)
+base, curve = trained(models.init(cfg, jax.random.key(0)), next_byte, [windows(i, 16, 97) for i in range(160)], lr=7e-3)
 print(f'{tree.size(base) / 1e6:.2f} M parameters, {np.mean(curve[-20:]) / np.log(2):.2f} bits per byte')
 
 # %% [markdown]
@@ -183,9 +183,11 @@ def judged(params, rows, kl_coef):
   return batch, {'reward': score_B.mean(), 'kl': kl_BT.sum() / mask_BT.sum()}
 
 
-def reinforce(kl_coef, *, rounds=25, rows=64, lr=1e-3):
-  optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(lr, b2=0.99))
-  step = jax.jit(train.make_train_step(ppo_loss, optimizer))
+optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3, b2=0.99))
+step = jax.jit(train.make_train_step(ppo_loss, optimizer))
+
+
+def reinforce(kl_coef, *, rounds=25, rows=64):
   state, log = train.create_state(models.with_value(cfg, base), optimizer, jax.random.key(2)), []
   for number in range(rounds):
     drawn = write(state.params, windows(5000 + number, rows, P), number)

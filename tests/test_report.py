@@ -218,10 +218,17 @@ def test_samples_stand_by_prompt_and_in_time(tmp_path):
   assert '14 between' in text and '3 more earlier ones' in text
 
 
-def test_samples_stand_with_what_they_are_worth(tmp_path):
-  samples = [{'step': n, 'prompt': 'one', 'text': f'<{n}>', 'reward': -n / 4} for n in (1, 3)]
+def test_samples_stand_in_a_table_with_their_rewards(tmp_path):
+  """The newest step's first, and of a step the best."""
+  worth = {(1, 'a'): -0.25, (1, 'b'): 0.5, (3, 'c'): -0.75, (3, 'd'): 2.5}
+  samples = [{'step': n, 'prompt': f'<{x}>?', 'text': f'<{x}>', 'reward': r} for (n, x), r in worth.items()]
   _, text = read(report.write(make(tmp_path / 'run', losses(), samples=samples)))
-  assert re.search(r'step 1 reward -0\.25\S*\s*<1>.*step 3 reward -0\.75\S*\s*<3>', text, re.S)
+  table = r'step prompt answer reward\s*3 <d>\? <d> 2\.500\s*3 <c>\? <c> -0\.750\s*1 <b>\? <b> 0\.500\s*1 <a>\? <a> -0\.250'
+  assert re.search(table.replace(' ', r'\s*'), text), text
+  assert 'earlier ones' not in text
+  more = [{'step': n, 'prompt': 'one', 'text': f'<{n}>', 'reward': 1.0} for n in range(1, 51)]
+  _, text = read(report.write(make(tmp_path / 'more', losses(), samples=more)))
+  assert text.index('<50>') < text.index('<31>') < text.index('30 earlier ones') < text.index('<30>')
 
 
 def test_the_data_is_drawn(tmp_path):

@@ -37,7 +37,7 @@ td,th{padding:.15rem 1.2rem .15rem 0;text-align:left;vertical-align:top} th{font
 td.n,th.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
 .ruled td,.ruled th{border-top:1px solid var(--line)}
 .ruled td{overflow-wrap:anywhere;max-width:20rem}
-.ruled td:not(.n){min-width:7rem} .ends td:first-child{white-space:nowrap}
+.ruled td:not(.n){min-width:7rem} .answers td{white-space:pre-wrap} .ends td:first-child{white-space:nowrap}
 .tables{display:flex;flex-wrap:wrap;gap:.5rem 2.5rem}
 .tables td{overflow-wrap:anywhere}
 .chapter td,.chapter th{border-top:1px solid var(--line);padding:.4rem .8rem .4rem 0;min-width:8rem;max-width:20rem;

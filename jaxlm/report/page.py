@@ -16,6 +16,7 @@ from jaxlm.train.metrics import COMPOSITION
 
 FILE = 'report.html'
 SHOWN = 6  # samples of a prompt, and prompts
+SCORED = 20  # samples with rewards
 FEW = 8  # settings that are not folded away
 
 # (what it is called, its metric): the first of each that are there
@@ -144,12 +145,24 @@ def _warned(run: Run) -> str:
 
 def _samples(rows: Rows) -> str:
   """Prompts with what was written to each as training went on; prompts that were met once come last, newest first."""
+  if any('reward' in row for row in rows):
+    return _scored(rows)
   by_prompt: dict[str, list[Mapping[str, Any]]] = {}
   for row in rows:
     by_prompt.setdefault(row['prompt'], []).append(row)
   again = [_prompt(prompt, found) for prompt, found in by_prompt.items() if len(found) > 1]
   once = [_prompt(prompt, found) for prompt, found in reversed(by_prompt.items()) if len(found) == 1]
   return _folded(again, 'prompts') + _folded(once, 'earlier ones')
+
+
+def _scored(rows: Rows) -> str:
+  """A table of samples and their rewards: the newest step's first, and of a step the best."""
+  rows = sorted(rows, key=lambda row: (-row['step'], -row['reward']))
+  lines = [(row['step'], row['prompt'], row['text'], row['reward']) for row in rows]
+  table = lambda some: markup.grid(('step', 'prompt', 'answer', 'reward'), some, 'ruled answers')
+  older = table(lines[SCORED:])
+  rest = f'<details><summary>{len(lines) - SCORED} earlier ones</summary>{older}</details>' if older else ''
+  return table(lines[:SCORED]) + rest
 
 
 def _folded(boxes: Sequence[str], what: str) -> str:
@@ -162,8 +175,7 @@ def _prompt(prompt: str, rows: Rows) -> str:
   """One prompt's texts, oldest first: some evenly, the rest folded away."""
   lines = []
   for row in rows:
-    worth = f' reward {markup.number(row["reward"])}' if 'reward' in row else ''
-    lines.append(f'<div><small>step {row["step"]}{worth}</small>{markup.escape(row["text"])}</div>')
+    lines.append(f'<div><small>step {row["step"]}</small>{markup.escape(row["text"])}</div>')
   picked = sorted({round(i * (len(lines) - 1) / (SHOWN - 1)) for i in range(SHOWN)})
   rest = [line for i, line in enumerate(lines) if i not in picked]
   more = f'<details><summary>{len(rest)} between</summary>{"".join(rest)}</details>' if rest else ''
