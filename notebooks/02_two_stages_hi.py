@@ -50,6 +50,7 @@ held_out, learnt = documents[::12], [d for i, d in enumerate(documents) if i % 1
 read = learnt + 3 * [d for d in learnt if d.kind == 'hindi']  # हिन्दी चार बार
 vocabulary = tokenizer.train([d.text for d in read], 2048)
 T, B = 128, 8
+bytes_of = vocabulary.token_bytes()
 
 
 def stream(some):
@@ -61,7 +62,7 @@ def text_rows(some):
   """Rows of the stream, cut every T tokens: at each token but the first of a document there is something to learn."""
   ids, begins = stream(some)
   cut = [slice(i, i + T + 1) for i in range(0, len(ids) - T - 1, T)]
-  return [packing.pack(ids[one], begins[one], T, vocabulary.pad_id, vocabulary.token_bytes()) for one in cut]
+  return [packing.pack(ids[one], begins[one], T, vocabulary.pad_id, bytes_of) for one in cut]
 
 
 text, text_quiz = text_rows(read), text_rows(held_out)[::2]
@@ -120,7 +121,6 @@ def question_rows(some):
 def packed(encoded):
   """Whole conversations, as many in a row as fit; each is a segment that sees itself alone."""
   places = packing.best_fit(np.array([len(ids) - 1 for ids, _ in encoded]), T)
-  bytes_of = vocabulary.token_bytes()
   one = lambda ids, learned: packing.pack(
     ids, np.zeros(len(ids), bool), len(ids) - 1, vocabulary.pad_id, bytes_of, learned
   )
@@ -350,7 +350,6 @@ ISSUE = ('The capital of France is', PROMPTS[0], SUMMARY)
 real = None
 if gguf.exists():
   real = interop.load(str(gguf))
-  real = real._replace(params=sample.readied(real.cfg, real.params))
   print(f'{tree.size(real.params) / 1e6:.0f} M प्राचल')
 else:
   print('SmolLM2-135M-Instruct यहाँ नहीं है: यह भाग छोड़ दिया गया; ऊपर का सब कुछ जैसा था वैसा है।')
