@@ -93,7 +93,7 @@ def trained(params, text, *, steps, lr, rows=8, trainable=tree.everything):
   return state.params, [*curve, (steps, bits(state.params))]
 
 
-base, _ = trained(models.init(cfg, jax.random.key(0)), novel, steps=100, lr=5e-3, rows=8)
+base, _ = trained(models.init(cfg, jax.random.key(0)), novel, steps=80, lr=5e-3, rows=8)
 print(f'{tree.size(base) / 1e6:.2f} M parameters, raised on novels: {bits(base):.2f} bits per byte of C')
 
 # %% [markdown]
@@ -117,7 +117,7 @@ print('taken off, the very arrays of the base:', all(jax.tree.leaves(same)))
 
 # %%
 RANKS = (1, 4, 16)
-steps, ways = 50, {}
+steps, ways = 40, {}
 tuned, curve = trained(base, code, steps=steps, lr=3e-3)
 ways['everything'] = (tuned, tree.size(base), curve)
 for rank in RANKS:
@@ -155,7 +155,7 @@ plt.show()
 # %% [markdown]
 # From English to C is a long way, and here everything that learns beats any rank: a few directions hold most of what
 # full fine-tuning added to these matrices, but adapters leave the embedding as it was, which had hardly met a brace,
-# and 50 steps are few. Adapters are for when memory decides, and for moves that are less far.
+# and 40 steps are few. Adapters are for when memory decides, and for moves that are less far.
 #
 # ## Folded in, taken off, exchanged
 # `merge` is what is exported: plain matrices, no cost at decoding. `base` is the reference of DPO and PPO without a

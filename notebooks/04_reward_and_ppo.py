@@ -124,7 +124,7 @@ def some(cursor, rows=48):
   return {'chosen': chosen[pairs][at], 'rejected': rejected[pairs][at]}
 
 
-judge, judge_curve = trained(models.with_value(cfg, base), preferred, [some(i) for i in range(90)], lr=1.5e-3)
+judge, judge_curve = trained(models.with_value(cfg, base), preferred, [some(i) for i in range(70)], lr=1.5e-3)
 scored = jax.jit(score)
 told = np.asarray(scored(judge, chosen[quiz])) > np.asarray(scored(judge, rejected[quiz]))
 accuracy, spread = told.mean(), 1.96 * np.sqrt(told.mean() * (1 - told.mean()) / len(told))
