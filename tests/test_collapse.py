@@ -16,7 +16,7 @@ BROKEN = {
   'kl': {'policy/kl': 1.7},
   'entropy': {'train/policy/entropy': 0.003},
   'equal': {'reward/equal_groups': 0.97},
-  'length': {'answers/length': 127.0, 'answers/truncated': 0.8},
+  'length': {'answers/length': 80.0, 'answers/truncated': 0.8},  # 2.6 times: told as so many are cut
   'gap': {'train/policy/sampler_gap': 0.3},
 }
 
@@ -37,11 +37,40 @@ def test_much_is_told_whatever_else(name, values):
   assert list(collapse.warnings([SOUND] * 7 + [SOUND | values] * 5)) == [name]
 
 
-@pytest.mark.parametrize('values', [{'answers/length': 100.0}, {'train/policy/entropy': 0.2}])
-def test_less_is_not(values):
-  assert collapse.warnings([SOUND] * 7 + [SOUND | values] * 5) == {}
-  sure = SOUND | {'train/policy/entropy': 0.04}  # as it was at first
-  assert collapse.warnings([sure] * 12) == {}
+BARS = [  # (of which warning, values at first, last values just within the bar, and just beyond it)
+  ('kl', {}, {'policy/kl': 0.99}, {'policy/kl': 1.01}),
+  ('entropy', {'train/policy/entropy': 0.2}, {'train/policy/entropy': 0.051}, {'train/policy/entropy': 0.049}),
+  ('entropy', {'train/policy/entropy': 0.04}, {'train/policy/entropy': 0.021}, {'train/policy/entropy': 0.019}),
+  ('entropy', {}, {'train/policy/entropy': 0.131}, {'train/policy/entropy': 0.129}),
+  ('equal', {}, {'reward/equal_groups': 0.89}, {'reward/equal_groups': 0.91}),
+  ('length', {}, {'answers/length': 123.0}, {'answers/length': 125.0}),
+  (
+    'length',
+    {},
+    {'answers/length': 61.0, 'answers/truncated': 0.8},
+    {'answers/length': 63.0, 'answers/truncated': 0.8},
+  ),
+  (
+    'length',
+    {},
+    {'answers/length': 80.0, 'answers/truncated': 0.49},
+    {'answers/length': 80.0, 'answers/truncated': 0.51},
+  ),
+  ('gap', {}, {'train/policy/sampler_gap': 0.049}, {'train/policy/sampler_gap': 0.051}),
+]
+
+
+@pytest.mark.parametrize(('name', 'first', 'within', 'beyond'), BARS)
+def test_bars_are_where_they_are_said_to_be(name, first, within, beyond):
+  begun = [SOUND | first] * 7
+  assert collapse.warnings(begun + [SOUND | first | within] * 5) == {}
+  assert list(collapse.warnings(begun + [SOUND | first | beyond] * 5)) == [name]
+
+
+def test_five_values_are_looked_at_together():
+  far = [SOUND | {'policy/kl': 1.01}]
+  assert collapse.warnings([SOUND] * 7 + far * 4) == {} and collapse.warnings(far * 4) == {}
+  assert list(collapse.warnings(far * 5)) == ['kl']
 
 
 @pytest.mark.parametrize('name', BROKEN)

@@ -62,6 +62,7 @@ def test_a_turned_weight_multiplies_as_it_would_have(rows, dtype):
   np.testing.assert_allclose(found.astype(jnp.float32), linear(x, w, bias).astype(jnp.float32), atol=near)
   assert by_columns(x, lying, jnp.float32).dtype == jnp.float32
   adapted = LowRank(w, normal(7, 2), normal(2, 11), jnp.float32(0.5), magnitude=normal(11))
+  assert isinstance(turn(adapted).w, Turned)
   np.testing.assert_allclose(dense(turn(adapted)), dense(adapted), rtol=1e-6)
   np.testing.assert_allclose(
     linear(x, turn(adapted)).astype(jnp.float32), linear(x, adapted).astype(jnp.float32), atol=near

@@ -95,6 +95,11 @@ def test_cached_decoding_is_the_full_forward_pass(style, form):
   np.testing.assert_allclose(logits, [full_logits(cfg, row)[-1] for row in rows], atol=1e-5)
 
 
+def test_one_cpu_decodes_with_turned_matrices():
+  params = sample.readied(LLAMA, randomized(LLAMA))
+  assert isinstance(params['layers'][0]['mlp']['down'], Turned)
+
+
 def test_the_cache_may_be_bfloat16():
   run = Run(jnp.bfloat16)
   logits, kept = sample.prefill(LLAMA, randomized(LLAMA), jnp.array([[5, 17, 3]]), jnp.array([3]), slots=5, run=run)
