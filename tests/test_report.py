@@ -222,10 +222,11 @@ def test_samples_stand_in_a_table_with_their_rewards(tmp_path):
   """The newest step's first, and of a step the best."""
   worth = {(1, 'a'): -0.25, (1, 'b'): 0.5, (3, 'c'): -0.75, (3, 'd'): 2.5}
   samples = [{'step': n, 'prompt': f'<{x}>?', 'text': f'<{x}>', 'reward': r} for (n, x), r in worth.items()]
+  samples.insert(1, {'step': 1, 'prompt': 'Once', 'text': ' upon a time'})  # of --watch.prompts
   _, text = read(report.write(make(tmp_path / 'run', losses(), samples=samples)))
   rows = (r'3 <d>\? <d> 2\.500', r'3 <c>\? <c> -0\.750', r'1 <b>\? <b> 0\.500', r'1 <a>\? <a> -0\.250')
   assert re.search(' '.join(('step prompt answer reward', *rows)).replace(' ', r'\s*'), text), text
-  assert 'earlier ones' not in text
+  assert 'earlier ones' not in text and 'upon a time' in text
   more = [{'step': n, 'prompt': 'one', 'text': f'<{n}>', 'reward': 1.0} for n in range(1, 51)]
   _, text = read(report.write(make(tmp_path / 'more', losses(), samples=more)))
   assert text.index('<50>') < text.index('<31>') < text.index('30 earlier ones') < text.index('<30>')

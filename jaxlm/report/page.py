@@ -144,21 +144,19 @@ def _warned(run: Run) -> str:
 
 
 def _samples(rows: Rows) -> str:
-  """Prompts with what was written to each as training went on; prompts that were met once come last, newest first."""
-  if any('reward' in row for row in rows):
-    return _scored(rows)
+  """Those that have rewards; then prompts with what was written to each as training went on, ones met once last."""
   by_prompt: dict[str, list[Mapping[str, Any]]] = {}
-  for row in rows:
+  for row in (row for row in rows if 'reward' not in row):
     by_prompt.setdefault(row['prompt'], []).append(row)
   again = [_prompt(prompt, found) for prompt, found in by_prompt.items() if len(found) > 1]
   once = [_prompt(prompt, found) for prompt, found in reversed(by_prompt.items()) if len(found) == 1]
-  return _folded(again, 'prompts') + _folded(once, 'earlier ones')
+  return _scored([row for row in rows if 'reward' in row]) + _folded(again, 'prompts') + _folded(once, 'earlier ones')
 
 
 def _scored(rows: Rows) -> str:
   """A table of samples and their rewards: the newest step's first, and of a step the best."""
-  rows = sorted(rows, key=lambda row: (-row['step'], -row['reward']))
-  lines = [(row['step'], row['prompt'], row['text'], row['reward']) for row in rows]
+  ranked = sorted(rows, key=lambda row: (-row['step'], -row['reward']))
+  lines = [(row['step'], row['prompt'], row['text'], row['reward']) for row in ranked]
   table = lambda some: markup.grid(('step', 'prompt', 'answer', 'reward'), some, 'ruled answers')
   older = table(lines[SCORED:])
   rest = f'<details><summary>{len(lines) - SCORED} earlier ones</summary>{older}</details>' if older else ''
@@ -173,9 +171,7 @@ def _folded(boxes: Sequence[str], what: str) -> str:
 
 def _prompt(prompt: str, rows: Rows) -> str:
   """One prompt's texts, oldest first: some evenly, the rest folded away."""
-  lines = []
-  for row in rows:
-    lines.append(f'<div><small>step {row["step"]}</small>{markup.escape(row["text"])}</div>')
+  lines = [f'<div><small>step {row["step"]}</small>{markup.escape(row["text"])}</div>' for row in rows]
   picked = sorted({round(i * (len(lines) - 1) / (SHOWN - 1)) for i in range(SHOWN)})
   rest = [line for i, line in enumerate(lines) if i not in picked]
   more = f'<details><summary>{len(rest)} between</summary>{"".join(rest)}</details>' if rest else ''
