@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm import models, sample
+from jaxlm.models import ModelConfig, Run
 from jaxlm.models.attention import attend, attend_back, attend_reached, causal_mask
 
 B, T, S, H, K, N = 3, 5, 192, 6, 2, 11
@@ -13,7 +15,7 @@ B, T, S, H, K, N = 3, 5, 192, 6, 2, 11
 @pytest.fixture(scope='module')
 def inputs():
   rng = np.random.default_rng(3)
-  return tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((B, T, H, N), (B, S, K, N), (B, S, K, N)))
+  return tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((B, T, H, N), (B, K, S, N), (B, K, S, N)))
 
 
 def masked(starts, window=None):
@@ -25,7 +27,8 @@ def masked(starts, window=None):
 @pytest.mark.parametrize('window, softcap', [(None, None), (9, None), (None, 5.0)])
 def test_values_are_those_of_attend(inputs, starts, window, softcap):
   last, mask = masked(starts, window)
-  expected = attend(*inputs, mask, softcap=softcap)
+  q, k, v = inputs
+  expected = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask, softcap=softcap)
   np.testing.assert_allclose(attend_reached(*inputs, mask, last, softcap=softcap), expected, rtol=2e-5, atol=2e-6)
 
 
@@ -40,8 +43,19 @@ def test_a_row_does_not_see_how_far_others_reach(inputs):
 def test_what_is_not_reached_is_not_read(inputs):
   q, k, v = inputs
   last, mask = masked((2, 0, 7))
-  gone = v.at[:, 64:].set(jnp.nan)
+  gone = v.at[:, :, 64:].set(jnp.nan)
   assert np.isfinite(attend_reached(q, k, gone, mask, last)).all()
+
+
+def test_a_step_does_not_copy_its_cache():
+  """Not even the keys of one layer: turned for the loop, all of every layer was copied for each token."""
+  cfg = ModelConfig(d_model=24, n_layers=2, n_heads=2, n_kv_heads=2, d_ff=32, vocab_size=31, max_seq_len=512)
+  rows, run = 16, Run(attention='reached')
+  params = sample.readied(cfg, models.init(cfg, jax.random.key(0)))
+  cache = models.init_cache(cfg, rows, 512, run.dtype)
+  step = jax.jit(lambda *given: sample.decode(cfg, *given, run=run), donate_argnums=3)
+  compiled = step.lower(params, jnp.ones((rows, 1), int), jnp.full(rows, 7), cache).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < cache[0].k.nbytes
 
 
 @pytest.mark.parametrize('length, blocks', [(256, 4), (384, 3), (192, 4), (331, 4)])

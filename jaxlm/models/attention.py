@@ -161,41 +161,41 @@ def attend_back(
 
 def attend_reached(
   q: Float[Array, 'B T H N'],
-  k: Float[Array, 'B S K N'],
-  v: Float[Array, 'B S K N'],
+  k: Float[Array, 'B K S N'],
+  v: Float[Array, 'B K S N'],
   mask: Bool[Array, 'R T S'],
   last: Int[Array, ''],
   scale: float | None = None,
   softcap: float | None = None,
   block: int = 64,
 ) -> Float[Array, 'B T H N']:
-  """`attend`, but of a cache only the blocks of keys up to slot `last`, with a running softmax (Milakov and Gimelshein
-  2018, arXiv:1805.02867).
+  """`attend`, but of a cache (as it lies: turned, all of it would be copied) only the blocks of keys up to slot `last`,
+  with a running softmax (Milakov and Gimelshein 2018, arXiv:1805.02867).
 
   Blocks in which a row's mask is empty leave what it has as it is, to the last bit: a row's result does not depend on
   how far others reach. S has to be a multiple of `block`.
   """
   B, T, H, N = q.shape
-  K = k.shape[2]
+  K, S = k.shape[1:3]
   q_BTKGN = q.reshape(B, T, K, H // K, N) * (N**-0.5 if scale is None else scale)
   lowest = jnp.finfo(jnp.float32).min
 
   def one(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
     out_BKGTN, sum_BKGT, most_BKGT = carry
     some = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, i * block, block, axis)
-    k_BsKN, v_BsKN = some(k, 1).astype(q.dtype), some(v, 1).astype(q.dtype)
-    scores = jnp.einsum('BTKGN,BsKN->BKGTs', q_BTKGN, k_BsKN, preferred_element_type=jnp.float32)
+    k_BKsN, v_BKsN = some(k, 2).astype(q.dtype), some(v, 2).astype(q.dtype)
+    scores = jnp.einsum('BTKGN,BKsN->BKGTs', q_BTKGN, k_BKsN, preferred_element_type=jnp.float32)
     if softcap is not None:
       scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(some(mask, 2)[:, None, None], scores, lowest)
     new_BKGT = jnp.maximum(most_BKGT, scores.max(axis=-1))
     kept_BKGT = jnp.exp(most_BKGT - new_BKGT)
     probs = jnp.exp(scores - new_BKGT[..., None])
-    seen = jnp.einsum('BKGTs,BsKN->BKGTN', probs.astype(q.dtype), v_BsKN, preferred_element_type=jnp.float32)
+    seen = jnp.einsum('BKGTs,BKsN->BKGTN', probs.astype(q.dtype), v_BKsN, preferred_element_type=jnp.float32)
     return out_BKGTN * kept_BKGT[..., None] + seen, sum_BKGT * kept_BKGT + probs.sum(axis=-1), new_BKGT
 
   shape = (B, K, H // K, T)
   start = jnp.zeros((*shape, N), jnp.float32), jnp.zeros(shape, jnp.float32), jnp.full(shape, lowest)
-  out_BKGTN, sum_BKGT, _ = jax.lax.fori_loop(0, jnp.minimum(last, k.shape[1] - 1) // block + 1, one, start)
+  out_BKGTN, sum_BKGT, _ = jax.lax.fori_loop(0, jnp.minimum(last, S - 1) // block + 1, one, start)
   out_BTKGN = jnp.moveaxis(out_BKGTN / sum_BKGT[..., None], 3, 1)
   return out_BTKGN.reshape(B, T, H, N).astype(q.dtype)

@@ -157,7 +157,7 @@ class Attention(nn.Module):
       around = {'window': ctx.window, 'scale': scale, 'softcap': softcap, 'rules': rules}
       out_BTHN = ring.ring(q_BTHN, k_BTKN, v_BTKN, ctx.segments, **around)
     elif self.run.attention == 'reached' and cache is not None and not ctx.own and not cache.ring:
-      out_BTHN = attend_reached(q_BTHN, k_BTKN, v_BTKN, ctx.mask, ctx.positions.max(), scale, softcap)
+      out_BTHN = attend_reached(q_BTHN, cache.k, cache.v, ctx.mask, ctx.positions.max(), scale, softcap)
     else:
       fn = attend_back if ctx.own and rules is None else attend
       out_BTHN = fn(q_BTHN, k_BTKN, v_BTKN, ctx.mask, scale, softcap)

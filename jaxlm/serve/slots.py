@@ -128,7 +128,9 @@ def _draw(logits_BV: Array, chosen: Chosen, count_B: Array, slots: Slots, mask_B
   left_BV = jnp.where(cut_BV > -jnp.inf, shifted_BV, -jnp.inf)
   keys_B = jax.vmap(partial(jax.random.wrap_key_data, impl='threefry2x32'))(chosen.seed_B2)
   keys_B = jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.fold_in)(keys_B, chosen.index_B), count_B)
-  token_B = draws.drawn(draws.log_chances(left_BV, Sampling(chosen.temperature_B)), keys_B)
+  by_chance = lambda: draws.drawn(draws.log_chances(left_BV, Sampling(chosen.temperature_B)), keys_B)
+  warm = jnp.any(chosen.live_B & (chosen.temperature_B >= draws.COLD))
+  token_B = jax.lax.cond(warm, by_chance, lambda: draws.likeliest(left_BV))
   top_Bk, top_logp_Bk = _alternatives(logp_BV, jnp.any(chosen.told_B & chosen.live_B))
   return Made(token_B, draws.pick(logp_BV, token_B), top_Bk, top_logp_Bk)
 
