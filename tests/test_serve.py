@@ -294,6 +294,17 @@ def test_who_is_slow_is_sent_away(server, sent, told):
     assert connection.recv(12) == told
 
 
+def test_answers_do_not_wait_for_the_clients_acknowledgement(server):
+  """40 ms of every answer, where a server's sockets hold back what is small (Nagle's algorithm)."""
+  seconds = []
+  with httpx.Client() as client:
+    for _ in range(20):
+      began = time.perf_counter()
+      client.get(f'{server.url}/models').raise_for_status()
+      seconds.append(time.perf_counter() - began)
+  assert min(seconds[1:]) < 0.03
+
+
 def test_messages_that_are_none(client):
   wrong = [[], [{}], [{'role': 'x', 'content': ''}], [{'role': 'user'}], [{'role': 'user', 'content': [{'type': 'x'}]}]]
   for messages in [*wrong, [{'role': 'user', 'content': 3}], ['a'], [{'role': 'user', 'content': 'a ' * 999}]]:
