@@ -381,7 +381,7 @@ def run(service: Service, host: str, port: int, say: Callable[[str], None]) -> N
     listening = socket.create_server((host, port), family=family, backlog=1024)
   except OSError as error:
     raise InputError(f'{host}:{port}: {error.strerror or error}') from error
-  # its connections have it too; asyncio sets it for sockets of its own alone, and without it answers wait 40 ms for an ack
+  # its connections have it too; asyncio sets it for its own sockets alone, and without it answers wait 40 ms for an ack
   listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
   class Server(uvicorn.Server):
