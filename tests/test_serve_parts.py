@@ -274,6 +274,22 @@ def test_short_answers_come_before_the_rest_of_many_long_ones():
   assert len(line) == 3 and line.drop_cancelled() == 1 and long[3] in list(line)
 
 
+def test_long_answers_leave_slots_to_short_ones(tiny):
+  """A quarter of them: with eight slots six long answers are written at once, and a short one does not wait for any."""
+  bank = Bank(tiny.cfg, tiny.params, tiny.tokenizer, rows=8, context=192, lobbies=2)
+  found, ends = Engine({'tiny': bank}), []
+  note = lambda name: lambda piece: ends.append(name) if piece.finish else None
+  ask = lambda name, most: Ask(prompt=[5, 6, 7], most=most, deliver=note(name))
+  found.submit('tiny', [ask('long', 170) for _ in range(9)])
+  for _ in range(9):
+    found._turn(bank)
+  assert bank.live == 6 and found.waiting() == 3
+  found.submit('tiny', [ask('short', 3), ask('short', 3)])
+  while bank.busy():
+    found._turn(bank)
+  assert ends[:2] == ['short', 'short'] and len(ends) == 11
+
+
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnhandledThreadExceptionWarning')
 def test_what_cannot_be_answered_is_said(bank, tiny):
   """A device that fails takes all answers with it; nobody waits for ever."""

@@ -158,7 +158,7 @@ class Bank:
       self._allot(params, rows, lobbies)
     self.rows: list[_Row | None] = [None] * rows
     self.waiting: Line[Ask] = Line()
-    self.kept = max(rows // 8, int(rows > 2))  # slots that long answers leave to short ones
+    self.kept = max(rows // 4, int(rows > 2))  # slots that long answers leave to short ones
     self.arriving: _Arriving | None = None
     self.clock = 0  # prompts that were read
     self.seconds = 0.0  # that a step takes
