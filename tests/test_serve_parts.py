@@ -258,6 +258,13 @@ def test_the_same_after_any_prompt(bank, running):
     results.append((''.join(p.text for p in pieces), [t for p in pieces for t in p.tokens], pieces[0].cached))
   assert results[0][:2] == results[3][:2] == results[5][:2] and results[2][:2] == results[6][:2]
   assert results[0][2] == 0 and results[2][2] >= engine.READ and results[0][:2] != results[2][:2]
+  ask, told = asking(bank, 'one', most=0, scored=True)  # by another program
+  running.submit('tiny', [ask])
+  assert answer(told)[-1].made == 0
+  ask, told = asking(bank, 'one', told=2, settings=Settings(temperature=1.0), seed=4)
+  running.submit('tiny', [ask])
+  pieces = answer(told)
+  assert pieces[0].cached == 0 and [t for p in pieces for t in p.tokens] == results[4][1]
 
 
 def test_short_answers_come_before_the_rest_of_many_long_ones():
@@ -272,22 +279,6 @@ def test_short_answers_come_before_the_rest_of_many_long_ones():
   assert 5 < len(taken) < 30
   long[2].cancelled = True
   assert len(line) == 3 and line.drop_cancelled() == 1 and long[3] in list(line)
-
-
-def test_long_answers_leave_slots_to_short_ones(tiny):
-  """A quarter of them: with eight slots six long answers are written at once, and a short one does not wait for any."""
-  bank = Bank(tiny.cfg, tiny.params, tiny.tokenizer, rows=8, context=192, lobbies=2)
-  found, ends = Engine({'tiny': bank}), []
-  note = lambda name: lambda piece: ends.append(name) if piece.finish else None
-  ask = lambda name, most: Ask(prompt=[5, 6, 7], most=most, deliver=note(name))
-  found.submit('tiny', [ask('long', 170) for _ in range(9)])
-  for _ in range(9):
-    found._turn(bank)
-  assert bank.live == 6 and found.waiting() == 3
-  found.submit('tiny', [ask('short', 3), ask('short', 3)])
-  while bank.busy():
-    found._turn(bank)
-  assert ends[:2] == ['short', 'short'] and len(ends) == 11
 
 
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnhandledThreadExceptionWarning')
@@ -325,6 +316,22 @@ def test_nothing_is_compiled_again(bank, running):
     running.submit('tiny', [ask])
     assert answer(told)[-1].finish == 'length'
   assert [f._cache_size() for f in (slots.read, slots.enter, slots.advance)] == sizes and sizes[2] == 1
+
+
+def test_long_answers_leave_slots_to_short_ones(tiny):
+  """A quarter of them: with eight slots six long answers are written at once, and a short one does not wait for any."""
+  bank = Bank(tiny.cfg, tiny.params, tiny.tokenizer, rows=8, context=192, lobbies=2)
+  found, ends = Engine({'tiny': bank}), []
+  note = lambda name: lambda piece: ends.append(name) if piece.finish else None
+  ask = lambda name, most: Ask(prompt=[5, 6, 7], most=most, deliver=note(name))
+  found.submit('tiny', [ask('long', 170) for _ in range(9)])
+  for _ in range(9):
+    found._turn(bank)
+  assert bank.live == 6 and found.waiting() == 3
+  found.submit('tiny', [ask('short', 3), ask('short', 3)])
+  while bank.busy():
+    found._turn(bank)
+  assert ends[:2] == ['short', 'short'] and len(ends) == 11
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ from jaxlm.serve.metrics import Metrics
 from jaxlm.serve.text import Text
 
 READ = 64  # tokens of a prompt that are read at once
+SHORT = 32  # or these, where no more are left of it: the first token comes in half the time
 READING = 2.0  # steps that may be read for between two of those that are answered: a burst fills the slots first
 PIECE = 4  # tokens between two looks at what was made, at most
 UNFELT = 0.02  # seconds that these may take
@@ -112,6 +113,7 @@ class _Lobby:
   def __init__(self, cache: Any):
     self.cache, self.tokens, self.used = cache, [], 0
     self.logits_1V: Any = None  # after the last token, once all of a prompt was read
+    self.scored = False  # by the program that scores, whose last piece rounds in another way
 
 
 class _Arriving:
@@ -189,11 +191,12 @@ class Bank:
 
   def warm(self) -> None:
     """Compiles everything, so that nobody waits for it; a step twice, to know what it takes."""
-    tokens, lobby = np.zeros(READ, np.int32), self.lobbies[0]
+    lobby = self.lobbies[0]
     chosen_1, V = jax.tree.map(lambda x: x[:1].copy(), self.chosen), self.cfg.vocab_size
     blank = np.zeros(V, bool), np.zeros(V, np.float32), np.full((1, self.all_Bw.shape[1]), 0xFFFFFFFF, np.uint32)
     with self.within():
-      for scored in (True, False):
+      for scored, size in ((True, READ), (False, READ), (False, SHORT)):
+        tokens = np.zeros(size, np.int32)
         given = lobby.cache, tokens, tokens, 0, 1
         lobby.cache, logits_1V, _ = slots.read(self.cfg, self.run, scored, self.params, *given)
       self.state, _ = slots.enter(self.run, self.state, 0, lobby.cache, logits_1V, chosen_1, *blank, 1)
@@ -268,7 +271,7 @@ class Bank:
       if ask.scored:
         return 0
       prompt, tokens = ask.prompt, lobby.tokens
-      if lobby.logits_1V is not None and len(tokens) == len(prompt) and list(prompt) == tokens:
+      if lobby.logits_1V is not None and not lobby.scored and list(prompt) == tokens:
         return len(prompt)
       limit = min(len(prompt) - 1, len(tokens))
       differs = np.flatnonzero(np.array(prompt[:limit]) != np.array(tokens[:limit]))
@@ -464,12 +467,14 @@ class Engine:
 
 
 def _read_piece(bank: Bank, arriving: _Arriving) -> None:
-  """READ more tokens of a prompt, or as many as there are."""
+  """READ more tokens of a prompt, or as many as there are; how many its program has is this prompt's matter alone."""
   ask, lobby, at = arriving.ask, arriving.lobby, arriving.at
   tokens = list(ask.prompt[at : at + READ])
   following = list(ask.prompt[at + 1 : at + READ + 1])
-  padded = lambda ids: np.array(ids + [0] * (READ - len(ids)), np.int32)
-  lobby.tokens, lobby.logits_1V = lobby.tokens[:at], None
+  # scores have one program, so that a token's is the same whatever follows
+  size = SHORT if len(tokens) <= SHORT and not ask.scored else READ
+  padded = lambda ids: np.array(ids + [0] * (size - len(ids)), np.int32)
+  lobby.tokens, lobby.logits_1V, lobby.scored = lobby.tokens[:at], None, ask.scored
   given = lobby.cache, padded(tokens), padded(following), at, len(tokens)
   lobby.cache, logits_1V, scores = slots.read(bank.cfg, bank.run, ask.scored, bank.params, *given)
   logits_1V.block_until_ready()  # else all of a long prompt would be under way before anybody is continued
