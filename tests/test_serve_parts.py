@@ -297,16 +297,17 @@ def test_what_cannot_be_answered_is_said(bank, tiny):
 
 
 def test_scores_do_not_depend_on_the_piece(bank, running):
-  """Of a prompt of more than one piece: those of the second piece are given all that is before them."""
+  """Of a prompt of more than one piece: those of the second are given all that is before them, however long it is."""
   said = 'call me ishmael some years ago never mind how long precisely having little or no money ' * 2
-  found = []
-  for extra in ('', ' and then'):
-    ask, told = asking(bank, said + extra, most=0, scored=True, told=1)
+  prompt, found = bank.tokenizer.prefix_ids + bank.tokenizer.encode(said), []
+  for length in (engine.READ + engine.SHORT - 12, engine.READ + engine.SHORT + 13):
+    ask, told = asking(bank, '', most=0, scored=True, told=1)
+    ask.prompt = prompt[:length]
     running.submit('tiny', [ask])
     (piece,) = answer(told)
     found.append([t.logp for t in piece.prompt])
-  assert len(found[0]) > engine.READ and found[0][0] is None
-  np.testing.assert_array_equal(found[0][1:-2], found[1][1 : len(found[0]) - 2])
+  assert [len(x) for x in found] == [84, 109] and found[0][0] is None
+  np.testing.assert_array_equal(found[0][1:], found[1][1:84])
 
 
 def test_nothing_is_compiled_again(bank, running):
