@@ -310,6 +310,29 @@ def test_scores_do_not_depend_on_the_piece(bank, running):
   np.testing.assert_array_equal(found[0][1:], found[1][1:84])
 
 
+def test_a_prompt_that_was_given_up_lends_no_end_that_is_not_its_own(bank):
+  """Where a part of it is a whole prompt of somebody else's: what comes after that is not what came after another."""
+  found, told = Engine({'tiny': bank}), []
+  ask = lambda prompt: Ask(prompt=prompt, most=2, deliver=told.append, told=3, settings=Settings(temperature=0.0))
+
+  def answered(prompt: list[int]) -> tuple[int, list[engine.Token]]:
+    told.clear()
+    found.submit('tiny', [ask(prompt)])
+    while bank.busy():
+      found._turn(bank)
+    return told[0].cached, [token for piece in told for token in piece.tokens]
+
+  long = [7 + i % 90 for i in range(2 * engine.READ)]
+  expected = answered(long[: engine.READ])
+  for other in ([5, 6], [6, 5]):  # both lobbies have an end of another prompt
+    answered(other)
+  given_up = ask(long)
+  found.submit('tiny', [given_up])
+  assert found._read(bank) and bank.arriving is not None
+  found.cancel([given_up])
+  assert answered(long[: engine.READ]) == expected == (0, expected[1])
+
+
 def test_nothing_is_compiled_again(bank, running):
   sizes = [f._cache_size() for f in (slots.read, slots.enter, slots.advance)]
   for how in ({'scored': True, 'told': 3}, {'settings': Settings(1.0, 5, 0.5, 0.1, 2.0, 1.0, 1.0)}, {'bias': {5: 1.0}}):
