@@ -163,6 +163,12 @@ def test_depth(value, deep):
   assert api._depth(value) > api.DEPTH
 
 
+@pytest.mark.parametrize('value', [r'"\ud800"', '1e999', 'NaN'])
+def test_what_cannot_be_told_as_json_is_no_call(value):
+  said = f'<tool_call>{{"name": "f", "arguments": {{"x": {value}}}}}</tool_call>'
+  assert tools.Calls({'f'}).add(said, last=True) == (said, [])
+
+
 def test_metrics_are_what_prometheus_reads():
   found = metrics.Metrics()
   found.add('requests', 1_234_567, route='/v1', status='2"0\\0')

@@ -86,7 +86,11 @@ class Calls:
       name = call.get('name') if isinstance(call, dict) else None
       if not isinstance(arguments, dict) or not isinstance(name, str) or name not in self.functions:
         return []
-      shown = json.dumps(arguments, ensure_ascii=False)
+      try:  # half a pair of surrogates is no text, and a number beyond float64 no JSON: then it is no call
+        shown = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        shown.encode()
+      except ValueError:
+        return []
       found.append(Call(f'call_{secrets.token_hex(12)}', name, shown))
     self.found += len(found)
     return found
