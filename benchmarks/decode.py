@@ -1,7 +1,8 @@
 """Prefill and decode beside transformers, on the same weights, interleaved: `python benchmarks/decode.py MODEL.gguf`.
 
-Float32 on the CPU: a prompt of 512 tokens, then 128 greedy ones, at batch 1 and 8. The model is exported once for
-transformers. Times are medians of interleaved rounds; only their ratios mean something on a shared machine.
+A prompt of 512 tokens, then 128 greedy ones, at batch 1 and 8: float32 on the CPU, bfloat16 on a GPU (for both on one
+set XLA_PYTHON_CLIENT_PREALLOCATE=false). The model is exported once for transformers. Times are medians of interleaved
+rounds; only their ratios mean something on a shared machine.
 """
 
 import argparse
@@ -16,24 +17,26 @@ import numpy as np
 
 from jaxlm import interop, sample
 from jaxlm.console import table
-from jaxlm.models import Run
+from jaxlm.models import Run, computed_in
 
 PROMPT, NEW = 512, 128
 
 
 def ours(model: interop.Model, batch: int) -> tuple[Callable[[], None], Callable[[], None]]:
   """(prefill with the first token, decode of the others) of our own, compiled: each call runs one to its end."""
-  params = sample.readied(model.cfg, model.params)
+  run = Run(computed_in('auto', jax.default_backend()))
+  params = sample.readied(model.cfg, model.params, run.dtype)
   prompts = np.random.default_rng(0).integers(10, model.cfg.vocab_size, (batch, PROMPT)).tolist()
   greedy, stop = sample.Sampling(0.0), jnp.zeros(0, jnp.int32)
-  begin = lambda: sample.begin(model.cfg, params, prompts, jax.random.key(0), max_new_tokens=NEW + 1, sampling=greedy)
+  how = {'max_new_tokens': NEW + 1, 'sampling': greedy, 'run': run}
+  begin = lambda: sample.begin(model.cfg, params, prompts, jax.random.key(0), **how)
   started = []
 
   def prefill() -> None:
     started[:] = [jax.block_until_ready(begin())]
 
   def decode() -> None:
-    jax.block_until_ready(sample.advance(model.cfg, Run(), NEW, params, started.pop(), greedy, stop).out)
+    jax.block_until_ready(sample.advance(model.cfg, run, NEW, params, started.pop(), greedy, stop).out)
 
   return prefill, decode
 
@@ -43,10 +46,11 @@ def theirs(folder: str, batch: int, vocabulary: int) -> tuple[Callable[[], None]
   import torch
   import transformers
 
-  model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-  ids = torch.tensor(np.random.default_rng(0).integers(10, vocabulary, (batch, PROMPT)))
+  on, dtype = ('cuda', torch.bfloat16) if torch.cuda.is_available() else ('cpu', torch.float32)
+  model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(on)
+  ids = torch.tensor(np.random.default_rng(0).integers(10, vocabulary, (batch, PROMPT)), device=on)
   how = {'do_sample': False, 'pad_token_id': 0, 'eos_token_id': None, 'attention_mask': torch.ones_like(ids)}
-  run = lambda new: model.generate(ids, max_new_tokens=new, min_new_tokens=new, **how)
+  run = lambda new: model.generate(ids, max_new_tokens=new, min_new_tokens=new, **how).cpu()
   return lambda: run(1), lambda: run(NEW + 1)
 
 

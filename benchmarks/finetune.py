@@ -1,9 +1,11 @@
 """A step of full fine-tuning and one of LoRA, beside transformers and peft on the same rows, interleaved.
 
-python benchmarks/finetune.py [--rows 4] [--seq-len 256] [--remat none] [--loss-chunks 1] [--rounds 3]: SmolLM2-135M's
-sizes, random weights, float32 on the CPU, AdamW, rank 16 on every matrix of a layer. Only ratios mean something on a
-shared machine.
-torch's rows are there where torch, transformers and peft are (pip install -e '.[parity]').
+python benchmarks/finetune.py [--rows 4] [--seq-len 256] [--remat none] [--loss-chunks 1] [--rounds 3]: the sizes of
+--preset (SmolLM2-135M), random weights in float32, AdamW, rank 16 on every matrix of a layer. On a CPU all is float32;
+on a GPU both compute in bfloat16 (`torch.autocast`, a fused AdamW, with --compile `torch.compile`). Only ratios mean
+something on a shared machine. torch's rows are there where torch, transformers and peft are (pip install -e
+'.[parity]').
+For both on one GPU set XLA_PYTHON_CLIENT_PREALLOCATE=false.
 """
 
 import argparse
@@ -24,18 +26,19 @@ RANK = 16
 
 
 def batch_of(rows: int, length: int) -> dict[str, np.ndarray]:
-  ids = np.random.default_rng(0).integers(10, 49000, (rows, length + 1))
+  ids = np.random.default_rng(0).integers(10, 30000, (rows, length + 1))
   ones = np.ones((rows, length), np.int32)
   found = {'tokens': ids[:, :-1], 'targets': ids[:, 1:], 'segment_ids': ones, 'target_bytes': ones}
   found['positions'] = np.broadcast_to(np.arange(length), ones.shape)
   return {name: x.astype(np.int32) for name, x in found.items()} | {'loss_mask': ones.astype(np.float32)}
 
 
-def ours(rows: int, length: int, remat: str, chunks: int, rank: int) -> tuple[Callable[[], None], float]:
+def ours(args: argparse.Namespace, rank: int) -> tuple[Callable[[], None], float]:
   """(one step, the MiB that its program holds) of our own."""
-  compute = Compute(remat=remat, loss_chunks=chunks)
+  compute = Compute(remat=args.remat, loss_chunks=args.loss_chunks, attention=args.attention)
+  rows, length = args.rows, args.seq_len
   data, optim = Data(seq_len=length, global_batch=rows), Optim(lr=1e-4, warmup_steps=0)
-  run = Pretrain(model=presets.get('smollm2-135m'), data=data, compute=compute, optim=optim, lora=Lora(rank=rank))
+  run = Pretrain(model=presets.get(args.preset), data=data, compute=compute, optim=optim, lora=Lora(rank=rank))
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   built = program.build(run, mesh)
   batch, held = program.put(batch_of(rows, length), built.batch), {'state': built.create()}
@@ -49,31 +52,36 @@ def ours(rows: int, length: int, remat: str, chunks: int, rank: int) -> tuple[Ca
   return step, (size - memory.alias_size_in_bytes) / 2**20
 
 
-def theirs(rows: int, length: int, remat: str, rank: int) -> Callable[[], None]:
+def theirs(args: argparse.Namespace, rank: int) -> Callable[[], None]:
   """One step of transformers, with peft if there is a rank."""
   import torch
   import transformers
 
-  cfg = presets.get('smollm2-135m')
+  cfg, on = presets.get(args.preset), 'cuda' if torch.cuda.is_available() else 'cpu'
   sizes = {'hidden_size': cfg.d_model, 'intermediate_size': cfg.d_ff, 'num_hidden_layers': cfg.n_layers}
   heads = {'num_attention_heads': cfg.n_heads, 'num_key_value_heads': cfg.kv_heads, 'vocab_size': cfg.vocab_size}
-  model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads, tie_word_embeddings=True)).train()
-  if remat != 'none':
+  heads |= {'head_dim': cfg.head_size, 'tie_word_embeddings': cfg.tie_embeddings}
+  model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).train().to(on)
+  if args.remat != 'none':
     model.gradient_checkpointing_enable()
   if rank:
     import peft
 
     model.enable_input_require_grads()
     model = peft.get_peft_model(model, peft.LoraConfig(r=rank, target_modules='all-linear', task_type='CAUSAL_LM'))
-  optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4)
-  batch = batch_of(rows, length)
-  ids = torch.tensor(np.concatenate([batch['tokens'], batch['targets'][:, -1:]], 1).astype(np.int64))
+  optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, fused=on == 'cuda')
+  batch = batch_of(args.rows, args.seq_len)
+  ids = torch.tensor(np.concatenate([batch['tokens'], batch['targets'][:, -1:]], 1).astype(np.int64), device=on)
+  called = torch.compile(model) if args.compile else model
 
   def step() -> None:
-    model(ids, labels=ids).loss.backward()
+    with torch.autocast(on, torch.bfloat16, enabled=on == 'cuda'):
+      loss = called(ids, labels=ids).loss
+    loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
+    loss.item()  # waits
 
   return step
 
@@ -84,13 +92,15 @@ def main() -> None:
   parser.add_argument('--seq-len', type=int, default=256)
   parser.add_argument('--remat', default='none')
   parser.add_argument('--loss-chunks', type=int, default=1, help='slices of the vocabulary; of ours only')
+  parser.add_argument('--preset', default='smollm2-135m')
+  parser.add_argument('--attention', default='auto', help='of ours only')
+  parser.add_argument('--compile', action='store_true', help='`torch.compile` of theirs')
   parser.add_argument('--rounds', type=int, default=3)
   args = parser.parse_args()
-  given = args.rows, args.seq_len, args.remat
-  (full, full_mib), (low, low_mib) = (ours(*given, args.loss_chunks, rank) for rank in (0, RANK))
+  (full, full_mib), (low, low_mib) = (ours(args, rank) for rank in (0, RANK))
   steps = {'jaxlm, full': full, 'jaxlm, LoRA': low}
   if all(importlib.util.find_spec(name) for name in ('torch', 'transformers', 'peft')):
-    steps |= {'transformers, full': theirs(*given, 0), 'transformers + peft, LoRA': theirs(*given, RANK)}
+    steps |= {'transformers, full': theirs(args, 0), 'transformers + peft, LoRA': theirs(args, RANK)}
   times: dict[str, list[float]] = {name: [] for name in steps}
   for round_ in range(args.rounds + 1):
     for name, step in steps.items():

@@ -172,6 +172,7 @@ class Generate:
   stop: tuple[str, ...] = ()  # texts before which to stop
   draft: str | None = None  # speculative decoding: 'lookup', or a smaller model of the same vocabulary
   seed: int = 0
+  dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of matmuls; auto: bfloat16 on accelerators, float32 on CPU
 
   def __post_init__(self):
     if not self.prompt:
@@ -199,6 +200,7 @@ class Chat:
   repetition_penalty: float | None = None
   draft: str | None = None  # speculative decoding: 'lookup', or a smaller model of the same vocabulary
   seed: int = 0
+  dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of matmuls; auto: bfloat16 on accelerators, float32 on CPU
 
   def __post_init__(self):
     within('[0, inf)', temperature=self.temperature)
@@ -227,6 +229,7 @@ class Serve:
   choices: str | None = None  # a JSONL for `reward` and `preference`: the answers that people pick on the page
   data: int = 1  # devices that the slots are spread over
   tensor: int = 1  # devices that every weight is spread over
+  dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of matmuls; auto: bfloat16 on accelerators, float32 on CPU
   body_seconds: float = 20.0  # for a request to arrive
   answer_seconds: float = 600.0  # for an answer to be complete
   drain_seconds: float = 60.0  # for answers to be complete once the server is asked to end

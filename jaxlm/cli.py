@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxlm import stages
 from jaxlm.errors import InputError, Stopped
@@ -250,21 +250,22 @@ def _generate(args: Sequence[str]) -> None:
   import jax
 
   from jaxlm.loops import foreign, writing
-  from jaxlm.models import Run
+  from jaxlm.models import Run, computed_in
   from jaxlm.sample import Sampling
 
   print(devices_line(), file=sys.stderr, flush=True)
-  model, draft = foreign.open_model(options.model), _draft(options.draft)
+  run = Run(computed_in(options.dtype, jax.default_backend()))
+  model, draft = foreign.open_model(options.model), _draft(options.draft, run.dtype)
   truncation = options.top_k, options.top_p, options.min_p
   sampling = Sampling(options.temperature, *truncation, options.repetition_penalty)
-  how = {'new': options.max_new_tokens, 'run': Run(), 'sampling': sampling, 'stop': options.stop, 'draft': draft}
+  how = {'new': options.max_new_tokens, 'run': run, 'sampling': sampling, 'stop': options.stop, 'draft': draft}
   key = jax.random.key(options.seed)
   texts = writing.complete(model.cfg, model.params, model.tokenizer, options.prompt, key, **how)  # ty: ignore
   for prompt, text in zip(options.prompt, texts, strict=True):
     print(prompt + text)
 
 
-def _draft(asked: str | None) -> 'sample.Lookup | sample.Draft | None':
+def _draft(asked: str | None, dtype: Any) -> 'sample.Lookup | sample.Draft | None':
   """What drafts tokens: 'lookup', or a model."""
   from jaxlm import sample
   from jaxlm.loops import foreign
@@ -272,7 +273,7 @@ def _draft(asked: str | None) -> 'sample.Lookup | sample.Draft | None':
   if asked in (None, 'lookup'):
     return sample.Lookup() if asked else None
   model = foreign.open_model(asked)
-  return sample.Draft(model.cfg, sample.readied(model.cfg, model.params))
+  return sample.Draft(model.cfg, sample.readied(model.cfg, model.params, dtype))
 
 
 def _chat(args: Sequence[str]) -> None:
@@ -283,9 +284,11 @@ def _chat(args: Sequence[str]) -> None:
 
   from jaxlm.console import conversation
   from jaxlm.loops import chatting
+  from jaxlm.models import Run, computed_in
 
   print(devices_line(), file=sys.stderr, flush=True)
-  model, draft = chatting.open_model(options.model), _draft(options.draft)
+  run = Run(computed_in(options.dtype, jax.default_backend()))
+  model, draft = chatting.open_model(options.model, run.dtype), _draft(options.draft, run.dtype)
   if model.left_out:
     print(f'{options.model}: {model.left_out}', file=sys.stderr)
   asked = {name: getattr(options, name) for name in ('temperature', 'top_k', 'top_p', 'min_p')} | {
@@ -294,7 +297,7 @@ def _chat(args: Sequence[str]) -> None:
   sampling, key = chatting.sampling_of(model.generation, **asked), jax.random.key(options.seed)
 
   def answer(turn: int, so_far: list[dict[str, str]]) -> Iterator[str]:
-    how = {'sampling': sampling, 'max_new_tokens': options.max_new_tokens, 'draft': draft}
+    how = {'run': run, 'sampling': sampling, 'max_new_tokens': options.max_new_tokens, 'draft': draft}
     return chatting.answer(model, so_far, jax.random.fold_in(key, turn), **how)
 
   conversation(answer, options.system)

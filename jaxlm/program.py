@@ -86,15 +86,15 @@ def build(
   """
   cfg, compute = config.model, config.compute
   platform = mesh.devices.flat[0].platform
-  dtype = {'auto': 'float32' if platform == 'cpu' else 'bfloat16'}.get(compute.dtype, compute.dtype)
-  attention = _attention(compute.attention, cfg, mesh, 'model')
+  dtype = models.computed_in(compute.dtype, platform)
+  attention = _attention(compute.attention, cfg, mesh, dtype, 'model')
   if config.data.seq_len % mesh.shape['sequence']:
     raise InputError(f'data.seq_len={config.data.seq_len} does not divide by mesh.sequence={mesh.shape["sequence"]}')
   rules_of = rules if mesh.size > 1 else None
   if compute.float8 and importlib.util.find_spec('qwix') is None:
     raise InputError("compute.float8 needs qwix: pip install -e '.[quant]'")
   run = Run(
-    jnp.dtype(dtype),
+    dtype,
     attention,
     compute.remat,
     compute.unroll,
@@ -265,7 +265,7 @@ def _objectives(config: Pretrain, run: Run, groups: int, mesh: Mesh) -> tuple[An
 def _distilling(config: Pretrain, run: Run, groups: int, mesh: Mesh) -> tuple[Any, Any]:
   """The loss of distillation, and its evaluation."""
   how, chunks, shown = config.distill, config.compute.loss_chunks, taught(config)
-  kernel = _attention(config.compute.attention, shown, mesh, 'distill.architecture')
+  kernel = _attention(config.compute.attention, shown, mesh, run.dtype, 'distill.architecture')
   both = config.model, run, shown, dataclasses.replace(run, attention=kernel, float8=False)
   apart = distilling.divergence(how.loss, beta=how.beta, temperature=how.temperature)
   weights = {'alpha': how.alpha, 'balance': config.balance_loss, 'router_z': config.router_z_loss}
@@ -391,13 +391,13 @@ def local_bytes(tree: Any) -> int:
   return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _attention(asked: str, cfg: models.ModelConfig, mesh: Mesh, where: str) -> str:
+def _attention(asked: str, cfg: models.ModelConfig, mesh: Mesh, dtype: Any, where: str) -> str:
   """What computes the attention of a model, which is said in a part of the config; see `config.Compute`."""
   platform = mesh.devices.flat[0].platform
   if asked == 'auto':
-    asked = 'ring' if mesh.shape['sequence'] > 1 else _kernel(cfg, platform)
-  if asked == 'cudnn' and _kernel(cfg, 'gpu') != 'cudnn':
-    raise InputError('compute.attention=cudnn has no attention_softcap, and heads of up to 128: set xla')
+    asked = 'ring' if mesh.shape['sequence'] > 1 else _kernel(cfg, platform, dtype)
+  if asked == 'cudnn' and _kernel(cfg, 'gpu', dtype) != 'cudnn':
+    raise InputError(f'compute.attention=cudnn has no attention_softcap, heads of up to 128 and no {dtype}: set xla')
   if asked != 'xla' and cfg.kv_heads % mesh.shape['tensor']:
     heads, ways = f'{where}.n_kv_heads={cfg.kv_heads}', mesh.shape['tensor']
     raise InputError(f'{heads} does not divide by mesh.tensor={ways}: lower it, or compute.attention xla')
@@ -411,10 +411,11 @@ def _check_length(config: Pretrain, cfg: models.ModelConfig, where: str) -> None
     )
 
 
-def _kernel(cfg: models.ModelConfig, platform: str) -> str:
+def _kernel(cfg: models.ModelConfig, platform: str, dtype: Any) -> str:
   """The fastest attention of a platform that does what the model asks for."""
   if platform == 'gpu':
-    return 'cudnn' if cfg.attention_softcap is None and cfg.head_size <= 128 else 'xla'
+    able = cfg.attention_softcap is None and cfg.head_size <= 128 and dtype.itemsize == 2
+    return 'cudnn' if able else 'xla'
   return 'splash' if platform == 'tpu' else 'xla'
 
 

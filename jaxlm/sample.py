@@ -98,12 +98,15 @@ def unstacked(cfg: ModelConfig, params: Any) -> Any:
   return {**params, 'layers': models.unstack(params['layers'], cfg.n_layers)}
 
 
-def readied(cfg: ModelConfig, params: Any) -> Any:
-  """`unstacked` in one program, for many calls to read; on one CPU each matrix is turned too (see `models.turned`)."""
+def readied(cfg: ModelConfig, params: Any, dtype: Any = jnp.float32) -> Any:
+  """`unstacked` and cast for a `Run` of that dtype in one program, for many calls to read.
+
+  On one CPU each matrix is turned too (see `models.turned`).
+  """
   if isinstance(params['layers'], tuple):
     return params
   devices = {d for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array) for d in leaf.devices()}
-  return _readied(cfg, on_one_cpu(devices or jax.devices()[:1]), params)
+  return _readied(cfg, Run(dtype), on_one_cpu(devices or jax.devices()[:1]), params)
 
 
 def on_one_cpu(devices: Iterable[jax.Device]) -> bool:
@@ -111,9 +114,9 @@ def on_one_cpu(devices: Iterable[jax.Device]) -> bool:
   return [d.platform for d in devices] == ['cpu']
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _readied(cfg: ModelConfig, turn: bool, params: Any) -> Any:
-  apart = unstacked(cfg, params)
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _readied(cfg: ModelConfig, run: Run, turn: bool, params: Any) -> Any:
+  apart = models.cast(unstacked(cfg, params), run)
   return models.turned(cfg, apart) if turn else apart
 
 
@@ -204,7 +207,7 @@ def generate(
     raise InputError('stop strings need the tokenizer')
   control = [tokenizer.control_id(text) for text in stop] if tokenizer is not None else []
   ids = [*stop_ids, *(i for i in control if i is not None)]
-  params = readied(cfg, params)
+  params = readied(cfg, params, run.dtype)
   how: dict[str, Any] = {'max_new_tokens': max_new_tokens, 'sampling': sampling, 'run': run, 'draft': draft}
   state = begin(cfg, params, prompts, key, stop_ids=ids, **how)
   steps, checked = PIECE if stop else max_new_tokens, 0

@@ -16,14 +16,17 @@ PIECE = 8  # tokens between two looks at what was written
 BROKEN = '\ufffd'  # what a character of which a token is still missing decodes to
 
 
-def open_model(source: str) -> interop.Model:
-  """A run's newest weights, or a foreign model. Raises InputError if it has no tokenizer or no chat template."""
+def open_model(source: str, dtype: Any = jnp.float32) -> interop.Model:
+  """A run's newest weights, or a foreign model, for a `Run` of that dtype.
+
+  Raises InputError if it has no tokenizer or no chat template.
+  """
   model = foreign.open_model(source)
   if not model.chat_template:
     raise InputError(
       f'{source}: has no chat template: it continues texts (`jaxlm generate`), and has not learnt to chat'
     )
-  return model._replace(params=sample.readied(model.cfg, model.params))
+  return model._replace(params=sample.readied(model.cfg, model.params, dtype))
 
 
 def sampling_of(generation: Mapping[str, Any], **asked: float | int | None) -> Sampling:
@@ -51,12 +54,13 @@ def answer(
   *,
   sampling: Sampling,
   max_new_tokens: int,
+  run: models.Run = models.Run(),
   draft: sample.Lookup | sample.Draft | None = None,
 ) -> Iterator[str]:
   """The pieces of the assistant's next message, as soon as they are whole characters; some are empty."""
   tokenizer: Any = model.tokenizer
   ids = chat.encode(model.chat_template or '', messages, tokenizer, generation=True)
-  run, stop = models.Run(), stop_ids(model)
+  stop = stop_ids(model)
   how: dict[str, Any] = {
     'max_new_tokens': max_new_tokens,
     'sampling': sampling,

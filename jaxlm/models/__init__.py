@@ -4,6 +4,7 @@ from jaxlm.models import presets as presets
 from jaxlm.models.attention import Cache as Cache
 from jaxlm.models.config import ModelConfig as ModelConfig
 from jaxlm.models.config import Run as Run
+from jaxlm.models.config import computed_in as computed_in
 from jaxlm.models.linear import LowRank as LowRank
 from jaxlm.models.linear import dense as dense
 from jaxlm.models.linear import linear as linear

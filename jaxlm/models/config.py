@@ -106,6 +106,11 @@ class ModelConfig:
     return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
+def computed_in(asked: str, platform: str) -> Any:
+  """The dtype of activations and matmuls by its name; 'auto' is bfloat16 on accelerators and float32 on CPUs."""
+  return jnp.dtype({'auto': 'float32' if platform == 'cpu' else 'bfloat16'}.get(asked, asked))
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
   """How a model is computed; none of it changes what is computed, but for `dtype` (rounding) and `dropout`."""

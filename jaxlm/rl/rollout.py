@@ -89,7 +89,7 @@ def engine(
   how: dict[str, Any] = {'max_new_tokens': max_new_tokens, 'stop_ids': tuple(stop_ids), 'run': run}
 
   def complete(params: Any, prompts: Sequence[Sequence[int]], seeds: np.ndarray) -> Completions:
-    params = sample.readied(cfg, params)
+    params = sample.readied(cfg, params, run.dtype)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     width = -(-len(prompts[order[-1]]) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
 

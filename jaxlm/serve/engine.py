@@ -145,6 +145,7 @@ class Bank:
     context: int,
     lobbies: int,
     mesh: Mesh | None = None,
+    dtype: Any = jnp.float32,
   ):
     """`rows` answers at once, `context` tokens of prompt and answer together. Raises InputError for impossible ones.
 
@@ -155,7 +156,7 @@ class Bank:
     if context > cfg.max_seq_len and cfg.positions == 'learned':
       raise InputError(f"context={context} exceeds the model's {cfg.max_seq_len} positions")
     self.cfg, self.tokenizer, self.context, self.mesh = cfg, tokenizer, context, mesh
-    self.run = Run(attention='reached', rules=None if mesh is None else rollout.DECODE)
+    self.run = Run(dtype, attention='reached', rules=None if mesh is None else rollout.DECODE)
     with self.within():
       self._allot(params, rows, lobbies)
     self.rows: list[_Row | None] = [None] * rows
@@ -182,7 +183,7 @@ class Bank:
     cfg, run = self.cfg, self.run
     if not isinstance(params['layers'], tuple):
       laid = params if self.mesh is None else slots.resharded(cfg, params, self.mesh)
-      params = sample.readied(cfg, laid)
+      params = sample.readied(cfg, laid, run.dtype)
     self.params, self.positions = params, -(-self.context // READ) * READ
     self.state = slots.vacant(cfg, run, rows, self.positions, READ)
     self.lobbies = [_Lobby(slots.empty(cfg, run, 1, self.positions, READ)) for _ in range(max(1, lobbies))]

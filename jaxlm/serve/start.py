@@ -16,6 +16,7 @@ from jaxlm.data import turns
 from jaxlm.errors import InputError
 from jaxlm.interop import peft
 from jaxlm.loops import chatting, foreign
+from jaxlm.models import computed_in
 from jaxlm.models.linear import LowRank
 from jaxlm.serve import app, engine, slots
 from jaxlm.serve.api import Limits, Served
@@ -50,7 +51,8 @@ def opened(options: arguments.Serve, key: str | None, say: Callable[[str], None]
   mesh = _mesh(options)
   base = lora.merge(model.params) if options.adapter else model.params
   base = base if mesh is None else slots.resharded(model.cfg, base, mesh)
-  trees = {name: sample.readied(model.cfg, base)}
+  dtype = computed_in(options.dtype, jax.default_backend())
+  trees = {name: sample.readied(model.cfg, base, dtype)}
   for one in options.adapter:
     called, _, folder = one.partition('=')
     if called in trees:
@@ -59,10 +61,11 @@ def opened(options: arguments.Serve, key: str | None, say: Callable[[str], None]
       raise InputError(f'--adapter {folder}: no folder of a peft adapter')
     own = peft.load(epath.Path(folder), model.cfg, base)
     own = own if mesh is None else slots.resharded(model.cfg, own, mesh)
-    trees[called] = _sharing(sample.readied(model.cfg, own), trees[name])
+    trees[called] = _sharing(sample.readied(model.cfg, own, dtype), trees[name])
   banks = {}
   for called, tree in trees.items():
-    how: dict[str, Any] = {'rows': options.slots, 'context': context, 'lobbies': options.prefixes, 'mesh': mesh}
+    how: dict[str, Any] = {'rows': options.slots, 'context': context, 'lobbies': options.prefixes}
+    how |= {'mesh': mesh, 'dtype': dtype}
     banks[called] = Bank(model.cfg, tree, model.tokenizer, **how)  # ty: ignore
     banks[called].warm()
   served = {called: _served(called, model, options.template) for called in trees}
