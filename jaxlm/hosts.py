@@ -262,6 +262,13 @@ def read(x: Any) -> Any:
   return np.asarray(x)
 
 
+def held(size: int, like: Mapping[str, Any]) -> list[slice]:
+  """The runs of rows that devices of this process hold of arrays of `size` rows, laid out as `like` says."""
+  shards = ((spec.sharding, (size, *spec.shape[1:])) for spec in like.values())
+  indices = (index for sharding, shape in shards for index in sharding.addressable_devices_indices_map(shape).values())
+  return [slice(*rows) for rows in sorted({index[0].indices(size)[:2] for index in indices})]
+
+
 def place(size: int, make: Callable[[slice], Mapping[str, Any]], like: Mapping[str, Any]) -> dict[str, Any]:
   """Global arrays of `size` rows, laid out as `like` says.
 

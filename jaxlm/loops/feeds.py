@@ -117,19 +117,21 @@ class Prepared(Feed):
     packed = self.config.data.packing if self.text else pairing.described(self.training.batches.rows)
     self._say(f'{packed}: {self.training.rows:,} rows, {self.training.fill:.1%} full')
     start = int(state.cursor)
-    ahead = data_batches.prefetch(self.made, start, start + max(0, steps - int(state.step)))
+    ahead = data_batches.prefetch(self.rows_of, start, start + max(0, steps - int(state.step)))
 
     def after(state: Any) -> Any:
-      cursor, batch = next(ahead)
+      cursor, rows = next(ahead)
       hosts.mark(f'batch {cursor}', slow=cursor < start + 2)  # the first step compiles, its row too
-      return batch
+      # not by the thread that reads: a GPU's graph of a step, which is made when it first runs, must be alone with it
+      return rows and hosts.place(self.size(cursor), lambda at: rows[at.start, at.stop], self._built.batch)
 
     return after
 
-  def made(self, cursor: int) -> Any:
-    """A batch on the devices."""
+  def rows_of(self, cursor: int) -> dict[tuple[int, int], data_batches.Batch]:
+    """What devices of this process hold of a batch, by their runs of rows, on the host."""
     batches = self.training.batches
-    return hosts.place(batches.size(cursor), functools.partial(batches, cursor), self._built.batch)
+    held = hosts.held(batches.size(cursor), self._built.batch)
+    return {(rows.start, rows.stop): batches(cursor, rows) for rows in held}
 
   def evaluate(self, params: Any, step: int, writer: Writer) -> Evaluated:
     totals = train.evaluate(self._built.evaluate, params, self._fixed)

@@ -112,8 +112,8 @@ class Taught(Prepared):
     """Whether a batch is one of the student's own answers."""
     return np.random.default_rng([self.config.seed % 2**32, cursor]).random() < self.how.on_policy
 
-  def made(self, cursor: int) -> Any:
-    return {} if self.own(cursor) else super().made(cursor)
+  def rows_of(self, cursor: int) -> dict[tuple[int, int], batches.Batch]:
+    return {} if self.own(cursor) else super().rows_of(cursor)
 
   def stream(self, state: Any, steps: int, writer: Writer) -> Callable[[Any], Any]:
     read = super().stream(state, steps, writer)

@@ -156,7 +156,9 @@ class Bank:
     if context > cfg.max_seq_len and cfg.positions == 'learned':
       raise InputError(f"context={context} exceeds the model's {cfg.max_seq_len} positions")
     self.cfg, self.tokenizer, self.context, self.mesh = cfg, tokenizer, context, mesh
-    self.run = Run(dtype, attention='reached', rules=None if mesh is None else rollout.DECODE)
+    # a GPU waits for the host at each turn of a loop of unknown length: reading the whole cache is faster there
+    attention = 'xla' if jax.default_backend() == 'gpu' else 'reached'
+    self.run = Run(dtype, attention, rules=None if mesh is None else rollout.DECODE)
     with self.within():
       self._allot(params, rows, lobbies)
     self.rows: list[_Row | None] = [None] * rows
