@@ -288,7 +288,7 @@ class Report:
   """Write the report.html of each run; of several, also a page that compares them."""
 
   runs: Positional[tuple[str, ...]]
-  out: str = 'comparison.html'  # the page that compares
+  out: str | None = None  # the page; by default comparison.html of several runs, of one the report.html in its folder
 
   def __post_init__(self):
     if not self.runs:

@@ -379,9 +379,9 @@ def _report(args: Sequence[str]) -> None:
   from jaxlm import report
 
   if options.runs[1:]:
-    print(report.compare(options.runs, options.out))
+    print(report.compare(options.runs, *(() if options.out is None else (options.out,))))
   else:
-    print(report.write(options.runs[0]))
+    print(report.write(options.runs[0], options.out))
 
 
 def _verify(args: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ import asyncio
 import collections
 import json
 import random
+import socket
 import sys
 import time
 from pathlib import Path
@@ -130,7 +131,9 @@ async def one(client: httpx.AsyncClient, url: str, model: str, choices: bool, rn
   try:
     if way < 0.1:
       return await _slow(url + path, raw, gone=rng.random() < 0.7)
-    if way < 0.25:  # asked, and gone before the answer
+    if way < 0.12:
+      return await _unread(url + '/completions', model)
+    if way < 0.27:  # asked, and gone before the answer
       async with asyncio.timeout(rng.random() * 0.1):
         found = await client.post(url + path, content=raw, headers=headers)
     else:
@@ -138,7 +141,7 @@ async def one(client: httpx.AsyncClient, url: str, model: str, choices: bool, rn
     return str(found.status_code)
   except TimeoutError:
     return 'left'
-  except httpx.TransportError as error:
+  except (httpx.TransportError, OSError) as error:
     return type(error).__name__
 
 
@@ -157,6 +160,24 @@ async def _slow(url: str, raw: bytes, gone: bool) -> str:
     return 'closed'
   finally:
     writer.close()
+
+
+unread: list[socket.socket] = []  # they stay open
+
+
+async def _unread(url: str, model: str) -> str:
+  """A long answer of which nothing is read."""
+  parts, connection = urlsplit(url), socket.socket()
+  connection.setblocking(False)
+  connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+  asked = {'model': model, 'prompt': 'hello', 'n': 8, 'max_tokens': 700, 'stream': True, 'logprobs': 20}
+  raw = json.dumps(asked | {'ignore_eos': True})
+  head = f'host: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(raw)}\r\n\r\n'
+  unread.append(connection)
+  loop = asyncio.get_running_loop()
+  await loop.sock_connect(connection, (parts.hostname, parts.port))
+  await loop.sock_sendall(connection, f'POST {parts.path} HTTP/1.1\r\n{head}{raw}'.encode())
+  return 'unread'
 
 
 async def good(client: httpx.AsyncClient, url: str, model: str) -> float:

@@ -178,6 +178,8 @@ def test_the_verbs_in_a_row(trained, capsys):
   assert code == 0
   page = (trained / 'report.html').read_text()
   assert out.strip() == str(trained / 'report.html')
+  code, out, _ = run(capsys, 'report', str(trained), '--out', str(tmp_path / 'one.html'))
+  assert code == 0 and out.strip() == str(tmp_path / 'one.html') and (tmp_path / 'one.html').read_text() == page
   assert page.count('<svg') >= 5
   assert 'http' not in page.replace('http://www.w3.org', '').replace('http://purl.org', '').replace(
     'http://creativecommons.org', ''

@@ -4,6 +4,7 @@ import asyncio
 import concurrent.futures
 import http.client
 import json
+import signal
 import socket
 import threading
 import time
@@ -181,6 +182,8 @@ def test_several_answers_and_seeds(client):
   assert texts == [c.text for c in complete(client, n=3, seed=5, **how).choices] and len(set(texts)) == 3
   assert texts[0] == complete(client, seed=5, **how).choices[0].text
   assert texts != [c.text for c in complete(client, n=3, seed=6, **how).choices]
+  assert len({complete(client, **how).choices[0].text for _ in range(3)}) == 3  # nobody's seed is everybody's
+  assert len({c.text for c in complete(client, ['Once'] * 3, **how).choices}) == 3
   both = complete(client, ['Once', 'Twice'], n=2, seed=5, **how)
   assert [c.index for c in both.choices] == [0, 1, 2, 3]
   assert [c.text for c in both.choices[:2]] == [c.text for c in complete(client, 'Once', n=2, seed=5, **how).choices]
@@ -216,6 +219,18 @@ def test_settings_do_what_they_say(tiny, client):
   assert repeated != free.choices[0].text
   penalized = complete(client, max_tokens=25, frequency_penalty=2.0, presence_penalty=2.0).choices[0].text
   assert penalized != complete(client, max_tokens=25).choices[0].text
+
+
+@pytest.mark.parametrize('penalty', ['presence_penalty', 'frequency_penalty'])
+def test_penalties_are_for_what_was_made(tiny, client, penalty):
+  """A token of the prompt that leads by 1 stays ahead, though 2 would be taken from it had it been made."""
+  ids = tiny.tokenizer.prefix_ids + tiny.tokenizer.encode('Once upon a time')
+  logits_V = np.asarray(models.forward(tiny.cfg, tiny.params, jnp.asarray([ids]))[0])[0, -1]
+  best, leading = int(logits_V.argmax()), ids[-1]
+  assert best not in ids
+  bias = {str(leading): float(logits_V[best] - logits_V[leading]) + 1.0}
+  told = lambda **more: complete(client, max_tokens=1, logit_bias=bias, **more).choices[0].text
+  assert told() == told(**{penalty: 2.0}) == tiny.tokenizer.decode([leading])
 
 
 @pytest.mark.parametrize('temperature', [1e-300, 1e-45, 1e-38, 1e-37, 1e-9, 9e-4])
@@ -292,6 +307,23 @@ def test_who_is_slow_is_sent_away(server, sent, told):
   with socket.create_connection((host.hostname, host.port), timeout=60) as connection:
     connection.sendall((f'{head}\r\n{sent}' if sent else head).encode())
     assert connection.recv(12) == told
+
+
+def test_who_does_not_read_is_cut_off(client, server):
+  """Answers of 6 x 700 tokens, each with 20 others: more than the system takes for a client that reads nothing."""
+  host = urllib.parse.urlsplit(server.url)
+  asked = {'model': 'tiny', 'prompt': 'a', 'n': 6, 'max_tokens': 700, 'ignore_eos': True, 'stream': True}
+  body = json.dumps(asked | {'logprobs': 20})
+  head = f'host: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n'
+  with socket.socket() as connection:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect((host.hostname, host.port))
+    connection.sendall(f'POST /v1/completions HTTP/1.1\r\n{head}{body}'.encode())
+    until(lambda: gauge(server, 'live') > 0)
+    established = 1
+    until(lambda: connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO) != established)
+  until(lambda: gauge(server, 'live') + gauge(server, 'waiting') == 0)
+  assert complete(client).choices[0].text
 
 
 def test_answers_do_not_wait_for_the_clients_acknowledgement(server):
@@ -468,6 +500,29 @@ def test_a_key_and_a_graceful_end(folder):
   assert text == whole and codes == [0]
   with pytest.raises(httpx.ConnectError):
     httpx.get(server.url)
+
+
+@pytest.mark.slow
+def test_answers_that_take_too_long_and_bodies_that_come_after_the_end(folder):
+  server = Server(folder, folder.parent, '--slots', '2', '--context', '512', '--answer-seconds', '0.05')
+  with openai.OpenAI(base_url=server.url, api_key='any', max_retries=0, timeout=120) as client:
+    asked = {'max_tokens': 400, 'extra_body': {'ignore_eos': True}}
+    with pytest.raises(openai.InternalServerError, match='the answer took too long') as caught:
+      complete(client, **asked)
+    assert caught.value.status_code == 503
+    with pytest.raises(openai.APIError, match='the answer took too long'):
+      list(complete(client, stream=True, **asked))
+    until(lambda: gauge(server, 'live') == 0)
+  host, body = urllib.parse.urlsplit(server.url), json.dumps({'model': 'tiny', 'prompt': 'a', 'max_tokens': 1})
+  head = f'host: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n'
+  with socket.create_connection((host.hostname, host.port), timeout=60) as connection:
+    connection.sendall(f'POST /v1/completions HTTP/1.1\r\n{head}{body[:5]}'.encode())
+    time.sleep(0.3)
+    server.process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    connection.sendall(body[5:].encode())
+    assert connection.recv(12) == b'HTTP/1.1 503'
+  assert server.stop() == 0
 
 
 def test_others_need_a_key(folder):

@@ -339,6 +339,38 @@ def test_a_prompt_that_was_given_up_lends_no_end_that_is_not_its_own(bank):
   assert answered(long[: engine.READ]) == expected == (0, expected[1])
 
 
+def test_talks_that_begin_alike_are_both_kept(bank):
+  """The second takes a copy of what they share, in place of what nobody used for longest."""
+  found, told = Engine({'tiny': bank}), []
+
+  def cached(prompt: list[int]) -> int:
+    told.clear()
+    found.submit('tiny', [Ask(prompt=prompt, most=2, deliver=told.append, settings=Settings(temperature=0.0))])
+    while bank.busy():
+      found._turn(bank)
+    return told[0].cached
+
+  shared = [11 + i % 83 for i in range(engine.READ)]
+  talks = [shared + [20 + i] * (engine.READ + 7) for i in range(2)]
+  cached([5, 6]), cached([6, 5])
+  assert [cached(talk) for talk in talks] == [0, engine.READ]
+  assert [cached(talk) for talk in talks] == [len(talk) for talk in talks]
+  longer = [talk + [9, 9] for talk in talks]
+  assert [cached(talk) for talk in longer] == [len(talk) // engine.READ * engine.READ for talk in talks]
+
+
+def test_a_key_is_compared_in_constant_time(running, tiny, monkeypatch):
+  """Every request's, and as a digest, whose length says nothing of the key's."""
+  seen, compare = [], app.hmac.compare_digest
+  monkeypatch.setattr(app.hmac, 'compare_digest', lambda *given: seen.append(given) or compare(*given))
+  limits = api.Limits(context=64, tokens=64)
+  service = app.Service(running, {'tiny': start._served('tiny', tiny, None)}, limits, app.Settings(key='secret'))
+  guard = app.Guard(None, service)
+  refused = lambda key: guard._refused('/v1/models', {b'authorization': b'Bearer ' + key})
+  assert refused(b'secret') is None and [refused(key).status for key in (b's', b'secre', b'secret' * 99)] == [401] * 3
+  assert len(seen) == 4 and {len(part) for given in seen for part in given} == {32}
+
+
 def test_nothing_is_compiled_again(bank, running):
   sizes = [f._cache_size() for f in (slots.read, slots.enter, slots.advance)]
   for how in ({'scored': True, 'told': 3}, {'settings': Settings(1.0, 5, 0.5, 0.1, 2.0, 1.0, 1.0)}, {'bias': {5: 1.0}}):

@@ -35,13 +35,13 @@ FIGURES = (
 )
 
 
-def write(path: Any) -> epath.Path:
-  """Writes `report.html` into the run's folder from what the run wrote there, and returns its path.
+def write(path: Any, out: Any = None) -> epath.Path:
+  """Writes the page of what a run wrote into its folder, as its `report.html` or as `out`, and returns its path.
 
   Raises InputError if the folder holds no metrics.
   """
   run = runs.read(path)
-  out = run.path / FILE
+  out = run.path / FILE if out is None else epath.Path(out)
   events = runs.events(run)
   pictures = lambda kinds: ''.join(curves.draw(one, events) for one in curves.of_run(kinds, run))
   learning, machine = (f'<div class="curves">{pictures(k)}</div>' for k in (curves.LEARNING, curves.MACHINE))

@@ -70,6 +70,7 @@ class Asked(NamedTuple):
   most: int | None  # new tokens; None: as many as there is room for
   settings: Settings
   seed: int
+  seeded: bool  # by who asks: the same prompt then has the same answers, wherever it stands
   stop: tuple[str, ...]
   stop_ids: frozenset[int]
   told: int | None
@@ -270,8 +271,8 @@ def _shared(fields: Fields, model: Served, limits: Limits, told: int | None) -> 
   within.end()
   n, bias = fields.integer('n', 1, limits.answers, 1), _bias(fields.take('logit_bias', dict, {}), model.vocab_size)
   stop = _stop(fields.take('stop', (str, list), []))
-  seed = secrets.randbits(63) if seed is None else seed
-  return Asked(model, [], n, None, settings, seed, stop, frozenset(), told, bias, stream, usage)
+  seeds = (secrets.randbits(63), False) if seed is None else (seed, True)
+  return Asked(model, [], n, None, settings, *seeds, stop, frozenset(), told, bias, stream, usage)
 
 
 def _warm(temperature: float) -> float:

@@ -7,6 +7,8 @@ import hmac
 import json
 import logging
 import signal
+import socket
+import struct
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -69,7 +71,7 @@ class Service:
             deliver=lambda piece, choice=choice: deliver(choice, piece),
             settings=asked.settings,
             seed=asked.seed,
-            index=i,
+            index=i if asked.seeded else choice,
             stop=asked.stop,
             stop_ids=asked.stop_ids,
             told=asked.told,
@@ -346,23 +348,31 @@ def application(service: Service) -> Any:
 
 
 def _hasty(seconds: float) -> Any:
-  """A protocol that closes connections whose next request does not begin in time, or begins and goes on slowly."""
+  """A protocol that closes connections whose next request does not begin in time, or begins and goes on slowly.
+
+  Those whose client reads nothing of what lies there for it in that time are cut off.
+  """
   from uvicorn.protocols.http.h11_impl import H11Protocol
 
   class Hasty(H11Protocol):
     def connection_made(self, transport: Any) -> None:
       super().connection_made(transport)
       self._seen: Any = self
+      self._unsent = 0
       self._look()
 
     def _look(self) -> None:
-      cycle = self.cycle
-      if self.transport.is_closing():
+      cycle, unsent, closing = self.cycle, self.transport.get_write_buffer_size(), self.transport.is_closing()
+      if unsent and unsent == self._unsent:  # closed, it would wait for what nobody reads, and the system after it
+        lingering = struct.pack('ii', 1, 0)
+        self.transport.get_extra_info('socket').setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, lingering)
+        self.transport.abort()
         return
-      if cycle is self._seen and (cycle is None or cycle.response_complete):
+      if closing and not unsent:
+        return
+      if not closing and cycle is self._seen and (cycle is None or cycle.response_complete):
         self.transport.close()
-        return
-      self._seen = cycle
+      self._seen, self._unsent = cycle, unsent
       self.loop.call_later(seconds, self._look)
 
   return Hasty
@@ -370,7 +380,6 @@ def _hasty(seconds: float) -> Any:
 
 def run(service: Service, host: str, port: int, say: Callable[[str], None]) -> None:
   """Serves until SIGTERM or SIGINT: then no more is taken, and what was is answered. Raises InputError."""
-  import socket
   import sys
 
   import uvicorn

@@ -202,6 +202,7 @@ class Bank:
         tokens = np.zeros(size, np.int32)
         given = lobby.cache, tokens, tokens, 0, 1
         lobby.cache, logits_1V, _ = slots.read(self.cfg, self.run, scored, self.params, *given)
+      lobby.cache = slots.copied(lobby.cache)
       self.state, _ = slots.enter(self.run, self.state, 0, lobby.cache, logits_1V, chosen_1, *blank, 1)
       for _ in range(2):
         self.advance(1)
@@ -268,7 +269,11 @@ class Bank:
     return mask_Bw
 
   def lobby(self, ask: Ask) -> tuple[_Lobby, int]:
-    """The lobby that knows most of a prompt, and how many of its tokens need not be read."""
+    """A lobby for a prompt, and how many of its tokens need not be read.
+
+    It is the one that knows most of it, where the prompt goes on from its end or nothing but that end is lost; else the
+    one that was not used for longest, with a copy of what the other has in common.
+    """
 
     def known(lobby: _Lobby) -> int:
       if ask.scored:
@@ -282,7 +287,13 @@ class Bank:
       return 0 if self.rings and common < len(tokens) else common // READ * READ
 
     best = max(self.lobbies, key=lambda lobby: (known(lobby), -lobby.used))
-    return best, known(best)
+    oldest, start = min(self.lobbies, key=lambda lobby: lobby.used), known(best)
+    if oldest is best or len(best.tokens) - start < READ:
+      return best, start
+    if start:
+      oldest.cache = slots.copied(best.cache)
+    oldest.tokens, oldest.logits_1V = best.tokens[:start], None
+    return oldest, start
 
 
 class Engine:

@@ -92,6 +92,12 @@ def vacant(cfg: ModelConfig, run: Run, rows: int, slots: int, ahead: int) -> Slo
   return _laid(Slots(cache, *counts, blank_BV), run)
 
 
+@jax.jit
+def copied(cache: Any) -> Any:
+  """A cache of its own with the same in it: what reads into one uses it up."""
+  return jax.tree.map(jnp.copy, cache)
+
+
 def words(cfg: ModelConfig) -> int:
   """Words of 32 bits that a mask of the vocabulary has."""
   return -(-cfg.vocab_size // 32)
