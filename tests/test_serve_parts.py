@@ -343,20 +343,27 @@ def test_talks_that_begin_alike_are_both_kept(bank):
   """The second takes a copy of what they share, in place of what nobody used for longest."""
   found, told = Engine({'tiny': bank}), []
 
-  def cached(prompt: list[int]) -> int:
+  def answered(prompt: list[int]) -> tuple[int, list[engine.Token]]:
     told.clear()
-    found.submit('tiny', [Ask(prompt=prompt, most=2, deliver=told.append, settings=Settings(temperature=0.0))])
+    ask = Ask(prompt=prompt, most=2, deliver=told.append, told=3, settings=Settings(temperature=0.0))
+    found.submit('tiny', [ask])
     while bank.busy():
       found._turn(bank)
-    return told[0].cached
+    return told[0].cached, [token for piece in told for token in piece.tokens]
+
+  def forgotten() -> None:
+    answered([5, 6]), answered([6, 5])
 
   shared = [11 + i % 83 for i in range(engine.READ)]
-  talks = [shared + [20 + i] * (engine.READ + 7) for i in range(2)]
-  cached([5, 6]), cached([6, 5])
-  assert [cached(talk) for talk in talks] == [0, engine.READ]
-  assert [cached(talk) for talk in talks] == [len(talk) for talk in talks]
-  longer = [talk + [9, 9] for talk in talks]
-  assert [cached(talk) for talk in longer] == [len(talk) // engine.READ * engine.READ for talk in talks]
+  talks, expected = [shared + [20 + i] * (engine.READ + 7) for i in range(2)], []
+  for talk in talks:
+    forgotten()
+    expected.append(answered(talk)[1])
+  forgotten()
+  assert [answered(talk) for talk in talks] == [(0, expected[0]), (engine.READ, expected[1])]
+  assert [answered(talk) for talk in talks] == [(len(talk), want) for talk, want in zip(talks, expected, strict=True)]
+  kept = [len(talk) // engine.READ * engine.READ for talk in talks]
+  assert [answered([*talk, 9, 9])[0] for talk in talks] == kept
 
 
 def test_a_key_is_compared_in_constant_time(running, tiny, monkeypatch):
