@@ -30,6 +30,7 @@ OWN_TEST = {
 OWN_FIGURES = {'docs/log.md', 'docs/quickstart.md', 'docs/comparison.md', 'docs/pods.md'}
 STAND_INS = ('my_config.py', 'MY_CONFIG.py')  # configs of the reader's
 OTHER_FLAGS = {
+  '--xla_gpu_deterministic_ops',
   '--num-nodes',
   '--ntasks-per-node',
   '--gpus-per-task',
