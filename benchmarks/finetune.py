@@ -25,8 +25,9 @@ from jaxlm.models import presets
 RANK = 16
 
 
-def batch_of(rows: int, length: int) -> dict[str, np.ndarray]:
-  ids = np.random.default_rng(0).integers(10, 30000, (rows, length + 1))
+def batch_of(args: argparse.Namespace) -> dict[str, np.ndarray]:
+  rows, length = args.rows, args.seq_len
+  ids = np.random.default_rng(0).integers(10, presets.get(args.preset).vocab_size, (rows, length + 1))
   ones = np.ones((rows, length), np.int32)
   found = {'tokens': ids[:, :-1], 'targets': ids[:, 1:], 'segment_ids': ones, 'target_bytes': ones}
   found['positions'] = np.broadcast_to(np.arange(length), ones.shape)
@@ -36,12 +37,11 @@ def batch_of(rows: int, length: int) -> dict[str, np.ndarray]:
 def ours(args: argparse.Namespace, rank: int) -> tuple[Callable[[], None], float]:
   """(one step, the MiB that its program holds) of our own."""
   compute = Compute(remat=args.remat, loss_chunks=args.loss_chunks, attention=args.attention)
-  rows, length = args.rows, args.seq_len
-  data, optim = Data(seq_len=length, global_batch=rows), Optim(lr=1e-4, warmup_steps=0)
+  data, optim = Data(seq_len=args.seq_len, global_batch=args.rows), Optim(lr=1e-4, warmup_steps=0)
   run = Pretrain(model=presets.get(args.preset), data=data, compute=compute, optim=optim, lora=Lora(rank=rank))
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   built = program.build(run, mesh)
-  batch, held = program.put(batch_of(rows, length), built.batch), {'state': built.create()}
+  batch, held = program.put(batch_of(args), built.batch), {'state': built.create()}
   memory = built.step.lower(built.abstract, built.batch).compile().memory_analysis()  # ty: ignore
   size = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
 
@@ -70,7 +70,7 @@ def theirs(args: argparse.Namespace, rank: int) -> Callable[[], None]:
     model.enable_input_require_grads()
     model = peft.get_peft_model(model, peft.LoraConfig(r=rank, target_modules='all-linear', task_type='CAUSAL_LM'))
   optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, fused=on == 'cuda')
-  batch = batch_of(args.rows, args.seq_len)
+  batch = batch_of(args)
   ids = torch.tensor(np.concatenate([batch['tokens'], batch['targets'][:, -1:]], 1).astype(np.int64), device=on)
   called = torch.compile(model) if args.compile else model
 

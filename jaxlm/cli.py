@@ -379,7 +379,7 @@ def _report(args: Sequence[str]) -> None:
   from jaxlm import report
 
   if options.runs[1:]:
-    print(report.compare(options.runs, *(() if options.out is None else (options.out,))))
+    print(report.compare(options.runs, options.out))
   else:
     print(report.write(options.runs[0], options.out))
 

@@ -162,7 +162,7 @@ async def _slow(url: str, raw: bytes, gone: bool) -> str:
     writer.close()
 
 
-unread: list[socket.socket] = []  # they stay open
+unread: list[socket.socket] = []  # open as long as others are sent
 
 
 async def _unread(url: str, model: str) -> str:
@@ -221,6 +221,8 @@ async def attack(url: str, model: str, pid: int, requests: int, at_once: int, se
     await asyncio.gather(*(hostile() for _ in range(at_once)))
     busy = False
     await waiting
+    while unread:
+      unread.pop().close()
     calm += [await good(client, url, model) for _ in range(alone)]
   return Found(statuses, calm, during, grown)
 

@@ -157,7 +157,7 @@ def trained(prepared):
 
 
 @pytest.mark.slow
-def test_the_verbs_in_a_row(trained, capsys):
+def test_the_verbs_in_a_row(trained, capsys, tmp_path):
   rows = [json.loads(line) for line in (trained / 'metrics.jsonl').read_text().splitlines()]
   assert {'train/loss', 'train/grad_norm', 'train/lr', 'perf/tokens_per_s', 'perf/mfu'} <= rows[0].keys()
   assert {'eval/loss', 'eval/bits_per_byte'} <= rows[-1].keys()

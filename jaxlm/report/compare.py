@@ -14,12 +14,12 @@ KINDS = (*curves.LEARNING, *curves.MACHINE)
 ENVIRONMENT = ('devices', 'mesh', 'dtype', 'jax')
 
 
-def write(paths: Sequence[Any], out: Any = FILE) -> epath.Path:
+def write(paths: Sequence[Any], out: Any = None) -> epath.Path:
   """Writes the page that compares runs, in the order given, and the own page of each; returns the first's path.
 
   Raises InputError if a folder holds no metrics, or is named twice.
   """
-  found, out = [runs.read(path) for path in paths], epath.Path(out)
+  found, out = [runs.read(path) for path in paths], epath.Path(FILE if out is None else out)
   keys = [lineage.key_of(run.path) for run in found]
   if len(set(keys)) < len(keys):
     raise InputError('the same run is named twice: each once')
