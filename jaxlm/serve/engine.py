@@ -24,10 +24,10 @@ from jaxlm.models import ModelConfig, Run
 from jaxlm.rl import rollout
 from jaxlm.serve import slots
 from jaxlm.serve.line import Line
+from jaxlm.serve.lobby import READ, Lobby, choose
 from jaxlm.serve.metrics import Metrics
 from jaxlm.serve.text import Text
 
-READ = 64  # tokens of a prompt that are read at once
 SHORT = 32  # or these, where no more are left of it: the first token comes in half the time
 READING = 2.0  # steps that may be read for between two of those that are answered: a burst fills the slots first
 PIECE = 4  # tokens between two looks at what was made, at most
@@ -107,19 +107,10 @@ class Ask:
   asked: float = dataclasses.field(default_factory=time.monotonic)
 
 
-class _Lobby:
-  """A cache of one row and the tokens that it knows."""
-
-  def __init__(self, cache: Any):
-    self.cache, self.tokens, self.used = cache, [], 0
-    self.logits_1V: Any = None  # after the last token, once all of a prompt was read
-    self.scored = False  # by the program that scores, whose last piece rounds in another way
-
-
 class _Arriving:
   """A prompt that is being read."""
 
-  def __init__(self, ask: Ask, lobby: _Lobby, start: int):
+  def __init__(self, ask: Ask, lobby: Lobby, start: int):
     self.ask, self.lobby, self.at, self.cached = ask, lobby, start, start
     self.scores: list[Token] = []
 
@@ -188,7 +179,7 @@ class Bank:
       params = sample.readied(cfg, laid, run.dtype)
     self.params, self.positions = params, -(-self.context // READ) * READ
     self.state = slots.vacant(cfg, run, rows, self.positions, READ)
-    self.lobbies = [_Lobby(slots.empty(cfg, run, 1, self.positions, READ)) for _ in range(max(1, lobbies))]
+    self.lobbies = [Lobby(slots.empty(cfg, run, 1, self.positions, READ)) for _ in range(max(1, lobbies))]
     self.rings = any(c.ring for c in self.lobbies[0].cache)
     self.all_Bw = jnp.full((rows, slots.words(cfg)), 0xFFFFFFFF, jnp.uint32)
 
@@ -267,33 +258,6 @@ class Bank:
     for i, matcher in matchers.items():
       mask_Bw[i] = matcher.mask()
     return mask_Bw
-
-  def lobby(self, ask: Ask) -> tuple[_Lobby, int]:
-    """A lobby for a prompt, and how many of its tokens need not be read.
-
-    It is the one that knows most of it, where the prompt goes on from its end or nothing but that end is lost; else the
-    one that was not used for longest, with a copy of what the other has in common.
-    """
-
-    def known(lobby: _Lobby) -> int:
-      if ask.scored:
-        return 0
-      prompt, tokens = ask.prompt, lobby.tokens
-      if lobby.logits_1V is not None and not lobby.scored and list(prompt) == tokens:
-        return len(prompt)
-      limit = min(len(prompt) - 1, len(tokens))
-      differs = np.flatnonzero(np.array(prompt[:limit]) != np.array(tokens[:limit]))
-      common = int(differs[0]) if len(differs) else limit
-      return 0 if self.rings and common < len(tokens) else common // READ * READ
-
-    best = max(self.lobbies, key=lambda lobby: (known(lobby), -lobby.used))
-    oldest, start = min(self.lobbies, key=lambda lobby: lobby.used), known(best)
-    if oldest is best or len(best.tokens) - start < READ:
-      return best, start
-    if start:
-      oldest.cache = slots.copied(best.cache)
-    oldest.tokens, oldest.logits_1V = best.tokens[:start], None
-    return oldest, start
 
 
 class Engine:
@@ -398,7 +362,7 @@ class Engine:
         ask = bank.waiting.take(brief=free <= bank.kept) if free else None
         if ask is None:
           return False
-        lobby, start = bank.lobby(ask)
+        lobby, start = choose(bank.lobbies, ask.prompt, scored=ask.scored, rings=bank.rings)
         bank.arriving = _Arriving(ask, lobby, start)
       bank.clock += 1
       lobby.used = bank.clock
